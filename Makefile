@@ -1,0 +1,76 @@
+# One command per need; `make` alone lists them. Nothing has to be set up before.
+
+PYTHON ?= python3
+BIN := .venv/bin
+WORKERS ?= auto
+# More arguments for pytest: make test ARGS='-k recall -x'
+ARGS ?=
+DEMO_ARGS ?=
+BENCHMARKS ?= $(sort $(wildcard benchmarks/*.py))
+
+# Torch comes first and by its pinned version: the other packages ask for any
+# torch, and would otherwise decide which build of it is fetched.
+TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help check fix test test-slow test-gpu test-minimal bench demo clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z.][a-z.-]*:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.venv: .venv/.installed ## set up the environment (the other targets do it when needed)
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python $(INSTALL) "$(TORCH)"
+	$(BIN)/python $(INSTALL) -e '.[rl,dev]'
+	@touch $@
+
+check: .venv/.installed ## lint, formatting and types; changes no file
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+fix: .venv/.installed ## repair what the linter and the formatter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: .venv/.installed ## all tests that are not slow
+	$(BIN)/pytest -n $(WORKERS) --maxprocesses 8 -m 'not slow' $(ARGS)
+
+test-slow: .venv/.installed ## the slow tests: learning, long streams
+	$(BIN)/pytest -m slow --durations 10 $(ARGS)
+
+test-gpu: .venv/.installed ## the tests that need a CUDA device
+	$(BIN)/pytest -m gpu $(ARGS)
+
+# The parts that promise to need torch and nothing else.
+MINIMAL_TESTS ?= $(wildcard tests/test_architecture.py tests/test_public_api.py \
+	tests/test_shapes.py tests/shapes tests/ops tests/nn tests/memory)
+
+test-minimal: .venv-minimal/.installed ## tests of shapes, memory, ops and nn with torch and pytest alone
+	.venv-minimal/bin/pytest -m 'not slow and not compile' $(MINIMAL_TESTS) $(ARGS)
+
+.venv-minimal/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-minimal
+	.venv-minimal/bin/python $(INSTALL) "$(TORCH)"
+	.venv-minimal/bin/python $(INSTALL) -e . pytest
+	@touch $@
+
+bench: .venv/.installed ## run every benchmark (BENCHMARKS=path for one)
+	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file; done
+
+demo: .venv-demo/.installed ## train a small agent and watch it learn to remember (runs/demo)
+	.venv-demo/bin/htm train --run-dir runs/demo $(DEMO_ARGS)
+
+.venv-demo/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/python $(INSTALL) "$(TORCH)"
+	.venv-demo/bin/python $(INSTALL) -e '.[rl]'
+	@touch $@
+
+clean: ## remove environments, caches and build products; keeps runs/
+	rm -rf .venv .venv-demo .venv-minimal build dist *.egg-info
+	rm -rf .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

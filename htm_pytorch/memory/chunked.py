@@ -1,0 +1,460 @@
+"""`ChunkedMemory`: the past as raw steps in chunks, one summary a chunk, no parameters."""
+
+import os
+from typing import Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from htm_pytorch.memory.files import MemoryFileError, load_tensors, save_tensors
+from htm_pytorch.shapes import (
+    check_at_least,
+    check_device,
+    check_floating,
+    check_mask,
+    check_tensor,
+)
+
+
+class ChunkedMemory(NamedTuple):
+    """A memory of M chunks of C steps, as a value: every method returns a new one.
+
+    Steps collect in the open chunk; when it holds C steps it closes, its summary is fixed, and
+    from then on it can be recalled. The M closed chunks are a ring: each row writes at its own
+    slot and forgets its oldest chunk when full. A step never moves from its chunk.
+
+    Build one with `empty`, `from_steps` or `from_chunks`. Batch 1 may be read by any batch of
+    queries without a copy.
+    """
+
+    contents: Tensor
+    """[B, M, C, D] steps of the closed chunks; what lies in invalid chunks is never read."""
+    summaries: Tensor
+    """[B, M, D] mean of each chunk's valid steps."""
+    valid: Tensor
+    """[B, M] bool, the chunks that can be recalled."""
+    step_mask: Tensor | None
+    """[B, M, C] bool, the steps that can be recalled; None: every step of a valid chunk."""
+    open_steps: Tensor
+    """[B, C, D] steps of the chunk that is still open, oldest first, then zeros."""
+    open_count: Tensor
+    """[B] int64, how many steps the open chunk holds."""
+    next_slot: Tensor
+    """[B] int64, the slot that the next closed chunk takes."""
+    keep_across_episodes: bool = False
+    """Whether chunks of earlier episodes stay visible after `is_first`."""
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        chunks: int,
+        chunk_size: int,
+        dim: int,
+        *,
+        keep_across_episodes: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Return a memory that holds nothing, with room for `chunks` closed chunks a row.
+
+        With `keep_across_episodes`, a new episode closes the open chunk early (a shorter chunk)
+        instead of dropping it, and everything stays visible.
+        """
+        for name, value in {"batch": batch, "chunks": chunks}.items():
+            check_at_least(name, value, 1)
+        check_at_least("chunk_size", chunk_size, 1)
+        check_at_least("dim", dim, 1)
+        contents = torch.zeros(batch, chunks, chunk_size, dim, dtype=dtype, device=device)
+        check_floating("dtype", contents)
+        valid = contents.new_zeros(batch, chunks, dtype=torch.bool)
+        step_mask = valid.new_zeros(batch, chunks, chunk_size) if keep_across_episodes else None
+        summaries = contents.new_zeros(batch, chunks, dim)
+        return cls._closed(contents, summaries, valid, step_mask, keep_across_episodes)
+
+    @classmethod
+    def from_steps(
+        cls,
+        steps: Tensor,
+        chunk_size: int,
+        mask: Tensor | None = None,
+        *,
+        borders: Literal["oldest", "newest"] = "oldest",
+        eps: float = 0.0,
+    ) -> Self:
+        """Return a memory of all `steps` [B, N, D], every one of which can be recalled.
+
+        Args:
+            steps: the past, oldest first; N may be 0 and need not be a multiple of `chunk_size`.
+            chunk_size: C. The one chunk that N leaves short holds its steps at its newest end.
+            mask: [B, N] bool, False for steps that must never be attended nor averaged.
+            borders: count the chunk borders from this end. With "oldest", a longer history has
+                the same chunks plus new ones; the published package counts from the newest.
+            eps: with a mask, a summary is the sum of its steps over (count + eps).
+        """
+        check_at_least("chunk_size", chunk_size, 1)
+        check_tensor("steps", steps, "B N D")
+        check_floating("steps", steps)
+        batch, length, dim = steps.shape
+        check_mask("mask", mask, "B N", steps.device, B=batch, N=length)
+        if borders not in ("oldest", "newest"):
+            raise ValueError(f"borders: expected 'oldest' or 'newest', got {borders!r}")
+        missing = -length % chunk_size
+        masked = mask is not None
+        if missing:
+            if mask is None:
+                mask = steps.new_ones(batch, length, dtype=torch.bool)
+            # A short chunk is padded at its oldest end, where positions are largest.
+            before = 0 if borders == "newest" else length - length % chunk_size
+            steps = _insert(steps, before, missing)
+            mask = _insert(mask, before, missing)
+        contents = steps.reshape(batch, -1, chunk_size, dim)
+        step_mask = None if mask is None else mask.reshape(batch, -1, chunk_size)
+        summaries = summarise(contents, step_mask, eps if masked else 0.0)
+        valid = (
+            steps.new_ones(contents.shape[:2], dtype=torch.bool)
+            if step_mask is None
+            else step_mask.any(-1)
+        )
+        return cls._closed(contents, summaries, valid, step_mask)
+
+    @classmethod
+    def from_chunks(
+        cls, contents: Tensor, valid: Tensor | None = None, *, summaries: Tensor | None = None
+    ) -> Self:
+        """Return a memory of closed chunks, oldest first.
+
+        Args:
+            contents: [B, M, C, D].
+            valid: bool, [B, M] chunks or [B, M, C] steps that can be recalled.
+            summaries: [B, M, D], where they are not the means of the valid steps.
+        """
+        check_tensor("contents", contents, "B M C D")
+        check_floating("contents", contents)
+        batch, chunks, chunk_size, dim = contents.shape
+        check_at_least("contents: C", chunk_size, 1)
+        by_step = isinstance(valid, Tensor) and valid.ndim == 3
+        sizes = {"B": batch, "M": chunks, "C": chunk_size}
+        check_mask("valid", valid, "B M C" if by_step else "B M", contents.device, **sizes)
+        step_mask = valid if by_step else None
+        if summaries is None:
+            summaries = summarise(contents, step_mask)
+        check_tensor("summaries", summaries, "B M D", B=batch, M=chunks, D=dim)
+        check_device("summaries", summaries, contents.device)
+        if valid is None:
+            valid = contents.new_ones(batch, chunks, dtype=torch.bool)
+        return cls._closed(contents, summaries, valid.any(-1) if by_step else valid, step_mask)
+
+    @classmethod
+    def _closed(
+        cls,
+        contents: Tensor,
+        summaries: Tensor,
+        valid: Tensor,
+        step_mask: Tensor | None,
+        keep_across_episodes: bool = False,
+    ) -> Self:
+        batch, chunks, chunk_size, dim = contents.shape
+        numbers = torch.arange(1, chunks + 1, device=contents.device)
+        newest = (numbers * valid).amax(1) if chunks else numbers.new_zeros(batch)
+        return cls(
+            contents=contents,
+            summaries=summaries,
+            valid=valid,
+            step_mask=step_mask,
+            open_steps=contents.new_zeros(batch, chunk_size, dim),
+            open_count=newest.new_zeros(batch),
+            next_slot=newest % max(chunks, 1),
+            keep_across_episodes=keep_across_episodes,
+        )
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.contents.shape[0]
+
+    @property
+    def chunks(self) -> int:
+        """M, the closed chunks there is room for."""
+        return self.contents.shape[1]
+
+    @property
+    def chunk_size(self) -> int:
+        """C."""
+        return self.contents.shape[2]
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.contents.shape[3]
+
+    def append(self, steps: Tensor, is_first: Tensor | None = None) -> Self:
+        """Return the memory after `steps` [B, T, D]; T steps at once equal T times one step.
+
+        Args:
+            steps: oldest first, of this memory's dtype and device. Gradients flow from the new
+                memory to them.
+            is_first: [B, T] bool, True where a row starts a new episode: its open chunk is
+                dropped and its earlier chunks become invisible (or stay, and the open chunk
+                closes early, with `keep_across_episodes`). Other rows are not touched.
+        """
+        return self._after(self._plan(steps, is_first))
+
+    def unroll(self, steps: Tensor, is_first: Tensor | None = None) -> "Unrolled":
+        """Append `steps` [B, T, D] and say what each of them could recall on its way.
+
+        A step sees the chunks that closed before it, of its own episode (all episodes with
+        `keep_across_episodes`), and that the ring had not forgotten by then.
+        """
+        plan = self._plan(steps, is_first)
+        age = self._age()
+        visible = self.valid[:, None] & (age[:, None] >= plan.closed_before[..., None])
+        if not self.keep_across_episodes:
+            visible = visible & (plan.last_first < 0)[..., None]
+        new = plan.readable
+        if not new:
+            return Unrolled(self, visible, self._after(plan))
+        closed = plan.close()
+        rank = torch.arange(new, device=steps.device)
+        end = plan.end[:, None, :new]
+        exists = rank < plan.closings[:, None]
+        time = torch.arange(steps.shape[1], device=steps.device)
+        seen = exists[:, None] & (end < time[:, None])
+        seen = seen & (rank >= plan.closed_before[..., None] - self.chunks)
+        if not self.keep_across_episodes:
+            seen = seen & (end >= plan.last_first[..., None])
+        step_mask = None
+        if self.step_mask is not None:
+            step_mask = torch.cat([self.step_mask, closed.step_mask[:, :new]], 1)
+        read = self._replace(
+            contents=torch.cat([self.contents, closed.contents[:, :new]], 1),
+            summaries=torch.cat([self.summaries, closed.summaries[:, :new]], 1),
+            valid=torch.cat([self.valid, exists], 1),
+            step_mask=step_mask,
+        )
+        return Unrolled(read, torch.cat([visible, seen], 2), self._after(plan, closed))
+
+    def reset(self, rows: Tensor) -> Self:
+        """Return the memory with the rows [B] bool emptied and the others untouched."""
+        check_mask("rows", rows, "B", self.contents.device, B=self.batch)
+        check_tensor("rows", rows, "B", B=self.batch)
+        return self._replace(
+            valid=self.valid & ~rows[:, None],
+            open_steps=self.open_steps.masked_fill(rows[:, None, None], 0.0),
+            open_count=self.open_count.masked_fill(rows, 0),
+            next_slot=self.next_slot.masked_fill(rows, 0),
+        )
+
+    def detach(self) -> Self:
+        """Return the memory cut from the graph that its steps came from."""
+        return self._replace(
+            contents=self.contents.detach(),
+            summaries=self.summaries.detach(),
+            open_steps=self.open_steps.detach(),
+        )
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """Return the memory on `device`, its steps and summaries in `dtype`."""
+        moved = {name: tensor.to(device=device) for name, tensor in self._tensors().items()}
+        for name in ("contents", "summaries", "open_steps"):
+            moved[name] = moved[name].to(dtype=dtype)
+        return self._replace(**moved)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the memory to a safetensors file, whole or not at all.
+
+        Needs the package `safetensors` (extra `files`).
+        """
+        keep = str(int(self.keep_across_episodes))
+        save_tensors(path, "ChunkedMemory", self._tensors(), keep_across_episodes=keep)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None
+    ) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            MemoryFileError: a ValueError; truncated, or not a memory of this format.
+        """
+        tensors, metadata = load_tensors(path, "ChunkedMemory")
+        needed = set(cls._fields) - {"step_mask", "keep_across_episodes"}
+        if set(tensors) - {"step_mask"} != needed or "keep_across_episodes" not in metadata:
+            raise MemoryFileError(f"path: {str(path)!r} lacks a part: expected {sorted(needed)}")
+        keep = metadata["keep_across_episodes"] == "1"
+        step_mask = tensors.pop("step_mask", None)
+        memory = cls(**tensors, step_mask=step_mask, keep_across_episodes=keep)
+        return memory.to(device=device)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: part for name, part in self._asdict().items() if isinstance(part, Tensor)}
+
+    def _age(self) -> Tensor:
+        """[B, M]: a slot is overwritten by the chunk of this rank among those closed from now."""
+        slots = torch.arange(self.chunks, device=self.contents.device)
+        return (slots - self.next_slot[:, None]) % max(self.chunks, 1)
+
+    def _plan(self, steps: Tensor, is_first: Tensor | None) -> "_Plan":
+        check_at_least("chunks (of the memory that is written)", self.chunks, 1)
+        check_tensor("steps", steps, "B T D", B=self.batch, D=self.dim)
+        check_floating("steps", steps, self.contents.dtype)
+        check_device("steps", steps, self.contents.device)
+        batch, length, _ = steps.shape
+        check_mask("is_first", is_first, "B T", steps.device, B=batch, T=length)
+        keep, size, count = self.keep_across_episodes, self.chunk_size, self.open_count
+        time = torch.arange(length, device=steps.device)
+        if is_first is None:
+            last_first = time.new_full((batch, length), -1)
+        else:
+            last_first = torch.where(is_first, time, -1).cummax(1).values
+        since_border = torch.where(last_first < 0, count[:, None] + time, time - last_first)
+        held = since_border % size + 1
+        # Column t: the chunk that closed just before step t; the last column: after all steps.
+        before = torch.cat([count[:, None], held % size], 1)
+        closed = torch.cat([torch.zeros_like(count)[:, None], held.where(held == size, 0)], 1)
+        if keep and is_first is not None:
+            early = torch.where(is_first, before[:, :-1], 0)
+            closed = closed + torch.nn.functional.pad(early, (0, 1))
+        happened = closed > 0
+        total = happened.cumsum(1)
+        most = (size - 1 + length) // size
+        readable = (size - 1 + max(length - 1, 0)) // size
+        if keep and is_first is not None:
+            most = readable = int(total[:, -1].max())
+        elif _may_branch(steps) and length:
+            most, readable = int(total[:, -1].max()), int(total[:, -2].max())
+        # Scatter the events to the front; column `most` takes what did not happen.
+        order = torch.where(happened, total - 1, most)
+        events = torch.arange(-1, length, device=steps.device).expand(batch, -1)
+        end = time.new_full((batch, most + 1), length).scatter(1, order, events)[:, :most]
+        lengths = time.new_zeros(batch, most + 1).scatter(1, order, closed)[:, :most]
+        return _Plan(
+            sequence=torch.cat([self.open_steps, steps], 1),
+            count_before=count,
+            count_after=before[:, -1],
+            last_first=last_first,
+            closed_before=total[:, :-1],
+            closings=total[:, -1],
+            end=end,
+            length=lengths,
+            readable=readable,
+        )
+
+    def _after(self, plan: "_Plan", closed: "_Closed | None" = None) -> Self:
+        opened = self._replace(
+            open_steps=plan.newest(plan.count_after), open_count=plan.count_after
+        )
+        if not self.keep_across_episodes:
+            forgotten = (plan.last_first >= 0).any(1, keepdim=True)
+            opened = opened._replace(valid=self.valid & ~forgotten)
+        if not plan.end.shape[1] or (_may_branch(self.contents) and not plan.closings.any()):
+            return opened
+        closed = closed or plan.close()
+        total = plan.closings[:, None]
+        # Of more new chunks than the ring has slots, the newest stay.
+        stay = min(plan.end.shape[1], self.chunks)
+        rank = total - stay + torch.arange(stay, device=total.device)
+        slot = (self.next_slot[:, None] + rank) % self.chunks
+        happened = rank >= 0
+        rank = rank.clamp(min=0)
+
+        def put(new: Tensor, old: Tensor) -> Tensor:
+            def spread(index: Tensor) -> Tensor:
+                return index.view(*index.shape, *(1,) * (new.ndim - 2)).expand(
+                    -1, -1, *new.shape[2:]
+                )
+
+            written = new.gather(1, spread(rank)).where(
+                spread(happened), old.gather(1, spread(slot))
+            )
+            return old.scatter(1, spread(slot), written)
+
+        visible = torch.ones_like(plan.end, dtype=torch.bool)
+        if not self.keep_across_episodes:
+            visible = plan.end >= plan.last_first[:, -1:]
+        return opened._replace(
+            contents=put(closed.contents, self.contents),
+            summaries=put(closed.summaries, self.summaries),
+            valid=put(visible, opened.valid),
+            step_mask=None if self.step_mask is None else put(closed.step_mask, self.step_mask),
+            next_slot=(self.next_slot + plan.closings) % self.chunks,
+        )
+
+
+class Unrolled(NamedTuple):
+    """What T steps could recall while they were appended (`ChunkedMemory.unroll`)."""
+
+    read: ChunkedMemory
+    """Every chunk that any of the steps could recall: the ring, then the newly closed ones."""
+    visible: Tensor
+    """[B, T, M'] bool, which of `read`'s chunks each step sees."""
+    after: ChunkedMemory
+    """The memory after all the steps."""
+
+
+def summarise(contents: Tensor, step_mask: Tensor | None, eps: float = 0.0) -> Tensor:
+    """Return the summaries [B, M, D]: means of the valid steps of contents [B, M, C, D].
+
+    With a mask: their sum over (count + eps), zero where no step is valid.
+    """
+    if step_mask is None:
+        return contents.mean(2)
+    total = contents.masked_fill(~step_mask[..., None], 0.0).sum(2)
+    count = step_mask.sum(2).clamp(min=1)[..., None]
+    return total / (count.to(torch.promote_types(total.dtype, torch.float32)) + eps).to(total.dtype)
+
+
+class _Plan(NamedTuple):
+    """Which chunks a call to `append` closes, and where their steps are."""
+
+    sequence: Tensor  # [B, C + T, D] the open chunk's steps and the new ones
+    count_before: Tensor  # [B] steps in the open chunk before the call
+    count_after: Tensor  # [B] and after it
+    last_first: Tensor  # [B, T] when the episode of each step began; -1: before this call
+    closed_before: Tensor  # [B, T] chunks closed in this call before each step
+    closings: Tensor  # [B] chunks closed in this call
+    end: Tensor  # [B, M'] the last step of each of them; -1: a step of an earlier call
+    length: Tensor  # [B, M'] their steps; fewer than C where an episode ended
+    readable: int  # how many of them could be seen by a step of this call
+
+    def at(self, time: Tensor) -> Tensor:
+        """Return the steps at `time` [B, X]; times before 0 are the open chunk's."""
+        chunk_size = self.sequence.shape[1] - self.last_first.shape[1]
+        index = torch.where(time < 0, self.count_before[:, None] + time, chunk_size + time)
+        index = index.clamp(0, self.sequence.shape[1] - 1)
+        return self.sequence.gather(1, index[..., None].expand(-1, -1, self.sequence.shape[2]))
+
+    def newest(self, count: Tensor) -> Tensor:
+        """Return the newest `count` [B] steps, oldest first, then zeros: [B, C, D]."""
+        length = self.last_first.shape[1]
+        slot = torch.arange(self.sequence.shape[1] - length, device=count.device)
+        steps = self.at(length - count[:, None] + slot)
+        return steps.masked_fill((slot >= count[:, None])[..., None], 0.0)
+
+    def close(self) -> "_Closed":
+        """Gather the closed chunks; a short one holds its steps at its newest end."""
+        size = self.sequence.shape[1] - self.last_first.shape[1]
+        slot = torch.arange(size, device=self.end.device)
+        step_mask = slot >= size - self.length[..., None]
+        steps = self.at((self.end[..., None] - (size - 1) + slot).flatten(1))
+        contents = steps.view(*step_mask.shape, -1).masked_fill(~step_mask[..., None], 0.0)
+        return _Closed(contents, summarise(contents, step_mask), step_mask)
+
+
+class _Closed(NamedTuple):
+    contents: Tensor  # [B, M', C, D]
+    summaries: Tensor  # [B, M', D]
+    step_mask: Tensor  # [B, M', C]
+
+
+def _may_branch(tensor: Tensor) -> bool:
+    """Whether looking at data is cheap and allowed: not on an accelerator, not when compiling."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _insert(steps: Tensor, before: int, missing: int) -> Tensor:
+    padding = steps.new_zeros(steps.shape[0], missing, *steps.shape[2:])
+    return torch.cat([steps[:, :before], padding, steps[:, before:]], 1)

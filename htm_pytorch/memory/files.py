@@ -1,0 +1,62 @@
+"""Tensors in one safetensors file, written whole or not at all."""
+
+import os
+from pathlib import Path
+
+from torch import Tensor
+
+FORMAT = "1"
+
+
+class MemoryFileError(ValueError):
+    """A file that is not, or no longer, what it was saved as."""
+
+
+def save_tensors(
+    path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], **metadata: str
+) -> None:
+    """Write `tensors` to `path`; a crash leaves the old file or the new one, never a part.
+
+    `kind` names what is stored and is checked by `load_tensors`; `metadata` travels with it.
+    """
+    from safetensors.torch import save_file
+
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(stored, temporary, {"kind": kind, "format": FORMAT, **metadata})
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_tensors(
+    path: str | os.PathLike[str], kind: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what `save_tensors` wrote as `kind`: the tensors and the metadata.
+
+    Raises:
+        FileNotFoundError: no such file.
+        MemoryFileError: truncated, of another program, kind or format version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path: no file at {str(path)!r}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            found = (metadata.pop("kind", None), metadata.pop("format", None))
+            if found != (kind, FORMAT):
+                raise MemoryFileError(
+                    f"path: expected {str(path)!r} to hold a {kind} of format {FORMAT}, "
+                    f"got kind {found[0]!r} of format {found[1]!r}"
+                )
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except SafetensorError as error:
+        raise MemoryFileError(
+            f"path: {str(path)!r} is truncated or not a safetensors file ({error})"
+        ) from error

@@ -1,0 +1,13 @@
+"""Layers: parameters around `ops.recall`."""
+
+from htm_pytorch.nn.attention import HTMAttention, HTMBlock, from_haiku
+from htm_pytorch.nn.transformer import HTMTransformer, LayerState, TransformerState
+
+__all__ = [
+    "HTMAttention",
+    "HTMBlock",
+    "HTMTransformer",
+    "LayerState",
+    "TransformerState",
+    "from_haiku",
+]

@@ -1,0 +1,408 @@
+"""`HTMAttention` and `HTMBlock`: the projections around `recall`."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from htm_pytorch.memory import ChunkedMemory
+from htm_pytorch.ops import Impl, Recall, recall, recall_with_weights
+from htm_pytorch.shapes import (
+    check_at_least,
+    check_device,
+    check_floating,
+    check_mask,
+    check_tensor,
+)
+
+
+class HTMAttention(nn.Module):
+    """Hierarchical attention over a memory cut into chunks (arXiv 2105.14039, section 3).
+
+    Each query scores one summary per chunk, keeps its `topk_mems` best chunks, attends with
+    `heads` heads inside each of them, and mixes the results by the softmax of their scores.
+    Parameters and call fit the package `htm-pytorch` 0.0.4, whose checkpoints load.
+
+    Args:
+        dim: width of the queries.
+        heads: heads of the attention inside chunks.
+        topk_mems: chunks each query keeps.
+        mem_chunk_size: steps in a chunk, for memories given as a tensor.
+        dim_head: width of a head.
+        add_pos_enc: add a fixed sinusoid to the steps, counted back from the newest of the chunk.
+        eps: a summary under a mask is the sum of its steps over (count + eps).
+        dim_memory: width of the memory; default `dim`.
+        dim_features: width of the router and of the output; default `dim`.
+        router_bias: biases in the projections that score summaries.
+        inner_bias: biases in the projections to queries, keys and values inside chunks.
+        detach_memories: stop gradients at the memory, as the paper does.
+        impl: which implementation of `recall` computes it.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        topk_mems: int = 2,
+        mem_chunk_size: int = 32,
+        dim_head: int = 64,
+        add_pos_enc: bool = True,
+        eps: float = 1e-5,
+        *,
+        dim_memory: int | None = None,
+        dim_features: int | None = None,
+        router_bias: bool = True,
+        inner_bias: bool = False,
+        detach_memories: bool = True,
+        impl: Impl = "auto",
+    ):
+        super().__init__()
+        dim_memory = dim if dim_memory is None else dim_memory
+        dim_features = dim if dim_features is None else dim_features
+        sizes = {
+            "dim": dim,
+            "heads": heads,
+            "topk_mems": topk_mems,
+            "mem_chunk_size": mem_chunk_size,
+            "dim_head": dim_head,
+            "dim_memory": dim_memory,
+            "dim_features": dim_features,
+        }
+        for name, size in sizes.items():
+            check_at_least(name, size, 1)
+        self.dim = dim
+        self.dim_memory = dim_memory
+        self.dim_features = dim_features
+        self.topk_mems = topk_mems
+        self.mem_chunk_size = mem_chunk_size
+        self.add_pos_enc = add_pos_enc
+        self.eps = eps
+        self.detach_memories = detach_memories
+        self.impl: Impl = impl
+        self.to_summary_queries = nn.Linear(dim, dim_features, bias=router_bias)
+        self.to_summary_keys = nn.Linear(dim_memory, dim_features, bias=router_bias)
+        self.attn = _StepProjections(dim, dim_memory, dim_features, heads, dim_head, inner_bias)
+        self.register_load_state_dict_pre_hook(_drop_published_buffer)
+
+    @overload
+    def forward(
+        self,
+        queries: Tensor,
+        memories: Tensor | ChunkedMemory,
+        mask: Tensor | None = None,
+        chunk_attn_mask: Tensor | None = None,
+        *,
+        return_recall: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        queries: Tensor,
+        memories: Tensor | ChunkedMemory,
+        mask: Tensor | None = None,
+        chunk_attn_mask: Tensor | None = None,
+        *,
+        return_recall: Literal[True],
+    ) -> tuple[Tensor, Recall]: ...
+
+    def forward(
+        self,
+        queries: Tensor,
+        memories: Tensor | ChunkedMemory,
+        mask: Tensor | None = None,
+        chunk_attn_mask: Tensor | None = None,
+        *,
+        return_recall: bool = False,
+    ) -> Tensor | tuple[Tensor, Recall]:
+        """Return the attended memory [B, Q, D].
+
+        Args:
+            queries: [B, Q, D].
+            memories: [B, N, D], oldest first, any N, cut into chunks from the newest end; or a
+                `ChunkedMemory`. Batch 1 is shared by all queries without a copy.
+            mask: [B, N] bool, False for steps of a tensor that do not exist.
+            chunk_attn_mask: [B, Q, M] bool, the chunks that each query may see.
+            return_recall: also return which chunks and steps were recalled.
+
+        A query that sees no chunk gets exactly zeros.
+
+        Raises:
+            ValueError: names the argument, what came and what was expected.
+        """
+        check_tensor("queries", queries, "B Q D", D=self.dim)
+        parameter = self.to_summary_queries.weight
+        autocast = torch.is_autocast_enabled(queries.device.type)
+        check_floating("queries", queries, None if autocast else parameter.dtype)
+        check_device("queries", queries, parameter.device)
+        memory = self._memory(queries, memories, mask)
+        sizes = {"B": queries.shape[0], "Q": queries.shape[1], "M": memory.chunks}
+        check_mask("chunk_attn_mask", chunk_attn_mask, "B Q M", queries.device, **sizes)
+
+        # The memory is never projected: its projections are moved to the query's side.
+        route = self.to_summary_queries(queries) @ self.to_summary_keys.weight
+        route = route * self.dim_features**-0.5
+        probe = self.attn.probe(queries)
+        positions = None
+        if self.add_pos_enc:
+            positions = sinusoid(memory.chunk_size, self.dim_memory, probe.dtype, probe.device)
+        recalled = None
+        if return_recall:
+            context, recalled = recall_with_weights(
+                route,
+                probe,
+                memory,
+                self.topk_mems,
+                positions=positions,
+                chunk_mask=chunk_attn_mask,
+            )
+        else:
+            context = recall(
+                route,
+                probe,
+                memory,
+                self.topk_mems,
+                positions=positions,
+                chunk_mask=chunk_attn_mask,
+                impl=self.impl,
+            )
+        seen = memory.valid[:, None]
+        if chunk_attn_mask is not None:
+            seen = seen & chunk_attn_mask
+        attended = self.attn.output(context) * seen.any(-1, keepdim=True)
+        attended = attended + self._unused_biases()
+        return attended if recalled is None else (attended, recalled)
+
+    def _memory(
+        self, queries: Tensor, memories: Tensor | ChunkedMemory, mask: Tensor | None
+    ) -> ChunkedMemory:
+        batch = queries.shape[0]
+        if isinstance(memories, ChunkedMemory):
+            if mask is not None:
+                raise ValueError("mask: expected None beside a ChunkedMemory, which holds its own")
+            check_tensor("memories.contents", memories.contents, "B M C D", D=self.dim_memory)
+            check_device("memories", memories.contents, queries.device)
+        else:
+            check_tensor("memories", memories, "B N D", D=self.dim_memory)
+            check_floating("memories", memories)
+            check_device("memories", memories, queries.device)
+        rows = memories.batch if isinstance(memories, ChunkedMemory) else memories.shape[0]
+        if rows not in (1, batch):
+            raise ValueError(f"memories: expected batch 1 or {batch}, got {rows}")
+        if not isinstance(memories, ChunkedMemory):
+            memories = ChunkedMemory.from_steps(
+                memories.detach() if self.detach_memories else memories,
+                self.mem_chunk_size,
+                mask,
+                borders="newest",
+                eps=self.eps,
+            )
+        return memories.detach() if self.detach_memories else memories
+
+    def _unused_biases(self) -> Tensor | float:
+        """Zero, in the graph: key biases cancel in the softmax, but DDP wants their gradients."""
+        biases = [b for b in (self.to_summary_keys.bias, self.attn.key_bias()) if b is not None]
+        return sum((0.0 * b.sum() for b in biases), 0.0)
+
+
+class _StepProjections(nn.Module):
+    """The projections of the attention inside chunks, each applied on the query's side."""
+
+    def __init__(
+        self, dim: int, dim_memory: int, dim_out: int, heads: int, dim_head: int, bias: bool
+    ):
+        super().__init__()
+        self.heads = heads
+        inner = heads * dim_head
+        self.to_q = nn.Linear(dim, inner, bias=bias)
+        self.to_kv = nn.Linear(dim_memory, 2 * inner, bias=bias)
+        self.to_out = nn.Linear(inner, dim_out)
+
+    def probe(self, queries: Tensor) -> Tensor:
+        """u_h = (W_k^h)^T W_q^h q / sqrt(E): [B, Q, H, D]."""
+        step_queries = self.to_q(queries).unflatten(-1, (self.heads, -1))
+        keys = self.to_kv.weight.chunk(2)[0].unflatten(0, (self.heads, -1))
+        scale = step_queries.shape[-1] ** -0.5
+        return torch.einsum("bqhe,hed->bqhd", step_queries * scale, keys)
+
+    def output(self, context: Tensor) -> Tensor:
+        """W_o concat_h(W_v^h ctx_h + b_v^h) + b_o: [B, Q, D]."""
+        values = self.to_kv.weight.chunk(2)[1].unflatten(0, (self.heads, -1))
+        attended = torch.einsum("bqhd,hed->bqhe", context, values).flatten(2)
+        if self.to_kv.bias is not None:
+            attended = attended + self.to_kv.bias.chunk(2)[1]
+        return self.to_out(attended)
+
+    def key_bias(self) -> Tensor | None:
+        """The half of the bias that has no effect."""
+        return None if self.to_kv.bias is None else self.to_kv.bias.chunk(2)[0]
+
+
+class HTMBlock(nn.Module):
+    """x + HTMAttention(LayerNorm(x), memory), as in figure 1(c) of arXiv 2105.14039.
+
+    Args:
+        dim: width of the queries and of the output.
+        residual: "input" adds x (the paper), "normed" adds LayerNorm(x) (the package
+            `htm-pytorch` 0.0.4, for its checkpoints).
+        **attention: as for `HTMAttention`.
+    """
+
+    def __init__(
+        self, dim: int, *args: Any, residual: Literal["input", "normed"] = "input", **attention: Any
+    ):
+        super().__init__()
+        if residual not in ("input", "normed"):
+            raise ValueError(f"residual: expected 'input' or 'normed', got {residual!r}")
+        self.residual = residual
+        self.norm = nn.LayerNorm(dim)
+        self.attn = HTMAttention(dim, *args, **attention)
+        if self.attn.dim_features != dim:
+            raise ValueError(
+                f"dim_features: expected dim = {dim} for the skip, got {self.attn.dim_features}"
+            )
+
+    @overload
+    def forward(
+        self,
+        queries: Tensor,
+        memories: Tensor | ChunkedMemory,
+        mask: Tensor | None = None,
+        chunk_attn_mask: Tensor | None = None,
+        *,
+        return_recall: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        queries: Tensor,
+        memories: Tensor | ChunkedMemory,
+        mask: Tensor | None = None,
+        chunk_attn_mask: Tensor | None = None,
+        *,
+        return_recall: Literal[True],
+    ) -> tuple[Tensor, Recall]: ...
+
+    def forward(
+        self,
+        queries: Tensor,
+        memories: Tensor | ChunkedMemory,
+        mask: Tensor | None = None,
+        chunk_attn_mask: Tensor | None = None,
+        *,
+        return_recall: bool = False,
+    ) -> Tensor | tuple[Tensor, Recall]:
+        """Return the queries with what they recalled added, [B, Q, D]; see `HTMAttention`."""
+        check_tensor("queries", queries, "B Q D", D=self.attn.dim)
+        normed = self.norm(queries)
+        skip = queries if self.residual == "input" else normed
+        if return_recall:
+            attended, recalled = self.attn(
+                normed, memories, mask, chunk_attn_mask, return_recall=True
+            )
+            return skip + attended, recalled
+        return skip + self.attn(normed, memories, mask, chunk_attn_mask)
+
+
+def sinusoid(length: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the fixed positions [C, D]: the newest step, last, is 0; sines, then cosines."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    back = torch.arange(length - 1, -1, -1, dtype=exact, device=device)
+    pairs = torch.arange(0, dim, 2, dtype=exact, device=device)
+    angles = back[:, None] * torch.exp(pairs * (-math.log(10000.0) / dim))
+    return torch.cat([angles.sin(), angles.cos()], -1)[:, :dim].to(dtype)
+
+
+_HAIKU = "hierarchical_memory_attention/"
+_HAIKU_NAMES = {
+    "to_summary_queries": ["query"],
+    "to_summary_keys": ["key"],
+    "attn.to_q": ["within_mem_attn/query"],
+    "attn.to_kv": ["within_mem_attn/key", "within_mem_attn/value"],
+    "attn.to_out": ["within_mem_attn/linear"],
+}
+
+
+def from_haiku(
+    params: Mapping[str, Any], *, heads: int, topk_mems: int, add_pos_enc: bool = True
+) -> HTMAttention:
+    """Return the layer that DeepMind's `HierarchicalMemoryAttention` with `params` is.
+
+    Args:
+        params: Haiku's two-level mapping {module: {"w": array, "b": array}}, or flat with keys
+            "module:w"; weights are [in, out].
+        heads: heads of the attention inside chunks.
+        topk_mems: chunks each query keeps.
+        add_pos_enc: whether positions are added to the steps.
+
+    The original's keys and contents are `ChunkedMemory.from_chunks(contents, summaries=keys)`, of
+    any chunk size.
+
+    Raises:
+        ValueError: names the parameter that is missing, unknown or of a wrong shape.
+    """
+    flat: dict[str, Tensor] = {}
+    for module, value in params.items():
+        parts = value.items() if isinstance(value, Mapping) else [("", value)]
+        for name, array in parts:
+            key = f"{module}:{name}" if name else module
+            flat[key] = torch.as_tensor(array).detach().clone()
+    weights = {old for olds in _HAIKU_NAMES.values() for old in olds}
+    missing = {f"{_HAIKU}{old}:w" for old in weights} - set(flat)
+    unknown = set(flat) - {f"{_HAIKU}{old}:{part}" for old in weights for part in "wb"}
+    if missing or unknown:
+        raise ValueError(
+            f"params: expected those of one hierarchical_memory_attention; "
+            f"missing {sorted(missing)}, unknown {sorted(unknown)}"
+        )
+    for key, array in flat.items():
+        check_tensor(f"params[{key!r}]", array, "in out" if key.endswith(":w") else "out")
+        check_floating(f"params[{key!r}]", array)
+    state: dict[str, Tensor] = {}
+    for name, olds in _HAIKU_NAMES.items():
+        arrays = [flat[f"{_HAIKU}{old}:w"] for old in olds]
+        if len({array.shape for array in arrays}) > 1:
+            shapes = [list(array.shape) for array in arrays]
+            raise ValueError(f"params: expected {olds} of one shape, got {shapes}")
+        biases = [flat.get(f"{_HAIKU}{old}:b") for old in olds]
+        state[f"{name}.weight"] = torch.cat([array.T for array in arrays])
+        if any(bias is not None for bias in biases) or name == "attn.to_out":
+            pairs = zip(biases, arrays, strict=True)
+            filled = [w.new_zeros(w.shape[1]) if b is None else b for b, w in pairs]
+            state[f"{name}.bias"] = torch.cat(filled)
+    dim_features, dim = state["to_summary_queries.weight"].shape
+    inner = state["attn.to_q.weight"].shape[0]
+    check_at_least("heads", heads, 1)
+    if inner % heads:
+        raise ValueError(f"heads: expected a divisor of the inner width {inner}, got {heads}")
+    router, inside = ("to_summary_queries", "to_summary_keys"), ("attn.to_q", "attn.to_kv")
+    has_biases = {pair: any(f"{name}.bias" in state for name in pair) for pair in (router, inside)}
+    for name in (name for pair, has in has_biases.items() if has for name in pair):
+        weight = state[f"{name}.weight"]
+        state.setdefault(f"{name}.bias", weight.new_zeros(weight.shape[0]))
+    layer = HTMAttention(
+        dim,
+        heads,
+        topk_mems,
+        dim_head=inner // heads,
+        add_pos_enc=add_pos_enc,
+        dim_memory=state["to_summary_keys.weight"].shape[1],
+        dim_features=dim_features,
+        router_bias=has_biases[router],
+        inner_bias=has_biases[inside],
+    ).to(state["attn.to_q.weight"].dtype)
+    try:
+        layer.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"params: shapes that do not fit each other ({error})") from error
+    return layer
+
+
+def _drop_published_buffer(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Positions are computed here; the package `htm-pytorch` 0.0.4 saved their frequencies."""
+    state_dict.pop(f"{prefix}pos_emb.inv_freqs", None)

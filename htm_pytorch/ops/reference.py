@@ -1,0 +1,128 @@
+"""What is correct, in readable PyTorch. Nothing here is fast, and nothing here imports fast code.
+
+`htm_attention` is the whole layer in the paper's order, with the memory projected plainly;
+`recall` is the parameter-free part that every engine computes.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from htm_pytorch.memory import ChunkedMemory
+
+
+class Selection(NamedTuple):
+    """The chunks each query keeps; what lies at picks that are not `kept` means nothing."""
+
+    chunks: Tensor
+    """[B, Q, K] int64, best first; 0 where not kept."""
+    kept: Tensor
+    """[B, Q, K] bool, False where a query had fewer than K chunks to choose from."""
+
+
+def allowed_chunks(memory: ChunkedMemory, chunk_mask: Tensor | None) -> Tensor:
+    """Return which chunks each query may keep, [B, Q, M] or [B, 1, M] where all queries agree."""
+    valid = memory.valid[:, None]
+    return valid if chunk_mask is None else valid & chunk_mask
+
+
+def select(route: Tensor, memory: ChunkedMemory, k: int, chunk_mask: Tensor | None) -> Selection:
+    """Keep the `k` chunks whose summaries score highest with `route` [B, Q, D]."""
+    with torch.no_grad():
+        allowed = allowed_chunks(memory, chunk_mask)
+        scores = torch.einsum("bqd,bmd->bqm", route, memory.summaries.to(route.dtype))
+        scores = scores.masked_fill(~allowed, -torch.inf)
+        chunks = scores.topk(min(k, memory.chunks), dim=-1).indices
+        kept = allowed.expand_as(scores).gather(2, chunks)
+        return Selection(chunks.masked_fill(~kept, 0), kept)
+
+
+def recall(
+    route: Tensor,
+    probe: Tensor,
+    memory: ChunkedMemory,
+    k: int,
+    positions: Tensor | None,
+    chunk_mask: Tensor | None,
+) -> tuple[Tensor, Selection, Tensor, Tensor]:
+    """Return context [B, Q, H, D], the selection, chunk weights and step weights.
+
+    All of one dtype, which is at least float32.
+    """
+    picked = select(route, memory, k, chunk_mask)
+    row = torch.arange(memory.batch, device=route.device)[:, None, None]
+    kept = picked.kept
+    summaries = memory.summaries[row, picked.chunks].masked_fill(~kept[..., None], 0.0)
+    logits = torch.einsum("bqd,bqkd->bqk", route, summaries.to(route.dtype))
+    weights = masked_softmax(logits, kept)
+
+    step_mask = kept[..., None].expand(*kept.shape, memory.chunk_size)
+    if memory.step_mask is not None:
+        step_mask = step_mask & memory.step_mask[row, picked.chunks]
+    steps = memory.contents[row, picked.chunks].masked_fill(~step_mask[..., None], 0.0)
+    steps = steps.to(route.dtype)
+    if positions is not None:
+        steps = steps + positions
+    step_logits = torch.einsum("bqhd,bqkcd->bqhkc", probe, steps)
+    step_weights = masked_softmax(step_logits, step_mask[:, :, None])
+    context = torch.einsum("bqk,bqhkc,bqkcd->bqhd", weights, step_weights, steps)
+    return context, picked, weights, step_weights
+
+
+def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the last axis where `mask`; rows with nothing to choose are all zero."""
+    lowest = torch.finfo(logits.dtype).min
+    return logits.masked_fill(~mask, lowest).softmax(-1).masked_fill(~mask, 0.0)
+
+
+def htm_attention(
+    queries: Tensor,
+    memory: ChunkedMemory,
+    weights: dict[str, Tensor],
+    *,
+    heads: int,
+    k: int,
+    positions: Tensor | None = None,
+    chunk_mask: Tensor | None = None,
+) -> Tensor:
+    """Attend from `queries` [B, Q, D] as the paper writes it (section 3, figure 1): [B, Q, D].
+
+    `weights` holds the parameters of `nn.HTMAttention` by name; missing biases are zero. Every
+    step of the memory is projected to keys and values, and positions and memory carry gradients.
+    """
+
+    def project(name: str, value: Tensor) -> Tensor:
+        bias = weights.get(f"{name}.bias")
+        return torch.nn.functional.linear(value, weights[f"{name}.weight"], bias)
+
+    batch, length = queries.shape[:2]
+    summary_queries = project("to_summary_queries", queries)
+    summary_keys = project("to_summary_keys", memory.summaries)
+    relevance = torch.einsum("bqf,bmf->bqm", summary_queries, summary_keys)
+    relevance = relevance * summary_queries.shape[-1] ** -0.5
+    allowed = allowed_chunks(memory, chunk_mask).expand_as(relevance)
+    top, chunks = relevance.masked_fill(~allowed, -torch.inf).topk(min(k, memory.chunks))
+    chunk_weights = masked_softmax(top, allowed.gather(2, chunks))
+
+    steps = memory.contents if positions is None else memory.contents + positions
+    step_keys, values = project("attn.to_kv", steps).chunk(2, -1)
+    step_queries = project("attn.to_q", queries)
+    step_queries, step_keys, values = (
+        part.unflatten(-1, (heads, -1)) for part in (step_queries, step_keys, values)
+    )
+    scale = step_queries.shape[-1] ** -0.5
+    outputs = queries.new_zeros(batch, length, weights["attn.to_out.weight"].shape[0])
+    row = torch.arange(batch, device=queries.device)
+    for rank in range(chunks.shape[2]):
+        chunk = chunks[:, :, rank]
+        picked = [part[row[:, None], chunk] for part in (step_keys, values)]
+        logits = torch.einsum("bqhe,bqche->bqhc", step_queries, picked[0]) * scale
+        mask = torch.ones_like(logits, dtype=torch.bool)
+        if memory.step_mask is not None:
+            mask = mask & memory.step_mask[row[:, None], chunk][:, :, None]
+        attended = torch.einsum("bqhc,bqche->bqhe", masked_softmax(logits, mask), picked[1])
+        weight = chunk_weights[:, :, rank, None]
+        # The weights sum to 1, so the output bias may stay inside the mixture.
+        outputs = outputs + weight * project("attn.to_out", attended.flatten(2))
+    return outputs

@@ -1,0 +1,67 @@
+"""The letters of the axes, and the checks that hold arguments to them.
+
+| letter | axis                     | letter | axis                |
+|--------|--------------------------|--------|---------------------|
+| B      | batch (rows)             | C      | steps in a chunk    |
+| T      | time                     | K      | kept chunks         |
+| Q      | queries                  | H      | heads               |
+| N      | memory steps             | D      | model width         |
+| M      | chunks                   | E      | width of a head     |
+
+Axes always come in the order B, T or Q, H, K or M, C, D or E.
+"""
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(name: str, value: Tensor, axes: str, **sizes: int) -> None:
+    """Raise unless `value` has the axes named in `axes`, e.g. `check_tensor("x", x, "B T D", D=64)`.
+
+    Raises:
+        ValueError: names the argument, what came and what was expected.
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a tensor [{_spell(axes, sizes)}], got {_type(value)}")
+    letters = axes.split()
+    fits = value.ndim == len(letters) and all(
+        size == sizes.get(letter, size) for letter, size in zip(letters, value.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name}: expected shape [{_spell(axes, sizes)}], got {list(value.shape)}")
+
+
+def check_floating(name: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Raise a ValueError unless `value` is floating point (of `dtype`, where given)."""
+    if not value.is_floating_point() or (dtype is not None and value.dtype != dtype):
+        raise ValueError(f"{name}: expected dtype {dtype or 'floating point'}, got {value.dtype}")
+
+
+def check_mask(name: str, value: Tensor | None, axes: str, device: torch.device, **sizes: int):
+    """Raise a ValueError unless `value` is None or a boolean tensor of these axes on `device`."""
+    if value is None:
+        return
+    check_tensor(name, value, axes, **sizes)
+    if value.dtype != torch.bool:
+        raise ValueError(f"{name}: expected dtype torch.bool, got {value.dtype}")
+    check_device(name, value, device)
+
+
+def check_device(name: str, value: Tensor, device: torch.device) -> None:
+    """Raise a ValueError unless `value` lives on `device`."""
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {value.device}")
+
+
+def check_at_least(name: str, value: int, least: int) -> None:
+    """Raise a ValueError unless `value` is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+
+
+def _spell(axes: str, sizes: dict[str, int]) -> str:
+    return ", ".join(f"{a} = {sizes[a]}" if a in sizes else a for a in axes.split())
+
+
+def _type(value: object) -> str:
+    return type(value).__name__

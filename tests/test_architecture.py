@@ -1,0 +1,78 @@
+"""Imports inside the package go one way."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import htm_pytorch
+
+PACKAGE = "htm_pytorch"
+ROOT = Path(htm_pytorch.__file__).parent
+
+# shapes <- memory <- ops <- nn <- rl <- cli, and envs <- rl. "__init__" is the public list.
+MAY_IMPORT: dict[str, set[str]] = {
+    "shapes": set(),
+    "memory": {"shapes"},
+    "ops": {"shapes", "memory"},
+    "nn": {"shapes", "memory", "ops"},
+    "__init__": {"shapes", "memory", "ops", "nn"},
+    "envs": set(),
+    "rl": {"shapes", "memory", "ops", "nn", "__init__", "envs"},
+    "cli": {"rl"},
+}
+
+
+def part_of(path: Path) -> str:
+    """`nn/attention.py` belongs to `nn`, `cli.py` to `cli`."""
+    return path.parts[0].removesuffix(".py")
+
+
+def imported_parts(source: str) -> set[str]:
+    """Return the parts of the package that a file imports, those inside functions included."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise ValueError(f"line {node.lineno}: relative import; write it absolute")
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    parts = [name.split(".")[1:] for name in names if name.split(".")[0] == PACKAGE]
+    # `from htm_pytorch import recall` takes a name from the public list, not a part.
+    return {part[0] if part and part[0] in MAY_IMPORT else "__init__" for part in parts}
+
+
+def wrong_imports(part: str, source: str) -> set[str]:
+    return imported_parts(source) - MAY_IMPORT[part] - {part}
+
+
+@pytest.mark.parametrize(
+    "path", sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py")), ids=str
+)
+def test_imports_go_one_way(path: Path) -> None:
+    part = part_of(path)
+    assert part in MAY_IMPORT, f"{path}: add the part {part!r} to the table, in its place"
+    source = (ROOT / path).read_text(encoding="utf-8")
+    assert not wrong_imports(part, source), f"{path} ({part}) may import {MAY_IMPORT[part]}"
+
+
+@pytest.mark.parametrize(
+    ("part", "source", "wrong"),
+    [
+        ("memory", "import htm_pytorch.nn.attention", {"nn"}),
+        ("ops", "from htm_pytorch.nn import HTMAttention", {"nn"}),
+        ("nn", "from htm_pytorch import rl", {"rl"}),
+        ("nn", "from htm_pytorch import HTMAttention", {"__init__"}),
+        ("envs", "def reset():\n    from htm_pytorch.rl import agent", {"rl"}),
+        ("cli", "from htm_pytorch import nn, rl", {"nn"}),
+        ("rl", "from htm_pytorch.envs import ballet\nimport htm_pytorch_extra", set()),
+    ],
+)
+def test_a_wrong_import_is_found(part: str, source: str, wrong: set[str]) -> None:
+    assert wrong_imports(part, source) == wrong
+
+
+def test_a_relative_import_is_found() -> None:
+    with pytest.raises(ValueError, match="line 2: relative import"):
+        imported_parts("import torch\nfrom .attention import HTMAttention")
