@@ -62,7 +62,7 @@ bench: .venv/.installed ## run every benchmark (BENCHMARKS=path for one)
 	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file; done
 
 demo: .venv-demo/.installed ## train a small agent and watch it learn to remember (runs/demo)
-	.venv-demo/bin/htm train --run-dir runs/demo $(DEMO_ARGS)
+	.venv-demo/bin/htm train --run-dir runs/demo --resume $(DEMO_ARGS)
 
 .venv-demo/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-demo

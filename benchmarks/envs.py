@@ -4,18 +4,14 @@ Before anything is timed the batch is compared with single environments, step by
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
+from harness import RESULTS, describe_machine, write
 
 from htm_pytorch.envs import BalletEnv, BalletVectorEnv
 
@@ -73,29 +69,12 @@ def measure(
     return steps * num_envs / elapsed
 
 
-def describe_machine() -> dict[str, Any]:
-    """Return what a reader needs to judge the figures."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "gymnasium": gymnasium.__version__,
-        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
-    }
-
-
 def main() -> None:
     """Check, measure, print the table and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    default = Path(__file__).parent / "results" / "envs.json"
-    parser.add_argument("--out", type=Path, default=default, help="JSON file to write")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "envs.json", help="JSON file to write"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="length of one repeat")
     parser.add_argument("--symbol-envs", type=int, default=4096)
@@ -136,9 +115,8 @@ def main() -> None:
         ratio = f"{median / original:.1f}" if original else "-"
         print(f"{observation:12}{name:12}{batch[observation]:6}{median:13,.0f}", end="")
         print(f"{min(speeds):13,.0f}{max(speeds):13,.0f}{ratio:>12}{median / other:17.1f}")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": describe_machine(), "seconds": options.seconds, "rows": rows}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    machine = describe_machine("numpy", "gymnasium")
+    write(options.out, {"machine": machine, "seconds": options.seconds, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def check_tensor(name: str, value: Tensor, axes: str, **sizes: int) -> None:
-    """Raise unless `value` has the axes named in `axes`, e.g. `check_tensor("x", x, "B T D", D=64)`.
+    """Raise unless `value` has the axes named, e.g. in `check_tensor("x", x, "B T D", D=64)`.
 
     Raises:
         ValueError: names the argument, what came and what was expected.
@@ -51,6 +51,17 @@ def check_device(name: str, value: Tensor, device: torch.device) -> None:
     """Raise a ValueError unless `value` lives on `device`."""
     if value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
+
+
+def check_beside(name: str, value: Tensor, parameter: Tensor) -> None:
+    """Raise a ValueError unless `value` has the device of `parameter` and its dtype.
+
+    Under autocast, which casts both, any floating point is right.
+    """
+    check_device(name, value, parameter.device)
+    device = value.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    check_floating(name, value, None if casts else parameter.dtype)
 
 
 def check_at_least(name: str, value: int, least: int) -> None:

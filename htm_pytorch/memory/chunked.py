@@ -108,8 +108,10 @@ class ChunkedMemory(NamedTuple):
             before = 0 if borders == "newest" else length - length % chunk_size
             steps = _insert(steps, before, missing)
             mask = _insert(mask, before, missing)
-        contents = steps.reshape(batch, -1, chunk_size, dim)
-        step_mask = None if mask is None else mask.reshape(batch, -1, chunk_size)
+        # The number of chunks is spelled out: it could not be inferred for a batch of 0.
+        sizes = (batch, steps.shape[1] // chunk_size, chunk_size)
+        contents = steps.reshape(*sizes, dim)
+        step_mask = None if mask is None else mask.reshape(sizes)
         summaries = summarise(contents, step_mask, eps if masked else 0.0)
         valid = (
             steps.new_ones(contents.shape[:2], dtype=torch.bool)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from htm_pytorch.memory import ChunkedMemory
-from htm_pytorch.ops import Impl, Recall, recall, recall_with_weights
+from htm_pytorch.ops import Impl, Recall, check_impl, recall, recall_with_weights
 from htm_pytorch.shapes import (
     check_at_least,
+    check_beside,
     check_device,
     check_floating,
     check_mask,
@@ -72,6 +73,7 @@ class HTMAttention(nn.Module):
         }
         for name, size in sizes.items():
             check_at_least(name, size, 1)
+        check_impl(impl)
         self.dim = dim
         self.dim_memory = dim_memory
         self.dim_features = dim_features
@@ -132,11 +134,7 @@ class HTMAttention(nn.Module):
         Raises:
             ValueError: names the argument, what came and what was expected.
         """
-        check_tensor("queries", queries, "B Q D", D=self.dim)
-        parameter = self.to_summary_queries.weight
-        autocast = torch.is_autocast_enabled(queries.device.type)
-        check_floating("queries", queries, None if autocast else parameter.dtype)
-        check_device("queries", queries, parameter.device)
+        self._check_queries(queries)
         memory = self._memory(queries, memories, mask)
         sizes = {"B": queries.shape[0], "Q": queries.shape[1], "M": memory.chunks}
         check_mask("chunk_attn_mask", chunk_attn_mask, "B Q M", queries.device, **sizes)
@@ -174,6 +172,10 @@ class HTMAttention(nn.Module):
         attended = self.attn.output(context) * seen.any(-1, keepdim=True)
         attended = attended + self._unused_biases()
         return attended if recalled is None else (attended, recalled)
+
+    def _check_queries(self, queries: Tensor) -> None:
+        check_tensor("queries", queries, "B Q D", D=self.dim)
+        check_beside("queries", queries, self.to_summary_queries.weight)
 
     def _memory(
         self, queries: Tensor, memories: Tensor | ChunkedMemory, mask: Tensor | None
@@ -296,7 +298,7 @@ class HTMBlock(nn.Module):
         return_recall: bool = False,
     ) -> Tensor | tuple[Tensor, Recall]:
         """Return the queries with what they recalled added, [B, Q, D]; see `HTMAttention`."""
-        check_tensor("queries", queries, "B Q D", D=self.attn.dim)
+        self.attn._check_queries(queries)
         normed = self.norm(queries)
         skip = queries if self.residual == "input" else normed
         if return_recall:

@@ -1,6 +1,6 @@
 """`HTMTransformer`: layers that attend to the recent past and recall the far past."""
 
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,8 @@ from htm_pytorch.nn.attention import HTMBlock
 from htm_pytorch.ops import Impl, Recall, masked_softmax
 from htm_pytorch.shapes import (
     check_at_least,
+    check_beside,
     check_device,
-    check_floating,
     check_mask,
     check_tensor,
 )
@@ -117,61 +117,65 @@ class HTMTransformer(nn.Module):
             LayerState(memory, *layer.local.initial_window(batch_size)) for layer in self._layers()
         )
 
+    @overload
     def forward(
         self,
         x: Tensor,
-        state: TransformerState,
+        state: TransformerState | None = None,
         is_first: Tensor | None = None,
         *,
         at: Tensor | None = None,
-    ) -> tuple[Tensor, TransformerState]:
+        return_recall: Literal[False] = False,
+    ) -> tuple[Tensor, TransformerState]: ...
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        state: TransformerState | None = None,
+        is_first: Tensor | None = None,
+        *,
+        at: Tensor | None = None,
+        return_recall: Literal[True],
+    ) -> tuple[Tensor, TransformerState, tuple[Recall, ...]]: ...
+
+    def forward(
+        self,
+        x: Tensor,
+        state: TransformerState | None = None,
+        is_first: Tensor | None = None,
+        *,
+        at: Tensor | None = None,
+        return_recall: bool = False,
+    ) -> tuple[Tensor, TransformerState] | tuple[Tensor, TransformerState, tuple[Recall, ...]]:
         """Return the outputs [B, T, D] and the state after the T steps.
 
         Args:
             x: [B, T, D].
-            state: from `initial_state` or the previous call. It carries no gradient.
+            state: from the previous call; None: `initial_state`. It carries no gradient.
             is_first: [B, T] bool, True where a row starts a new episode.
             at: [B, P] int64, return the outputs of these steps of each row only, [B, P, D]; the
                 last layer then computes no others.
+            return_recall: also return what each layer recalled. Chunk indices count the ring's
+                slots first, then the chunks that closed in this call, oldest first.
 
         Raises:
             ValueError: names the argument, what came and what was expected.
         """
-        y, state, _ = self._run(x, state, is_first, at, recalled=False)
-        return y, state
-
-    def recall(
-        self,
-        x: Tensor,
-        state: TransformerState,
-        is_first: Tensor | None = None,
-        *,
-        at: Tensor | None = None,
-    ) -> tuple[Tensor, TransformerState, tuple[Recall, ...]]:
-        """Do what `forward` does and also return what each layer recalled.
-
-        Chunk indices count the ring's slots first, then the chunks that closed in this call,
-        oldest first. With `at`, the last layer has those steps only.
-        """
-        return self._run(x, state, is_first, at, recalled=True)
-
-    def _run(
-        self,
-        x: Tensor,
-        state: TransformerState,
-        is_first: Tensor | None,
-        at: Tensor | None,
-        recalled: bool,
-    ) -> tuple[Tensor, TransformerState, tuple[Recall, ...]]:
+        check_tensor("x", x, "B T D", D=self.dim)
+        check_beside("x", x, self.norm.weight)
+        if state is None:
+            state = self.initial_state(x.shape[0])
         self._check(x, state, is_first, at)
         after: list[LayerState] = []
         recalls: list[Recall] = []
-        for number, (layer, layer_state) in enumerate(zip(self._layers(), state, strict=True)):
+        for number, (layer, before) in enumerate(zip(self._layers(), state, strict=True)):
             last = number == len(self.layers) - 1
-            x, new_state, recall = layer(x, layer_state, is_first, at if last else None, recalled)
-            after.append(new_state)
+            x, layer_state, recall = layer(x, before, is_first, at if last else None, return_recall)
+            after.append(layer_state)
             recalls.extend([] if recall is None else [recall])
-        return self.norm(x), tuple(after), tuple(recalls)
+        y = self.norm(x)
+        return (y, tuple(after), tuple(recalls)) if return_recall else (y, tuple(after))
 
     def _layers(self) -> "list[_Layer]":
         return cast("list[_Layer]", list(self.layers))
@@ -179,17 +183,19 @@ class HTMTransformer(nn.Module):
     def _check(
         self, x: Tensor, state: TransformerState, is_first: Tensor | None, at: Tensor | None
     ) -> None:
-        check_tensor("x", x, "B T D", D=self.dim)
-        parameter = self.norm.weight
-        autocast = torch.is_autocast_enabled(x.device.type)
-        check_floating("x", x, None if autocast else parameter.dtype)
-        check_device("x", x, parameter.device)
         batch, length, _ = x.shape
         check_mask("is_first", is_first, "B T", x.device, B=batch, T=length)
         if at is not None:
             check_tensor("at", at, "B P", B=batch)
+            check_device("at", at, x.device)
             if at.dtype != torch.int64:
                 raise ValueError(f"at: expected dtype torch.int64, got {at.dtype}")
+            # Looking at the data would wait for an accelerator and stop a compiler.
+            looks = at.device.type == "cpu" and not torch.compiler.is_compiling()
+            if looks and at.numel() and not 0 <= int(at.min()) <= int(at.max()) < length:
+                raise ValueError(
+                    f"at: expected steps 0 to {length - 1}, got {int(at.min())} to {int(at.max())}"
+                )
         if not isinstance(state, tuple) or len(state) != len(self.layers):
             raise ValueError(
                 f"state: expected a tuple of {len(self.layers)} layers' states, got "
@@ -199,7 +205,7 @@ class HTMTransformer(nn.Module):
             sizes = {"B": batch, "M": self.mem_chunks, "C": self.mem_chunk_size, "D": self.dim}
             name = f"state[{number}]"
             check_tensor(f"{name}.memory.contents", part.memory.contents, "B M C D", **sizes)
-            check_device(f"{name}.memory.contents", part.memory.contents, x.device)
+            check_beside(f"{name}.memory.contents", part.memory.contents, self.norm.weight)
             if part.memory.keep_across_episodes != self.keep_across_episodes:
                 raise ValueError(
                     f"{name}.memory.keep_across_episodes: expected {self.keep_across_episodes}, "
@@ -225,7 +231,7 @@ class _Layer(nn.Module):
         state: LayerState,
         is_first: Tensor | None,
         at: Tensor | None,
-        recalled: bool,
+        return_recall: bool,
     ) -> tuple[Tensor, LayerState, Recall | None]:
         attended, window = self.local(x, state, is_first)
         x = x + attended
@@ -235,7 +241,7 @@ class _Layer(nn.Module):
         if at is not None:
             x = x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))
             visible = visible.gather(1, at[..., None].expand(-1, -1, visible.shape[2]))
-        if recalled:
+        if return_recall:
             x, recall = self.htm(x, read, chunk_attn_mask=visible, return_recall=True)
         else:
             x, recall = self.htm(x, read, chunk_attn_mask=visible), None

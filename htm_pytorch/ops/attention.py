@@ -1,12 +1,13 @@
-"""`recall`: the one operation on the memory's side, its contract and the choice of who computes it."""
+"""`recall`: the one operation on the memory's side, its contract and who computes it."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from htm_pytorch.memory import ChunkedMemory
-from htm_pytorch.ops import dense, reference
+from htm_pytorch.ops import blocked, dense, reference
 from htm_pytorch.shapes import (
     check_at_least,
     check_device,
@@ -15,7 +16,7 @@ from htm_pytorch.shapes import (
     check_tensor,
 )
 
-Impl = Literal["auto", "reference", "dense"]
+Impl = Literal["auto", "reference", "blocked", "dense"]
 
 
 class Recall(NamedTuple):
@@ -56,8 +57,9 @@ def recall(
         k: how many chunks a query keeps, >= 1; all there are where there are fewer.
         positions: [C, D], added to the steps of every chunk.
         chunk_mask: [B, Q, M] bool, the chunks each query may see (of those that are valid).
-        impl: "reference" (plain, gathers all kept steps), "dense" (all chunks, two GEMMs; for
-            small memories) or "auto". A named one never falls back.
+        impl: "reference" (plain, gathers all kept steps), "blocked" (a few queries at a time; no
+            second derivatives), "dense" (all chunks, two GEMMs; for small memories) or "auto". A
+            named one never falls back.
 
     Returns:
         context [B, Q, H, D] in the dtype of `probe`; scores and softmaxes are at least float32.
@@ -68,17 +70,18 @@ def recall(
     Raises:
         ValueError: names the argument, what came and what was expected.
     """
+    check_impl(impl)
     arguments = _prepare(route, probe, memory, k, positions, chunk_mask)
-    with torch.autocast(route.device.type, enabled=False):
+    with _no_autocast(route.device.type):
         match impl:
             case "auto":
-                engine = dense.recall if _prefers_dense(probe, memory, k) else reference.recall
+                engine = dense.recall if _prefers_dense(probe, memory, k) else blocked.recall
             case "reference":
                 engine = reference.recall
+            case "blocked":
+                engine = blocked.recall
             case "dense":
                 engine = dense.recall
-            case _:
-                raise ValueError(f"impl: expected one of {get_args(Impl)}, got {impl!r}")
         return engine(*arguments)[0].to(probe.dtype)
 
 
@@ -93,10 +96,16 @@ def recall_with_weights(
 ) -> tuple[Tensor, Recall]:
     """Do what `recall` does and also return what was recalled, computed plainly."""
     arguments = _prepare(route, probe, memory, k, positions, chunk_mask)
-    with torch.autocast(route.device.type, enabled=False):
+    with _no_autocast(route.device.type):
         context, picked, weights, step_weights = reference.recall(*arguments)
     chunks = picked.chunks.masked_fill(~picked.kept, -1)
     return context.to(probe.dtype), Recall(chunks, weights, step_weights)
+
+
+def check_impl(impl: str) -> None:
+    """Raise a ValueError unless `impl` names an implementation."""
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl: expected one of {get_args(Impl)}, got {impl!r}")
 
 
 def _prepare(
@@ -130,6 +139,13 @@ def _prepare(
     if positions is not None:
         positions = positions.to(exact)
     return route.to(exact), probe.to(exact), memory, k, positions, chunk_mask
+
+
+def _no_autocast(device: str) -> AbstractContextManager[object]:
+    # The meta device, for one, has no autocast to turn off.
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _prefers_dense(probe: Tensor, memory: ChunkedMemory, k: int) -> bool:

@@ -1,4 +1,4 @@
-"""`recall` over all chunks at once: for memories so small that gathering costs more than it saves."""
+"""`recall` over all chunks at once: for memories so small that gathering costs more."""
 
 import torch
 from torch import Tensor

@@ -95,18 +95,15 @@ class Agent(nn.Module):
     ) -> tuple[Outputs, TransformerState]:
         """Return the outputs at the steps `at` [B, P] and the state after all T steps."""
         features, state = self.memory(self._encode(seen), state, seen.is_first, at=at)
-        values = self.value(features)[..., 0]
-        return Outputs(features, self.policy(features), values), state
+        return self._heads(features), state
 
     def recall(
         self, seen: Observations, state: TransformerState, at: Tensor
     ) -> tuple[Outputs, tuple[Recall, ...]]:
         """Return the outputs at the steps `at` [B, P] and what each layer recalled there."""
-        features, _, recalls = self.memory.recall(
-            self._encode(seen), state, seen.is_first, at=at
-        )
-        values = self.value(features)[..., 0]
-        return Outputs(features, self.policy(features), values), recalls
+        encoded = self._encode(seen)
+        features, _, recalls = self.memory(encoded, state, seen.is_first, at=at, return_recall=True)
+        return self._heads(features), recalls
 
     def reconstruction_loss(self, features: Tensor, frames: Tensor, instructions: Tensor) -> Tensor:
         """Return how badly features [X, D] tell the inputs [X, ...] they were made from.
@@ -116,6 +113,9 @@ class Agent(nn.Module):
         """
         words = nn.functional.cross_entropy(self.decode_instruction(features), instructions)
         return self.decode_frame.loss(features, frames) + words
+
+    def _heads(self, features: Tensor) -> Outputs:
+        return Outputs(features, self.policy(features), self.value(features)[..., 0])
 
     def _encode(self, seen: Observations) -> Tensor:
         return self.encode_frame(seen.frames) + self.encode_instruction(seen.instructions)
@@ -204,7 +204,9 @@ class ImageDecoder(nn.Module):
 
     def loss(self, features: Tensor, frames: Tensor) -> Tensor:
         """Return the cross entropy of frames [X, 99, 99, 3] as intensities, a pixel's mean."""
-        squares = nn.functional.relu(self.squares(features)).view(-1, 32, tables.BOARD, tables.BOARD)
+        squares = nn.functional.relu(self.squares(features)).view(
+            -1, 32, tables.BOARD, tables.BOARD
+        )
         target = frames.permute(0, 3, 1, 2).to(features.dtype) / 255
         return nn.functional.binary_cross_entropy_with_logits(self.tiles(squares), target)
 

@@ -25,7 +25,7 @@ def generalized_advantages(
     _require_same_shape(r_t=r_t, discount_t=discount_t, trace_t=trace_t, v_tm1=v_tm1, v_t=v_t)
     errors = r_t + discount_t * v_t - v_tm1
     advantages = torch.empty_like(errors)
-    following = torch.zeros_like(errors[0]) if len(errors) else None
+    following = errors.new_zeros(errors.shape[1])
     for time in reversed(range(len(errors))):
         following = errors[time] + discount_t[time] * trace_t[time] * following
         advantages[time] = following
@@ -52,8 +52,8 @@ def clipped_policy_losses(
 ) -> PolicyLosses:
     """Return the losses of PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7 and 9).
 
-    All [T, B] but logits [T, B, A]; `counts` is bool, False for steps to leave out. The value loss
-    is half the squared error, and the entropy is to be maximised.
+    All [T, B] but logits [T, B, A]; `counts` is bool, False for steps to leave out, whatever was
+    recorded there. The value loss is half the squared error, and the entropy is to be maximised.
     """
     _require_same_shape(
         values=values,
@@ -62,6 +62,10 @@ def clipped_policy_losses(
         advantages=advantages,
         returns=returns,
         counts=counts,
+    )
+    # Left out here already: a NaN would pass the mean's mask backwards.
+    old_log_probs, advantages, returns = (
+        part.where(counts, 0.0) for part in (old_log_probs, advantages, returns)
     )
     log_policy = logits.log_softmax(-1)
     log_probs = log_policy.gather(-1, actions[..., None])[..., 0]

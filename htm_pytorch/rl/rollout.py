@@ -38,7 +38,8 @@ class Rollout(NamedTuple):
 
     def rows(self, index: Tensor) -> "Rollout":
         """Return some rows of it."""
-        return torch.utils._pytree.tree_map_only(Tensor, lambda part: part[index], self)
+        seen = Observations(*(part[index] for part in self.seen))
+        return Rollout(seen, *(part[index] for part in self[1:]))
 
 
 @torch.no_grad()
@@ -50,18 +51,20 @@ def play(
     action_repeat: int,
     discount: float,
     trace: float,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
 ) -> tuple[Rollout, np.ndarray]:
     """Play `steps` steps of new episodes; return them and the returns of the rows' first episodes.
 
     Args:
         env: a vector environment, resetting in the step after an end.
-        agent: samples the actions.
-        steps: T. An episode still going on then bootstraps from its last decision.
+        agent: chooses the actions.
+        steps: T at most. An episode still going on then bootstraps from its last decision. Play
+            ends earlier when every row's first episode has, its last frame included.
         action_repeat: steps that one decision lasts.
         discount: from decision to decision.
         trace: lambda of the advantages.
-        generator: of the actions; episodes come from the environment's own.
+        generator: samples the actions; None takes the most probable. Episodes come from the
+            environment's own.
 
     The returns are NaN for rows whose first episode did not end.
     """
@@ -92,20 +95,27 @@ def play(
             output, state = agent(Observations(*recent), state, last)
             waiting = 0
             policy = output.logits[:, 0].log_softmax(-1)
-            choice = torch.multinomial(policy.exp(), 1, generator=generator)
+            if generator is None:
+                choice = policy.argmax(1, keepdim=True)
+            else:
+                choice = torch.multinomial(policy.exp(), 1, generator=generator)
             value[step] = output.values[:, 0].numpy()
             log_prob[step] = policy.gather(1, choice)[:, 0].numpy()
             action[step] = choice[:, 0].numpy()
             held_action = np.where(decided[step], action[step], held_action)
             held = np.where(decided[step], action_repeat, held)
+        if not np.isnan(first_return).any():
+            break
         observed, reward[step], terminated[step], truncated, _ = env.step(held_action)
         is_first = ended
         ended = terminated[step] | truncated
         held = np.where(is_first | ended, 0, np.maximum(held - 1, 0))
         over = ended & np.isnan(first_return)
         first_return = np.where(over, reward[: step + 1].sum(0), first_return)
+    played = len(frames)
     seen = Observations(torch.stack(frames, 1), torch.stack(words, 1), torch.stack(firsts, 1))
-    points = _compress(point, decided, reward, terminated, value, log_prob, action)
+    history = (point, decided, reward, terminated, value, log_prob, action)
+    points = _compress(*(part[:played] for part in history))
     return _with_advantages(points, seen, discount, trace), first_return
 
 
@@ -120,10 +130,9 @@ class _Points(NamedTuple):
 
     step: np.ndarray
     exists: np.ndarray
-    decided: np.ndarray
-    known: np.ndarray  # the outcome fell into the rollout
+    known: np.ndarray  # it is a decision and its outcome fell into the rollout
     ends: np.ndarray  # the episode terminated before the next point
-    truncated: np.ndarray  # the next point is the last frame of an episode out of time
+    next_known: np.ndarray  # the next point's outcome is known too
     reward: np.ndarray  # up to the next point
     value: np.ndarray
     log_prob: np.ndarray
@@ -158,14 +167,13 @@ def _compress(
 
     is_decision = exists & here(decided)
     ends = until_next(terminated) > 0
-    next_decides = np.concatenate([is_decision[1:], np.zeros((1, rows), bool)])
+    known = is_decision & (ends | has_next)
     return _Points(
         step=step,
         exists=exists,
-        decided=is_decision,
-        known=is_decision & (ends | has_next),
+        known=known,
         ends=ends,
-        truncated=has_next & ~next_decides & ~ends,
+        next_known=np.concatenate([known[1:], np.zeros((1, rows), bool)]),
         reward=until_next(reward),
         value=here(value),
         log_prob=here(log_prob),
@@ -173,16 +181,15 @@ def _compress(
     )
 
 
-def _with_advantages(
-    points: _Points, seen: Observations, discount: float, trace: float
-) -> Rollout:
+def _with_advantages(points: _Points, seen: Observations, discount: float, trace: float) -> Rollout:
     value = torch.from_numpy(points.value)
     known = torch.from_numpy(points.known)
     goes_on = torch.from_numpy(points.known & ~points.ends)
     advantages = generalized_advantages(
         r_t=torch.from_numpy(points.reward).to(value.dtype),
         discount_t=discount * goes_on.to(value.dtype),
-        trace_t=trace * (goes_on & ~torch.from_numpy(points.truncated)).to(value.dtype),
+        # Out of time, or cut: the next value counts, what came after it does not.
+        trace_t=trace * (goes_on & torch.from_numpy(points.next_known)).to(value.dtype),
         v_tm1=value,
         v_t=torch.cat([value[1:], torch.zeros_like(value[:1])]),
     )

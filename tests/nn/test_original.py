@@ -158,9 +158,7 @@ def test_widths_of_query_memory_and_output_may_differ(biases: bool, positions: b
         weights[f"attn.to_kv.{suffix}"] = torch.cat(keys_values)
         weights[f"attn.to_out.{suffix}"] = one["within_mem_attn/linear"]
     table = sinusoid(chunk_size, dim_memory, torch.float64, queries.device) if positions else None
-    expected = reference.htm_attention(
-        queries, memory, weights, heads=heads, k=3, positions=table
-    )
+    expected = reference.htm_attention(queries, memory, weights, heads=heads, k=3, positions=table)
     assert out.shape == (2, 3, dim_features)
     assert_near(out, expected, 1e-10)
 

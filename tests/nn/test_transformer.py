@@ -138,7 +138,7 @@ def test_outputs_at_some_steps_are_those_of_all_steps() -> None:
 def test_recall_names_chunks_a_step_could_see() -> None:
     model = build()
     x = torch.randn(1, 20, 12, dtype=torch.float64)
-    y, _, recalls = model.recall(x, model.initial_state(1))
+    y, _, recalls = model(x, return_recall=True)
     torch.testing.assert_close(y, model(x, model.initial_state(1))[0])
     assert len(recalls) == 2
     for step, chunks in enumerate(recalls[0].chunks[0].tolist()):
@@ -160,7 +160,9 @@ def test_recall_names_chunks_a_step_could_see() -> None:
             lambda m, x: m(x, m.initial_state(2)[:1]),
             r"state: expected a tuple of 2 .* got 1 of them",
         ),
-        (lambda m, x: m(x, None), r"state: expected a tuple of 2 layers' states, got NoneType"),
+        (lambda m, x: m(x, [1, 2]), r"state: expected a tuple of 2 layers' states, got list"),
+        (lambda m, x: m(x, build().float().initial_state(2)), r"state\[0\].*expected dtype"),
+        (lambda m, x: m(x, at=torch.tensor([[0], [5]])), r"at: expected steps 0 to 4, got 0 to 5"),
         (lambda m, x: m(x, build(window=9).initial_state(2)), r"state\[0\].keys: expected shape"),
         (lambda m, x: m(x, build(mem_chunks=9).initial_state(2)), r"state\[0\].memory.contents"),
         (lambda m, x: m(x, m.initial_state(2), x[..., 0]), r"is_first: expected dtype torch.bool"),

@@ -1,4 +1,4 @@
-"""Every implementation of `recall` against the plain one: values, every gradient, what must not leak."""
+"""Every implementation of `recall` against the plain one: values, gradients, what must not leak."""
 
 from typing import Any, NamedTuple, get_args
 

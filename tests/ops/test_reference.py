@@ -1,4 +1,4 @@
-"""The definition of correct: against loops written from the formulas, and the identity of the layer."""
+"""What is correct: against loops written from the formulas, and the identity of the layer."""
 
 import math
 from typing import Any

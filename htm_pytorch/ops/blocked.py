@@ -1,0 +1,323 @@
+"""`recall` in blocks of queries: one reused buffer that stays in cache, a backward that recomputes.
+
+Picked chunks are gathered a few queries at a time, so extra memory grows neither with the memory
+nor with Q * k * C * D. Plain torch operations, on any device; registered as an operator, so that
+compilers and `torch.func` see one node.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from htm_pytorch.memory import ChunkedMemory
+from htm_pytorch.ops.reference import Selection, masked_softmax
+
+BUFFER_BYTES = 4 * 2**20
+"""Of gathered steps: about what two cores keep in their caches."""
+SCORE_BYTES = 16 * 2**20
+"""Of router scores held at a time."""
+
+
+def recall(
+    route: Tensor,
+    probe: Tensor,
+    memory: ChunkedMemory,
+    k: int,
+    positions: Tensor | None,
+    chunk_mask: Tensor | None,
+) -> tuple[Tensor, Selection, Tensor, None]:
+    """Compute what `reference.recall` computes, but for the step weights."""
+    context, chunks, weights = _forward(
+        route,
+        probe,
+        memory.contents,
+        memory.summaries,
+        memory.valid,
+        memory.step_mask,
+        positions,
+        chunk_mask,
+        k,
+    )
+    kept = chunks >= 0
+    return context, Selection(chunks.clamp(min=0), kept), weights, None
+
+
+@torch.library.custom_op("htm_pytorch::blocked_recall", mutates_args=())
+def _forward(
+    route: Tensor,
+    probe: Tensor,
+    contents: Tensor,
+    summaries: Tensor,
+    valid: Tensor,
+    step_mask: Tensor | None,
+    positions: Tensor | None,
+    chunk_mask: Tensor | None,
+    k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    scores, chunks = _select(route, summaries, valid, chunk_mask, k)
+    weights = masked_softmax(scores, chunks >= 0)
+    blocks = _Blocks(probe, contents, step_mask, positions, chunks, weights)
+    context = torch.zeros_like(probe)
+    flat = context.flatten(0, 1)
+    for rows in blocks.split():
+        steps, mask = blocks.gather(rows)
+        attended = blocks.attend(rows, steps, mask) * blocks.weights[rows, None, :, None]
+        block = torch.bmm(attended.flatten(2), steps)
+        if positions is not None:
+            block = block + attended.sum(2) @ positions
+        flat[rows] = block
+    return context, chunks, weights
+
+
+@_forward.register_fake
+def _(
+    route: Tensor,
+    probe: Tensor,
+    contents: Tensor,
+    summaries: Tensor,
+    valid: Tensor,
+    step_mask: Tensor | None,
+    positions: Tensor | None,
+    chunk_mask: Tensor | None,
+    k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kept = min(k, summaries.shape[1])
+    weights = route.new_empty(*route.shape[:2], kept)
+    return torch.empty_like(probe), weights.to(torch.int64), weights
+
+
+@torch.library.custom_op("htm_pytorch::blocked_recall_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    route: Tensor,
+    probe: Tensor,
+    contents: Tensor,
+    summaries: Tensor,
+    step_mask: Tensor | None,
+    positions: Tensor | None,
+    chunks: Tensor,
+    weights: Tensor,
+    to_contents: bool,
+    to_summaries: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of route, probe, contents, summaries, positions; empty where not asked for."""
+    blocks = _Blocks(probe, contents, step_mask, positions, chunks, weights)
+    grad = grad.flatten(0, 1)
+    grad_probe = torch.zeros_like(probe)
+    grad_weights = torch.zeros_like(weights)
+    grad_positions = probe.new_zeros(positions.shape if positions is not None else 0)
+    # Whole, in the precision of the sums; cast once at the end.
+    grad_contents = probe.new_zeros(contents.shape if to_contents else (0,) * 4)
+    for rows in blocks.split():
+        steps, mask = blocks.gather(rows)
+        inside = blocks.attend(rows, steps, mask)
+        weight = blocks.weights[rows, None, :, None]
+        grad_inside = torch.bmm(grad[rows], steps.mT).unflatten(2, inside.shape[2:])
+        if positions is not None:
+            grad_inside = grad_inside + (grad[rows] @ positions.mT)[:, :, None]
+        gained = inside * grad_inside
+        total = gained.sum(3, keepdim=True)
+        grad_weights.flatten(0, 1)[rows] = total.sum((1, 3))
+        grad_logits = (gained - inside * total) * weight
+        block = torch.bmm(grad_logits.flatten(2), steps)
+        if positions is not None:
+            block = block + grad_logits.sum(2) @ positions
+            by_position = grad_logits.sum(2).flatten(0, 1).mT @ blocks.probe[rows].flatten(0, 1)
+            mixed = (inside * weight).sum(2).flatten(0, 1).mT @ grad[rows].flatten(0, 1)
+            grad_positions += by_position + mixed
+        grad_probe.flatten(0, 1)[rows] = block
+        if to_contents:
+            grad_steps = torch.bmm(grad_logits.flatten(2).mT, blocks.probe[rows])
+            grad_steps += torch.bmm((inside * weight).flatten(2).mT, grad[rows])
+            grad_steps = grad_steps.unflatten(1, (-1, contents.shape[2]))
+            if mask is not None:
+                grad_steps = grad_steps.masked_fill(~mask[..., None], 0.0)
+            target = grad_contents.flatten(0, 1)
+            target.index_add_(0, blocks.slots[rows].flatten(), grad_steps.flatten(0, 1))
+    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
+    row = _memory_row(contents, route.shape[0])
+    picked = chunks.clamp(min=0)
+    kept_summaries = summaries[row, picked].masked_fill((chunks < 0)[..., None], 0.0)
+    grad_route = torch.einsum("bqk,bqkd->bqd", grad_scores, kept_summaries.to(route.dtype))
+    grad_summaries = route.new_zeros(summaries.shape if to_summaries else (0,) * 3)
+    if to_summaries:
+        slots = (row * contents.shape[1] + picked).flatten()
+        earned = grad_scores[..., None] * route[:, :, None]
+        grad_summaries.flatten(0, 1).index_add_(0, slots, earned.flatten(0, 2))
+    return (
+        grad_route,
+        grad_probe,
+        grad_contents.to(contents.dtype),
+        grad_summaries.to(summaries.dtype),
+        grad_positions,
+    )
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    route: Tensor,
+    probe: Tensor,
+    contents: Tensor,
+    summaries: Tensor,
+    step_mask: Tensor | None,
+    positions: Tensor | None,
+    chunks: Tensor,
+    weights: Tensor,
+    to_contents: bool,
+    to_summaries: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(route),
+        torch.empty_like(probe),
+        contents.new_empty(contents.shape if to_contents else (0,) * 4),
+        summaries.new_empty(summaries.shape if to_summaries else (0,) * 3),
+        probe.new_empty(positions.shape if positions is not None else 0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    route, probe, contents, summaries, _, step_mask, positions, _, _ = inputs
+    _, chunks, weights = output
+    ctx.mark_non_differentiable(chunks, weights)
+    ctx.save_for_backward(route, probe, contents, summaries, step_mask, positions, chunks, weights)
+
+
+def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad
+    grads = _backward(grad.contiguous(), *ctx.saved_tensors, needs[2], needs[3])
+    route, probe, contents, summaries, positions = grads
+    return (
+        route,
+        probe,
+        contents if needs[2] else None,
+        summaries if needs[3] else None,
+        None,
+        None,
+        positions if needs[6] else None,
+        None,
+        None,
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def _one_by_one(operator: Any) -> Any:
+    """Map an operator over a new axis by calling it for each index."""
+
+    def mapped(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        results = []
+        for index in range(info.batch_size):
+            pairs = zip(args, in_dims, strict=True)
+            results.append(operator(*(a if d is None else a.select(d, index) for a, d in pairs)))
+        outputs = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return outputs, (0,) * len(outputs)
+
+    return mapped
+
+
+for _operator in (_forward, _backward):
+    _operator.register_vmap(_one_by_one(_operator))
+
+
+class _Blocks:
+    """The (row, query) pairs in blocks, and the steps they picked."""
+
+    def __init__(
+        self,
+        probe: Tensor,
+        contents: Tensor,
+        step_mask: Tensor | None,
+        positions: Tensor | None,
+        chunks: Tensor,
+        weights: Tensor,
+    ):
+        self.probe = probe.flatten(0, 1)
+        self.contents = contents
+        self.step_mask = step_mask
+        self.positions = positions
+        self.chunks = chunks.flatten(0, 1)
+        self.weights = weights.flatten(0, 1)
+        batch, queries, k = chunks.shape
+        row = _memory_row(contents, batch)
+        self.row = row.expand(batch, queries, k).flatten(0, 1)
+        self.slots = self.row * contents.shape[1] + self.chunks.clamp(min=0)
+        # Looking at data would wait for an accelerator; there, the mask is always applied.
+        self.complete = chunks.device.type == "cpu" and bool((chunks >= 0).all())
+        picked = k * contents.shape[2] * contents.shape[3]
+        self.size = max(1, BUFFER_BYTES // max(1, picked * probe.itemsize))
+        same = contents.dtype == probe.dtype and contents.is_contiguous()
+        shape = (min(self.size, len(self.probe)) * k, *contents.shape[2:])
+        self.buffer = contents.new_empty(shape) if same else None
+
+    def split(self) -> list[slice]:
+        rows = len(self.probe)
+        if not self.chunks.shape[1]:
+            return []
+        return [slice(start, min(start + self.size, rows)) for start in range(0, rows, self.size)]
+
+    def gather(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Return the picked steps [X, K * C, D], blank where the mask [X, K, C] says so."""
+        slots = self.slots[rows]
+        if self.buffer is not None:
+            steps = self.buffer[: slots.numel()]
+            torch.index_select(self.contents.flatten(0, 1), 0, slots.flatten(), out=steps)
+            steps = steps.unflatten(0, slots.shape)
+        else:
+            steps = self.contents[self.row[rows], self.chunks[rows].clamp(min=0)]
+            steps = steps.to(self.probe.dtype)
+        mask = None
+        if not self.complete:
+            mask = (self.chunks[rows] >= 0)[..., None].expand(steps.shape[:3])
+        if self.step_mask is not None:
+            stepwise = self.step_mask[self.row[rows], self.chunks[rows].clamp(min=0)]
+            mask = stepwise if mask is None else mask & stepwise
+        if mask is not None:
+            steps.masked_fill_(~mask[..., None], 0.0)
+        return steps.flatten(1, 2), mask
+
+    def attend(self, rows: slice, steps: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the softmax inside each chunk, [X, H, K, C]."""
+        probe = self.probe[rows]
+        logits = torch.bmm(probe, steps.mT).unflatten(2, (self.chunks.shape[1], -1))
+        if self.positions is not None:
+            logits += (probe @ self.positions.mT)[:, :, None]
+        return logits.softmax(-1) if mask is None else masked_softmax(logits, mask[:, None])
+
+
+def _memory_row(contents: Tensor, batch: int) -> Tensor:
+    """[B, 1, 1]: the memory's row that each row of queries reads."""
+    row = torch.arange(batch, device=contents.device)[:, None, None]
+    return row if contents.shape[0] > 1 else torch.zeros_like(row)
+
+
+def _select(
+    route: Tensor, summaries: Tensor, valid: Tensor, chunk_mask: Tensor | None, k: int
+) -> tuple[Tensor, Tensor]:
+    """Return the best scores and their chunks [B, Q, K], best first; -1 where there are fewer.
+
+    Scores of at most SCORE_BYTES at a time: the memory is scanned in pieces.
+    """
+    batch, queries, _ = route.shape
+    chunks = summaries.shape[1]
+    k = min(k, chunks)
+    piece = max(k, SCORE_BYTES // max(1, batch * queries * route.itemsize))
+    best = route.new_empty(batch, queries, 0)
+    found = torch.empty(batch, queries, 0, dtype=torch.int64, device=route.device)
+    for start in range(0, chunks, piece):
+        end = min(start + piece, chunks)
+        allowed = valid[:, None, start:end]
+        if chunk_mask is not None:
+            allowed = allowed & chunk_mask[:, :, start:end]
+        scores = torch.matmul(route, summaries[:, start:end].to(route.dtype).mT)
+        scores = scores.masked_fill_(~allowed, -torch.inf)
+        top, index = scores.topk(min(k, end - start), dim=-1)
+        ok = allowed.expand_as(scores).gather(2, index)
+        best = torch.cat([best, top], -1)
+        found = torch.cat([found, torch.where(ok, index + start, -1)], -1)
+        if start:
+            best, order = best.topk(k, dim=-1)
+            found = found.gather(2, order)
+    return best, found

@@ -1,0 +1,56 @@
+"""The examples run as they stand, without a warning, and print what they promise."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name: str) -> str:
+    # Warnings of imported packages are theirs; ours are of class UserWarning.
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", EXAMPLES / name],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_has_a_test() -> None:
+    names = {path.name for path in EXAMPLES.glob("*.py")}
+    assert names == {"01_attention.py", "02_streaming.py", "03_train_ballet.py"}
+
+
+def test_attention_learns_to_keep_the_right_chunk() -> None:
+    printed = run("01_attention.py")
+    rows = re.findall(r"^ *\d+ +([\d.]+) +[\d.]+ +([\d.]+)$", printed, re.MULTILINE)
+    first, last = rows[0], rows[-1]
+    assert float(first[0]) < 0.3 and float(last[0]) > 0.7
+    assert float(last[1]) < 0.5 * float(first[1])
+    change = re.search(r"changes the output by (\S+)\.$", printed, re.MULTILINE)
+    assert change and float(change[1]) < 1e-4
+
+
+def test_stream_in_pieces_equals_the_whole() -> None:
+    printed = run("02_streaming.py")
+    apart = re.search(r"all at once: (\S+) apart", printed)
+    assert apart and float(apart[1]) < 1e-5
+    # 300 steps and, for the second row, 100 since its new episode; chunks of 8.
+    assert "row 0: 16 chunks to recall and 4 steps" in printed
+    assert "row 1: 12 chunks to recall and 4 steps" in printed
+
+
+def test_training_goes_through_all_parts() -> None:
+    for package in ("gymnasium", "matplotlib", "safetensors", "tensorboard", "tqdm"):
+        pytest.importorskip(package)
+    printed = run("03_train_ballet.py")
+    assert "unseen episodes: success" in printed
+    assert "checkpoint.safetensors config.json curve.png" in printed
