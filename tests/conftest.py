@@ -1,6 +1,7 @@
 """What holds in every test: a fixed seed, and memory that was never written shows as NaN."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,6 +22,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tiny tensors: faster, and sums have the same last bits wherever they are made."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def poisoned(make):

@@ -100,7 +100,10 @@ class ChunkedMemory(NamedTuple):
         if borders not in ("oldest", "newest"):
             raise ValueError(f"borders: expected 'oldest' or 'newest', got {borders!r}")
         missing = -length % chunk_size
-        masked = mask is not None
+        if mask is None:
+            eps = 0.0
+        elif _may_branch(mask) and bool(mask.all()):
+            mask = None
         if missing:
             if mask is None:
                 mask = steps.new_ones(batch, length, dtype=torch.bool)
@@ -112,7 +115,7 @@ class ChunkedMemory(NamedTuple):
         sizes = (batch, steps.shape[1] // chunk_size, chunk_size)
         contents = steps.reshape(*sizes, dim)
         step_mask = None if mask is None else mask.reshape(sizes)
-        summaries = summarise(contents, step_mask, eps if masked else 0.0)
+        summaries = summarise(contents, step_mask, eps)
         valid = (
             steps.new_ones(contents.shape[:2], dtype=torch.bool)
             if step_mask is None
@@ -398,15 +401,20 @@ class Unrolled(NamedTuple):
 
 
 def summarise(contents: Tensor, step_mask: Tensor | None, eps: float = 0.0) -> Tensor:
-    """Return the summaries [B, M, D]: means of the valid steps of contents [B, M, C, D].
+    """Return the summaries [B, M, D]: sums of the valid steps over (count + eps).
 
-    With a mask: their sum over (count + eps), zero where no step is valid.
+    Zero where no step is valid.
     """
+    chunks, chunk_size = contents.shape[1:3]
     if step_mask is None:
-        return contents.mean(2)
-    total = contents.masked_fill(~step_mask[..., None], 0.0).sum(2)
+        return contents.mean(2) if not eps else contents.sum(2) / (chunk_size + eps)
+    # In pieces: masking copies, and a copy of the whole memory would double it.
+    piece = max(64, -(-chunks // 16))
+    pairs = zip(contents.split(piece, 1), step_mask.split(piece, 1), strict=True)
+    total = torch.cat([part.masked_fill(~mask[..., None], 0.0).sum(2) for part, mask in pairs], 1)
     count = step_mask.sum(2).clamp(min=1)[..., None]
-    return total / (count.to(torch.promote_types(total.dtype, torch.float32)) + eps).to(total.dtype)
+    exact = torch.promote_types(total.dtype, torch.float32)
+    return total / (count.to(exact) + eps).to(total.dtype)
 
 
 class _Plan(NamedTuple):
@@ -453,8 +461,10 @@ class _Closed(NamedTuple):
 
 
 def _may_branch(tensor: Tensor) -> bool:
-    """Whether looking at data is cheap and allowed: not on an accelerator, not when compiling."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether looking at data is cheap and allowed: on the CPU, not when compiled or mapped."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not torch._C._are_functorch_transforms_active()
 
 
 def _insert(steps: Tensor, before: int, missing: int) -> Tensor:

@@ -58,7 +58,7 @@ def _forward(
     scores, chunks = _select(route, summaries, valid, chunk_mask, k)
     weights = masked_softmax(scores, chunks >= 0)
     blocks = _Blocks(probe, contents, step_mask, positions, chunks, weights)
-    context = torch.zeros_like(probe)
+    context = probe.new_zeros(probe.shape)
     flat = context.flatten(0, 1)
     for rows in blocks.split():
         steps, mask = blocks.gather(rows)
@@ -84,7 +84,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kept = min(k, summaries.shape[1])
     weights = route.new_empty(*route.shape[:2], kept)
-    return torch.empty_like(probe), weights.to(torch.int64), weights
+    return probe.new_empty(probe.shape), weights.to(torch.int64), weights
 
 
 @torch.library.custom_op("htm_pytorch::blocked_recall_backward", mutates_args=())
@@ -104,8 +104,8 @@ def _backward(
     """Gradients of route, probe, contents, summaries, positions; empty where not asked for."""
     blocks = _Blocks(probe, contents, step_mask, positions, chunks, weights)
     grad = grad.flatten(0, 1)
-    grad_probe = torch.zeros_like(probe)
-    grad_weights = torch.zeros_like(weights)
+    grad_probe = probe.new_zeros(probe.shape)
+    grad_weights = weights.new_zeros(weights.shape)
     grad_positions = probe.new_zeros(positions.shape if positions is not None else 0)
     # Whole, in the precision of the sums; cast once at the end.
     grad_contents = probe.new_zeros(contents.shape if to_contents else (0,) * 4)
@@ -146,7 +146,7 @@ def _backward(
         earned = grad_scores[..., None] * route[:, :, None]
         grad_summaries.flatten(0, 1).index_add_(0, slots, earned.flatten(0, 2))
     return (
-        grad_route,
+        grad_route.contiguous(),
         grad_probe,
         grad_contents.to(contents.dtype),
         grad_summaries.to(summaries.dtype),
@@ -169,8 +169,8 @@ def _(
     to_summaries: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
-        torch.empty_like(route),
-        torch.empty_like(probe),
+        route.new_empty(route.shape),
+        probe.new_empty(probe.shape),
         contents.new_empty(contents.shape if to_contents else (0,) * 4),
         summaries.new_empty(summaries.shape if to_summaries else (0,) * 3),
         probe.new_empty(positions.shape if positions is not None else 0),
@@ -303,7 +303,7 @@ def _select(
     batch, queries, _ = route.shape
     chunks = summaries.shape[1]
     k = min(k, chunks)
-    piece = max(k, SCORE_BYTES // max(1, batch * queries * route.itemsize))
+    piece = max(k, 1, SCORE_BYTES // max(1, batch * queries * route.itemsize))
     best = route.new_empty(batch, queries, 0)
     found = torch.empty(batch, queries, 0, dtype=torch.int64, device=route.device)
     for start in range(0, chunks, piece):

@@ -100,9 +100,6 @@ class TrainConfig:
                 f"minibatches: expected a divisor of num_envs = {self.num_envs}, "
                 f"got {self.minibatches}"
             )
-        for name in ("learning_rate", "clip", "max_grad_norm"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
         for name in ("discount", "trace", "stop_at"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")

@@ -78,7 +78,7 @@ def train(config: TrainConfig) -> Agent:
         smoothing=0.05,
     )
     with (
-        SummaryWriter(config.run_dir, purge_step=batch * config.num_envs) as board,
+        SummaryWriter(config.run_dir, purge_step=batch * config.num_envs + 1) as board,
         history,
         progress,
     ):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 import htm_pytorch
 from htm_pytorch import ChunkedMemory, HTMAttention, HTMBlock
 from htm_pytorch.nn.attention import sinusoid
-from htm_pytorch.ops import reference
+from htm_pytorch.ops import Impl, reference
 from tests.helpers import assert_near, leaf, relative_error, value_and_gradients
+
+IMPLS = get_args(Impl)
 
 
 def build(kind: Any = HTMAttention, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
@@ -236,7 +238,7 @@ def blind_calls() -> dict[str, tuple[Any, Tensor | None, Tensor | None]]:
     }
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference", "dense"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", blind_calls())
 def test_nothing_to_see_gives_exactly_zeros(name: str, impl: Any) -> None:
     memories, mask, chunk_mask = blind_calls()[name]
@@ -293,7 +295,7 @@ def test_k_is_clamped_to_the_chunks_there_are() -> None:
     assert_near(layer(queries, memories[:, :6]), two, 1e-13)
 
 
-@pytest.mark.parametrize("impl", ["reference", "dense"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_a_memory_of_batch_1_is_shared(impl: Any) -> None:
     layer = build(impl=impl, detach_memories=False)
     queries, memories = normal(3, 5, 6), normal(1, 18, 6)
@@ -587,8 +589,9 @@ def test_used_twice_in_one_graph() -> None:
 
 
 class TestFunctionalTransforms:
-    def test_grad_of_functional_call(self) -> None:
-        layer = build(inner_bias=True)
+    @pytest.mark.parametrize("impl", IMPLS)
+    def test_grad_of_functional_call(self, impl: Any) -> None:
+        layer = build(inner_bias=True, impl=impl)
         queries, memories, cotangent = normal(2, 5, 6), normal(2, 18, 6), normal(2, 5, 6)
 
         def loss(parameters: dict[str, Tensor]) -> Tensor:
@@ -600,15 +603,17 @@ class TestFunctionalTransforms:
         for name, gradient in gradients_of(layer).items():
             assert_near(gradients[name], gradient, 1e-12, name)
 
-    def test_vmap_over_queries(self) -> None:
-        layer = build()
+    @pytest.mark.parametrize("impl", IMPLS)
+    def test_vmap_over_queries(self, impl: Any) -> None:
+        layer = build(impl=impl)
         queries, memories = normal(3, 2, 5, 6), normal(2, 18, 6)
         got = torch.vmap(layer, in_dims=(0, None))(queries, memories)
         expected = torch.stack([layer(part, memories) for part in queries])
         assert_near(got, expected, 1e-12)
 
-    def test_vmap_over_rows_gives_gradients_per_sample(self) -> None:
-        layer = build()
+    @pytest.mark.parametrize("impl", IMPLS)
+    def test_vmap_over_rows_gives_gradients_per_sample(self, impl: Any) -> None:
+        layer = build(impl=impl)
         queries, memories = normal(3, 5, 6), normal(3, 18, 6)
         mask = torch.rand(3, 18) < 0.8
         parameters = {name: value.detach() for name, value in layer.named_parameters()}
@@ -630,7 +635,8 @@ class TestFunctionalTransforms:
     # torch itself still scripts some of its forward derivatives.
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
     def test_jacobian_forward_equals_reverse(self) -> None:
-        layer = build()
+        # Of plain operations; a kernel with a derivative of its own has the reverse one only.
+        layer = build(impl="reference")
         queries, memories = normal(1, 2, 6), normal(1, 18, 6)
 
         def run(queries: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
 """Compiled and exported layers: whole graphs, equal to the plain ones, gradients included."""
 
 import copy
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from htm_pytorch import ChunkedMemory, HTMAttention, HTMBlock, HTMTransformer
+from htm_pytorch.ops import Impl
 from tests.helpers import assert_near
 
 pytestmark = pytest.mark.compile
@@ -59,7 +60,7 @@ def assert_compiles(
                 assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("impl", ["reference", "dense", "auto"])
+@pytest.mark.parametrize("impl", get_args(Impl))
 def test_attention_over_a_tensor(impl: Any) -> None:
     layer = layer_of(impl=impl, inner_bias=True)
     mask, chunk_mask = torch.rand(2, 18) < 0.7, torch.rand(2, 5, 5) < 0.7

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch import ChunkedMemory, Recall
-from htm_pytorch.ops import Impl, recall, recall_with_weights
+from htm_pytorch.ops import Impl, blocked, recall, recall_with_weights
 from tests.helpers import assert_near, memory_of, relative_error, value_and_gradients
 
 IMPLS = get_args(Impl)
@@ -146,6 +146,14 @@ def assert_same(problem: Problem, impl: Any, tolerance: float) -> None:
 @pytest.mark.parametrize("sizes", CASES.values(), ids=[name.split(":")[0] for name in CASES])
 def test_equals_the_reference(impl: Any, sizes: Sizes) -> None:
     assert_same(Problem(sizes), impl, 1e-10)
+
+
+@pytest.mark.parametrize("sizes", CASES.values(), ids=[name.split(":")[0] for name in CASES])
+def test_blocked_in_the_smallest_pieces(sizes: Sizes, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One query a block, k chunks scored at a time: the sizes above fit into one block otherwise.
+    monkeypatch.setattr(blocked, "BUFFER_BYTES", 1)
+    monkeypatch.setattr(blocked, "SCORE_BYTES", 1)
+    assert_same(Problem(sizes), "blocked", 1e-10)
 
 
 @pytest.mark.parametrize("impl", FAST)

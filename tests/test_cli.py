@@ -1,0 +1,155 @@
+"""The command line: what it offers, what it prints last, and how it fails."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from htm_pytorch import cli
+from htm_pytorch.rl import TrainConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = [
+    "--dim=16",
+    "--heads=2",
+    "--num-envs=8",
+    "--minibatches=2",
+    "--episodes=16",
+    "--eval-episodes=8",
+]
+
+
+def htm(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
+    """Run the command in this process and return what it exits with."""
+    monkeypatch.setattr(sys, "argv", ["htm", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+        sys.exit(0)
+    return left.value.code
+
+
+def htm_process(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", "from htm_pytorch.cli import main; main()", *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_help_names_the_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert htm(monkeypatch, "--help") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: htm ")
+    assert "train" in printed and "eval" in printed
+
+
+def test_help_of_train_lists_the_config(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert htm(monkeypatch, "train", "--help") == 0
+    printed = capsys.readouterr().out.split()
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')}" in printed
+
+
+def test_help_of_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert htm(monkeypatch, "eval", "--help") == 0
+    printed = capsys.readouterr().out.split()
+    assert {"--run-dir", "--episodes", "--seed"} <= set(printed)
+
+
+def test_train_then_eval(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The last line says how well it did and where the picture is; eval repeats it."""
+    run_dir = tmp_path / "run"
+    assert htm(monkeypatch, "train", f"--run-dir={run_dir}", *TINY) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("success 0.") or line.startswith("success 1.")
+    assert "on 8 unseen episodes (chance 0.50)" in line
+    picture = Path(line.split(": ")[-1])
+    assert picture.parent == run_dir and picture.is_file()
+
+    picture.unlink()
+    assert htm(monkeypatch, "eval", "--run-dir", run_dir) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == line
+    assert picture.is_file()
+
+    wrong = htm(monkeypatch, "train", f"--run-dir={run_dir}", *TINY)
+    assert_one_line(wrong, "already holds a run")
+    wrong = htm(monkeypatch, "train", f"--run-dir={run_dir}", "--resume", *TINY, "--seed=1")
+    assert_one_line(wrong, "different in ['seed']")
+    checkpoint = run_dir / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    assert_one_line(htm(monkeypatch, "eval", "--run-dir", run_dir), "is truncated or not")
+
+
+def assert_one_line(left_with: object, message: str) -> None:
+    """What Python prints to stderr, ending with code 1."""
+    assert isinstance(left_with, str)
+    assert left_with.startswith("htm: ") and "\n" not in left_with
+    assert message in left_with
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--heads=3"], "heads: expected a divisor of dim = 64, got 3"),
+        (
+            ["train", "--run-dir={tmp}/run", "--num-dancers=9"],
+            "num_dancers: expected 1 to 8, got 9",
+        ),
+        (["train", "--run-dir={tmp}/run", "--dance-delay=500", "--num-dancers=8"], "dance_delay: "),
+        (["train", "--run-dir={tmp}/file/run"], "Not a directory"),
+        (["train", "--run-dir={tmp}/file"], "exists"),
+        (["eval", "--run-dir={tmp}/nothing"], "run_dir: expected a run"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_error_is_one_line(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("not a run")
+    filled = [argument.format(tmp=tmp_path) for argument in arguments]
+    assert_one_line(htm(monkeypatch, *filled), message)
+    assert (tmp_path / "file").read_text() == "not a run"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failed_process_prints_one_line_and_no_traceback() -> None:
+    done = htm_process("train", "--num-envs=7")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "htm: minibatches: expected a divisor of num_envs = 7, got 4\n"
+
+
+def test_an_unknown_option_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert htm(monkeypatch, "train", "--colour=red") == 2
+    assert "--colour" in capsys.readouterr().err
+
+
+def test_stopping_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import htm_pytorch.rl
+
+    def stopped(config: TrainConfig) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(htm_pytorch.rl, "train", stopped)
+    assert_one_line(htm(monkeypatch, "train", f"--run-dir={tmp_path}/run"), "--resume goes on")
+
+
+def test_without_the_extra_the_message_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert_one_line(htm(monkeypatch, "train"), "needs the extra `rl`")
