@@ -58,8 +58,8 @@ def recall(
         positions: [C, D], added to the steps of every chunk.
         chunk_mask: [B, Q, M] bool, the chunks each query may see (of those that are valid).
         impl: "reference" (plain, gathers all kept steps), "blocked" (a few queries at a time; no
-            second derivatives), "dense" (all chunks, two GEMMs; for small memories) or "auto". A
-            named one never falls back.
+            second derivatives, not under `torch.func`), "dense" (all chunks, two GEMMs; for small
+            memories) or "auto". A named one never falls back.
 
     Returns:
         context [B, Q, H, D] in the dtype of `probe`; scores and softmaxes are at least float32.
@@ -74,11 +74,18 @@ def recall(
     arguments = _prepare(route, probe, memory, k, positions, chunk_mask)
     with _no_autocast(route.device.type):
         match impl:
+            case "auto" if _prefers_dense(probe, memory, k):
+                engine = dense.recall
             case "auto":
-                engine = dense.recall if _prefers_dense(probe, memory, k) else blocked.recall
+                engine = reference.recall if _transformed() else blocked.recall
             case "reference":
                 engine = reference.recall
             case "blocked":
+                if _transformed():
+                    raise ValueError(
+                        "impl: expected 'auto', 'reference' or 'dense' under a torch.func "
+                        "transform, got 'blocked'"
+                    )
                 engine = blocked.recall
             case "dense":
                 engine = dense.recall
@@ -146,6 +153,11 @@ def _no_autocast(device: str) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
+
+
+def _transformed() -> bool:
+    """Whether `torch.func` looks on, which cannot differentiate custom operators."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def _prefers_dense(probe: Tensor, memory: ChunkedMemory, k: int) -> bool:

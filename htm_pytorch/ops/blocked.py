@@ -2,7 +2,7 @@
 
 Picked chunks are gathered a few queries at a time, so extra memory grows neither with the memory
 nor with Q * k * C * D. Plain torch operations, on any device; registered as an operator, so that
-compilers and `torch.func` see one node.
+compilers see one node.
 """
 
 from typing import Any
@@ -202,24 +202,6 @@ def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
-
-
-def _one_by_one(operator: Any) -> Any:
-    """Map an operator over a new axis by calling it for each index."""
-
-    def mapped(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        results = []
-        for index in range(info.batch_size):
-            pairs = zip(args, in_dims, strict=True)
-            results.append(operator(*(a if d is None else a.select(d, index) for a, d in pairs)))
-        outputs = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-        return outputs, (0,) * len(outputs)
-
-    return mapped
-
-
-for _operator in (_forward, _backward):
-    _operator.register_vmap(_one_by_one(_operator))
 
 
 class _Blocks:

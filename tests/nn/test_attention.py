@@ -589,6 +589,13 @@ def test_used_twice_in_one_graph() -> None:
 
 
 class TestFunctionalTransforms:
+    IMPLS = tuple(impl for impl in IMPLS if impl != "blocked")
+
+    def test_an_implementation_that_cannot_says_so(self) -> None:
+        layer, memories = build(impl="blocked"), normal(2, 18, 6)
+        with pytest.raises(ValueError, match="impl: expected .* under a torch.func transform"):
+            torch.vmap(layer, in_dims=(0, None))(normal(3, 2, 5, 6), memories)
+
     @pytest.mark.parametrize("impl", IMPLS)
     def test_grad_of_functional_call(self, impl: Any) -> None:
         layer = build(inner_bias=True, impl=impl)

@@ -24,7 +24,7 @@ def leaves(state: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 2**31),
     st.integers(1, 50),
