@@ -58,9 +58,9 @@ class TrainConfig:
     trace: float = 0.95
     """Lambda of generalized advantage estimation."""
 
-    episodes: int = 250_000
+    episodes: int = 200_000
     """Training ends after this many."""
-    stop_at: float = 0.97
+    stop_at: float = 0.95
     """Or when this share of the last 2,000 training episodes succeeded."""
     learning_rate: float = 1e-3
     epochs: int = 2
