@@ -61,6 +61,8 @@ test-minimal: .venv-minimal/.installed ## tests of shapes, memory, ops and nn wi
 bench: .venv/.installed ## run every benchmark (BENCHMARKS=path for one)
 	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file; done
 
+# On a busy machine, threads that wait by spinning make each other 10 times slower.
+demo: export GOMP_SPINCOUNT ?= 1000
 demo: .venv-demo/.installed ## train a small agent and watch it learn to remember (runs/demo)
 	.venv-demo/bin/htm train --run-dir runs/demo --resume $(DEMO_ARGS)
 

@@ -12,8 +12,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.slow
 def test_agent_learns_who_danced_what(tmp_path: Path) -> None:
-    """Two dancers: without memory, half of the touches are right."""
-    config = TrainConfig(run_dir=tmp_path / "run", dance_delay=1, episodes=120_000, stop_at=0.75)
+    """The default task, two dancers: without memory, half of the touches are right."""
+    config = TrainConfig(run_dir=tmp_path / "run", episodes=120_000, stop_at=0.75)
     train(config)
     with (config.run_dir / "metrics.csv").open(newline="") as file:
         last = list(csv.DictReader(file))[-1]

@@ -160,6 +160,7 @@ CASES = {
     "out of time between decisions": ({"max_steps": 23}, 40, 3),
     "a decision every step": ({"max_steps": 30}, 31, 1),
     "touches of the wrong dancer": ({"max_steps": 45, "num_dancers": 2}, 46, 3),
+    "an action that outlasts its episode": ({"max_steps": 60}, 61, 25),
     "nobody may choose yet": ({"max_steps": 60}, 5, 2),
     "pictures": ({"max_steps": 24, "observation": "image"}, 25, 3),
 }
