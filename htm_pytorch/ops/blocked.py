@@ -59,14 +59,15 @@ def _forward(
     weights = masked_softmax(scores, chunks >= 0)
     blocks = _Blocks(probe, contents, step_mask, positions, chunks, weights)
     context = probe.new_zeros(probe.shape)
-    flat = context.flatten(0, 1)
+    by_position = blocks.new_by_position()
     for rows in blocks.split():
         steps, mask = blocks.gather(rows)
-        attended = blocks.attend(rows, steps, mask) * blocks.weights[rows, None, :, None]
-        block = torch.bmm(attended.flatten(2), steps)
+        attended = blocks.attend(rows, steps, mask).mul_(blocks.weights[rows, None, :, None])
+        torch.bmm(attended.flatten(2), steps, out=context.flatten(0, 1)[rows])
         if positions is not None:
-            block = block + attended.sum(2) @ positions
-        flat[rows] = block
+            torch.sum(attended, 2, out=by_position[rows])
+    if positions is not None:
+        context += (by_position @ positions).view(probe.shape)
     return context, chunks, weights
 
 
@@ -106,7 +107,9 @@ def _backward(
     grad = grad.flatten(0, 1)
     grad_probe = probe.new_zeros(probe.shape)
     grad_weights = weights.new_zeros(weights.shape)
-    grad_positions = probe.new_zeros(positions.shape if positions is not None else 0)
+    # How much each position was attended to, and how much its logit gained, over all chunks.
+    attended, earned = blocks.new_by_position(), blocks.new_by_position()
+    grad_by_position = None if positions is None else grad @ positions.mT
     # Whole, in the precision of the sums; cast once at the end.
     grad_contents = probe.new_zeros(contents.shape if to_contents else (0,) * 4)
     for rows in blocks.split():
@@ -114,19 +117,16 @@ def _backward(
         inside = blocks.attend(rows, steps, mask)
         weight = blocks.weights[rows, None, :, None]
         grad_inside = torch.bmm(grad[rows], steps.mT).unflatten(2, inside.shape[2:])
-        if positions is not None:
-            grad_inside = grad_inside + (grad[rows] @ positions.mT)[:, :, None]
+        if grad_by_position is not None:
+            grad_inside += grad_by_position[rows, :, None]
         gained = inside * grad_inside
         total = gained.sum(3, keepdim=True)
         grad_weights.flatten(0, 1)[rows] = total.sum((1, 3))
         grad_logits = (gained - inside * total) * weight
-        block = torch.bmm(grad_logits.flatten(2), steps)
+        torch.bmm(grad_logits.flatten(2), steps, out=grad_probe.flatten(0, 1)[rows])
         if positions is not None:
-            block = block + grad_logits.sum(2) @ positions
-            by_position = grad_logits.sum(2).flatten(0, 1).mT @ blocks.probe[rows].flatten(0, 1)
-            mixed = (inside * weight).sum(2).flatten(0, 1).mT @ grad[rows].flatten(0, 1)
-            grad_positions += by_position + mixed
-        grad_probe.flatten(0, 1)[rows] = block
+            torch.sum(grad_logits, 2, out=earned[rows])
+            torch.sum(inside * weight, 2, out=attended[rows])
         if to_contents:
             grad_steps = torch.bmm(grad_logits.flatten(2).mT, blocks.probe[rows])
             grad_steps += torch.bmm((inside * weight).flatten(2).mT, grad[rows])
@@ -135,6 +135,11 @@ def _backward(
                 grad_steps = grad_steps.masked_fill(~mask[..., None], 0.0)
             target = grad_contents.flatten(0, 1)
             target.index_add_(0, blocks.slots[rows].flatten(), grad_steps.flatten(0, 1))
+    grad_positions = probe.new_zeros(0)
+    if positions is not None:
+        grad_probe += (earned @ positions).view(probe.shape)
+        grad_positions = earned.flatten(0, 1).mT @ blocks.probe.flatten(0, 1)
+        grad_positions += attended.flatten(0, 1).mT @ grad.flatten(0, 1)
     grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
     row = _memory_row(contents, route.shape[0])
     picked = chunks.clamp(min=0)
@@ -143,8 +148,8 @@ def _backward(
     grad_summaries = route.new_zeros(summaries.shape if to_summaries else (0,) * 3)
     if to_summaries:
         slots = (row * contents.shape[1] + picked).flatten()
-        earned = grad_scores[..., None] * route[:, :, None]
-        grad_summaries.flatten(0, 1).index_add_(0, slots, earned.flatten(0, 2))
+        by_chunk = grad_scores[..., None] * route[:, :, None]
+        grad_summaries.flatten(0, 1).index_add_(0, slots, by_chunk.flatten(0, 2))
     return (
         grad_route.contiguous(),
         grad_probe,
@@ -219,7 +224,7 @@ class _Blocks:
         self.probe = probe.flatten(0, 1)
         self.contents = contents
         self.step_mask = step_mask
-        self.positions = positions
+        self.by_position = None if positions is None else self.probe @ positions.mT
         self.chunks = chunks.flatten(0, 1)
         self.weights = weights.flatten(0, 1)
         batch, queries, k = chunks.shape
@@ -239,6 +244,10 @@ class _Blocks:
         if not self.chunks.shape[1]:
             return []
         return [slice(start, min(start + self.size, rows)) for start in range(0, rows, self.size)]
+
+    def new_by_position(self) -> Tensor:
+        """Return zeros [X, H, C] for all (row, query) pairs X."""
+        return self.probe.new_zeros(*self.probe.shape[:2], self.contents.shape[2])
 
     def gather(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Return the picked steps [X, K * C, D], blank where the mask [X, K, C] says so."""
@@ -262,10 +271,9 @@ class _Blocks:
 
     def attend(self, rows: slice, steps: Tensor, mask: Tensor | None) -> Tensor:
         """Return the softmax inside each chunk, [X, H, K, C]."""
-        probe = self.probe[rows]
-        logits = torch.bmm(probe, steps.mT).unflatten(2, (self.chunks.shape[1], -1))
-        if self.positions is not None:
-            logits += (probe @ self.positions.mT)[:, :, None]
+        logits = torch.bmm(self.probe[rows], steps.mT).unflatten(2, (self.chunks.shape[1], -1))
+        if self.by_position is not None:
+            logits += self.by_position[rows, :, None]
         return logits.softmax(-1) if mask is None else masked_softmax(logits, mask[:, None])
 
 

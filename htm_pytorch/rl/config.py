@@ -60,7 +60,7 @@ class TrainConfig:
 
     episodes: int = 200_000
     """Training ends after this many."""
-    stop_at: float = 0.95
+    stop_at: float = 0.93
     """Or when this share of the last 2,000 training episodes succeeded."""
     learning_rate: float = 1e-3
     epochs: int = 2

@@ -46,7 +46,7 @@ def plot_recall(moment: Moment, path: Path, best: int = 8) -> None:
     now = len(moment.pictures) - 1
     choice.imshow(moment.pictures[now])
     verdict = "finds it" if moment.success else "does not find it"
-    choice.set_title(f'step {now}: "{moment.instruction}"\ngoes {moment.action}, {verdict}')
+    top.suptitle(f"step {now}: who danced {moment.instruction}? goes {moment.action}, {verdict}")
     choice.axis("off")
 
     size = moment.chunk_size

@@ -68,7 +68,6 @@ def train(config: TrainConfig) -> Agent:
         recent.extend(checkpoint.progress["recent"])
         env.np_random.bit_generator.state = checkpoint.progress["environment"]
     history = _History(config.run_dir / METRICS, keep=batch)
-    # Two phases of play the environment ignores: its first frame shows the choice at choice_step.
     steps = env.unwrapped.choice_step + 1 + config.decisions * config.action_repeat
     progress = tqdm(
         total=config.episodes,
