@@ -60,6 +60,8 @@ class Case:
         torch.manual_seed(0)
         sizes = {"dim": dim, "heads": HEADS, "dim_head": DIM_HEAD}
         sizes |= {"topk_mems": TOPK, "mem_chunk_size": CHUNK}
+        if steps % CHUNK:
+            raise SystemExit(f"--steps: expected multiples of {CHUNK}, got {steps}")
         self.name = f"B{batch} Q{queries} N{steps:,} D{dim}"
         self.shape = {"B": batch, "Q": queries, "N": steps, "D": dim}
         self.queries = torch.randn(batch, queries, dim)
@@ -83,7 +85,7 @@ class Case:
         if self.published is not None:
             results["published"] = self.published(self.queries[:, some], self.steps, self.mask)
         for name, result in results.items():
-            error = float((result - expected).abs().max() / expected.abs().max())
+            error = ((result - expected).abs().max() / expected.abs().max()).item()
             if error > 2e-5:
                 raise SystemExit(f"{self.name}: {name} is off by {error:.1e} of the largest value")
 
@@ -147,7 +149,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "attention.json")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--queries", type=int, nargs="*", default=[1, 16, 128, 1024])
-    parser.add_argument("--steps", type=int, nargs="*", default=[2_000, 20_000, 200_000])
+    parser.add_argument("--steps", type=int, nargs="*", default=[2_048, 20_000, 200_000])
     parser.add_argument("--dims", type=int, nargs="*", default=[64, 512])
     parser.add_argument("--batches", type=int, nargs="*", default=[1])
     parser.add_argument("--published-bytes", type=float, default=3e9)
