@@ -11,7 +11,7 @@ from htm_pytorch.rl.agent import Agent
 from htm_pytorch.rl.checkpoint import Checkpoint
 from htm_pytorch.rl.config import TrainConfig
 from htm_pytorch.rl.plots import Moment, plot_recall
-from htm_pytorch.rl.rollout import play
+from htm_pytorch.rl.rollout import Rollout, play
 from htm_pytorch.rl.task import make_agent, make_env
 from htm_pytorch.rl.train import CHECKPOINT
 
@@ -54,18 +54,20 @@ def evaluate(run_dir: Path, episodes: int | None = None, seed: int | None = None
     checkpoint.restore_agent(agent)
     count = config.eval_episodes if episodes is None else episodes
     seed = config.seed + UNSEEN if seed is None else seed
-    returns = [play_unseen(agent, config, size, seed + n) for n, size in _batches(count)]
+    returns = [play_unseen(agent, config, size, seed + n)[1] for n, size in _batches(count)]
     picture = config.run_dir / PICTURE
     plot_recall(watch(agent, config, seed), picture)
     success = float(np.mean(np.concatenate(returns) > 0))
     return Evaluation(success, count, 1 / config.num_dancers, picture)
 
 
-def play_unseen(agent: Agent, config: TrainConfig, episodes: int, seed: int) -> np.ndarray:
-    """Return the returns [episodes] of the agent's most probable actions."""
+def play_unseen(
+    agent: Agent, config: TrainConfig, episodes: int, seed: int
+) -> tuple[Rollout, np.ndarray]:
+    """Play whole episodes by the agent's most probable actions; return them and their returns."""
     env = make_env(config, episodes)
     env.reset(seed=seed)
-    _, returns = play(
+    return play(
         env,
         agent,
         env.unwrapped.max_steps + 1,
@@ -74,22 +76,11 @@ def play_unseen(agent: Agent, config: TrainConfig, episodes: int, seed: int) -> 
         trace=config.trace,
         generator=None,
     )
-    return returns
 
 
 def watch(agent: Agent, config: TrainConfig, seed: int) -> Moment:
     """Play one episode and return what the agent saw, chose and recalled at its first choice."""
-    env = make_env(config, 1)
-    env.reset(seed=seed)
-    rollout, returns = play(
-        env,
-        agent,
-        env.unwrapped.max_steps + 1,
-        action_repeat=config.action_repeat,
-        discount=config.discount,
-        trace=config.trace,
-        generator=None,
-    )
+    rollout, returns = play_unseen(agent, config, 1, seed)
     at = rollout.at[:, :1]
     with torch.no_grad():
         output, recalls = agent.recall(rollout.seen, agent.initial_state(1), at)

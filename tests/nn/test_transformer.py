@@ -34,6 +34,7 @@ def leaves(state: Any) -> list[Tensor]:
     st.integers(1, 6),
     st.integers(1, 7),
     st.integers(1, 5),
+    st.sampled_from([(12, 3, 5), (7, 1, 3), (1, 2, 1)]),
 )
 def test_streamed_equals_whole(
     seed: int,
@@ -44,15 +45,20 @@ def test_streamed_equals_whole(
     chunk_size: int,
     window: int,
     mem_chunks: int,
+    widths: tuple[int, int, int],
 ) -> None:
     torch.manual_seed(seed)
+    dim, heads, dim_head = widths
     model = build(
+        dim=dim,
+        heads=heads,
+        dim_head=dim_head,
         mem_chunk_size=chunk_size,
         window=window,
         mem_chunks=mem_chunks,
         keep_across_episodes=keep,
     )
-    x = torch.randn(2, length, 12, dtype=torch.float64)
+    x = torch.randn(2, length, dim, dtype=torch.float64)
     is_first = torch.rand(2, length) < border
     with torch.no_grad():
         whole, state_whole = model(x, model.initial_state(2), is_first)
