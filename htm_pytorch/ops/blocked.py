@@ -1,8 +1,8 @@
 """`recall` in blocks of queries: one reused buffer that stays in cache, a backward that recomputes.
 
 Picked chunks are gathered a few queries at a time, so extra memory grows neither with the memory
-nor with Q * k * C * D. Plain torch operations, on any device; registered as an operator, so that
-compilers see one node.
+nor with Q * k * C * D. Plain torch operations, on any device; also registered as an operator, so
+that compilers see one node.
 """
 
 from typing import Any
@@ -28,7 +28,9 @@ def recall(
     chunk_mask: Tensor | None,
 ) -> tuple[Tensor, Selection, Tensor, None]:
     """Compute what `reference.recall` computes, but for the step weights."""
-    context, chunks, weights = _forward(
+    # An operator's first call loads the compiler, seconds that nobody else should wait for.
+    run = _forward_operator if torch.compiler.is_compiling() else _Function.apply
+    context, chunks, weights = run(
         route,
         probe,
         memory.contents,
@@ -43,7 +45,6 @@ def recall(
     return context, Selection(chunks.clamp(min=0), kept), weights, None
 
 
-@torch.library.custom_op("htm_pytorch::blocked_recall", mutates_args=())
 def _forward(
     route: Tensor,
     probe: Tensor,
@@ -71,24 +72,15 @@ def _forward(
     return context, chunks, weights
 
 
-@_forward.register_fake
-def _(
-    route: Tensor,
-    probe: Tensor,
-    contents: Tensor,
-    summaries: Tensor,
-    valid: Tensor,
-    step_mask: Tensor | None,
-    positions: Tensor | None,
-    chunk_mask: Tensor | None,
-    k: int,
+def _forward_shapes(
+    route: Tensor, probe: Tensor, contents: Tensor, summaries: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    k = rest[-1]
     kept = min(k, summaries.shape[1])
     weights = route.new_empty(*route.shape[:2], kept)
     return probe.new_empty(probe.shape), weights.to(torch.int64), weights
 
 
-@torch.library.custom_op("htm_pytorch::blocked_recall_backward", mutates_args=())
 def _backward(
     grad: Tensor,
     route: Tensor,
@@ -159,8 +151,7 @@ def _backward(
     )
 
 
-@_backward.register_fake
-def _(
+def _backward_shapes(
     grad: Tensor,
     route: Tensor,
     probe: Tensor,
@@ -189,9 +180,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(route, probe, contents, summaries, step_mask, positions, chunks, weights)
 
 
-def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _differentiate(backward: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
-    grads = _backward(grad.contiguous(), *ctx.saved_tensors, needs[2], needs[3])
+    grads = backward(grad.contiguous(), *ctx.saved_tensors, needs[2], needs[3])
     route, probe, contents, summaries, positions = grads
     return (
         route,
@@ -206,7 +197,31 @@ def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]
     )
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return _differentiate(_backward, ctx, grads[0])
+
+
+_forward_operator = torch.library.custom_op(
+    "htm_pytorch::blocked_recall", _forward, mutates_args=()
+)
+_backward_operator = torch.library.custom_op(
+    "htm_pytorch::blocked_recall_backward", _backward, mutates_args=()
+)
+_forward_operator.register_fake(_forward_shapes)
+_backward_operator.register_fake(_backward_shapes)
+_forward_operator.register_autograd(
+    lambda ctx, grad, *_: _differentiate(_backward_operator, ctx, grad),
+    setup_context=_setup_context,
+)
 
 
 class _Blocks:
