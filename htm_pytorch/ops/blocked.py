@@ -206,7 +206,10 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    # The decorator's own annotation hides the name of `ctx`.
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Any
+    ) -> tuple[Tensor | None, ...]:
         return _differentiate(_backward, ctx, grads[0])
 
 
