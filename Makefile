@@ -49,13 +49,13 @@ test-gpu: .venv/.installed ## the tests that need a CUDA device
 MINIMAL_TESTS ?= $(wildcard tests/test_architecture.py tests/test_public_api.py \
 	tests/test_shapes.py tests/shapes tests/ops tests/nn tests/memory)
 
-test-minimal: .venv-minimal/.installed ## tests of shapes, memory, ops and nn with torch and pytest alone
+test-minimal: .venv-minimal/.installed ## tests of shapes, memory, ops and nn with torch and no optional package
 	.venv-minimal/bin/pytest -m 'not slow and not compile' $(MINIMAL_TESTS) $(ARGS)
 
 .venv-minimal/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-minimal
 	.venv-minimal/bin/python $(INSTALL) "$(TORCH)"
-	.venv-minimal/bin/python $(INSTALL) -e . pytest
+	.venv-minimal/bin/python $(INSTALL) -e . pytest hypothesis
 	@touch $@
 
 bench: .venv/.installed ## run every benchmark (BENCHMARKS=path for one)

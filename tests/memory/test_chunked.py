@@ -158,6 +158,12 @@ def test_from_chunks_takes_chunk_and_step_masks_and_goes_on_after_the_newest() -
     torch.testing.assert_close(memory.summaries[0, 0], contents[0, 0, 0])
 
 
+@pytest.fixture
+def files() -> None:
+    pytest.importorskip("safetensors")
+
+
+@pytest.mark.usefixtures("files")
 @pytest.mark.parametrize("keep", [False, True])
 def test_saved_memory_comes_back_whole(tmp_path: Any, keep: bool) -> None:
     memory = ChunkedMemory.empty(2, 3, 2, 4, keep_across_episodes=keep, dtype=torch.bfloat16)
@@ -170,6 +176,7 @@ def test_saved_memory_comes_back_whole(tmp_path: Any, keep: bool) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["memory.safetensors"]
 
 
+@pytest.mark.usefixtures("files")
 def test_a_truncated_or_foreign_file_is_refused_and_left_alone(tmp_path: Any) -> None:
     from safetensors.torch import save_file
 
@@ -191,6 +198,7 @@ def test_a_truncated_or_foreign_file_is_refused_and_left_alone(tmp_path: Any) ->
         ChunkedMemory.load(tmp_path / "missing")
 
 
+@pytest.mark.usefixtures("files")
 def test_a_failed_save_leaves_the_old_file(tmp_path: Any, monkeypatch: Any) -> None:
     path = tmp_path / "memory.safetensors"
     ChunkedMemory.empty(1, 2, 2, 4).save(path)
