@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from htm_pytorch.memory import ChunkedMemory
 from htm_pytorch.ops.reference import Selection, masked_softmax
@@ -213,12 +214,8 @@ class _Function(torch.autograd.Function):
         return _differentiate(_backward, ctx, grads[0])
 
 
-_forward_operator = torch.library.custom_op(
-    "htm_pytorch::blocked_recall", _forward, mutates_args=()
-)
-_backward_operator = torch.library.custom_op(
-    "htm_pytorch::blocked_recall_backward", _backward, mutates_args=()
-)
+_forward_operator = custom_op("htm_pytorch::blocked_recall", _forward, mutates_args=())
+_backward_operator = custom_op("htm_pytorch::blocked_recall_backward", _backward, mutates_args=())
 _forward_operator.register_fake(_forward_shapes)
 _backward_operator.register_fake(_backward_shapes)
 _forward_operator.register_autograd(

@@ -129,7 +129,6 @@ class _Points(NamedTuple):
     """[P, B] each."""
 
     step: np.ndarray
-    exists: np.ndarray
     known: np.ndarray  # it is a decision and its outcome fell into the rollout
     ends: np.ndarray  # the episode terminated before the next point
     next_known: np.ndarray  # the next point's outcome is known too
@@ -170,7 +169,6 @@ def _compress(
     known = is_decision & (ends | has_next)
     return _Points(
         step=step,
-        exists=exists,
         known=known,
         ends=ends,
         next_known=np.concatenate([known[1:], np.zeros((1, rows), bool)]),
