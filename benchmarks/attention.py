@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--published-bytes", type=float, default=3e9)
     options = parser.parse_args()
     published = load_published()
+    machine = describe_machine("torch")
     flops, bandwidth = gemm_flops(), read_bandwidth()
     print(f"GEMM {flops / 1e9:.0f} GFLOP/s, reading {bandwidth / 1e9:.1f} GB/s")
     rows = []
@@ -188,7 +189,6 @@ def main() -> None:
                 + (f"{both:10.2f} ms with backward" if both else " " * 27)
                 + f"{peak:10.1f} MiB"
             )
-        machine = describe_machine("torch")
         write(
             options.out,
             {"machine": machine, "gemm_flops": flops, "read_bandwidth": bandwidth, "rows": rows},
