@@ -70,6 +70,18 @@ def check_at_least(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
 
 
+def is_transformed() -> bool:
+    """Whether a `torch.func` transform is at work, which custom backward passes do not support."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def may_look_at(tensor: Tensor) -> bool:
+    """Whether looking at data is cheap and allowed: on the CPU, not when compiled or mapped."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not is_transformed()
+
+
 def _spell(axes: str, sizes: dict[str, int]) -> str:
     return ", ".join(f"{a} = {sizes[a]}" if a in sizes else a for a in axes.split())
 

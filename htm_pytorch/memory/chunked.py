@@ -13,6 +13,7 @@ from htm_pytorch.shapes import (
     check_floating,
     check_mask,
     check_tensor,
+    may_look_at,
 )
 
 
@@ -102,7 +103,7 @@ class ChunkedMemory(NamedTuple):
         missing = -length % chunk_size
         if mask is None:
             eps = 0.0
-        elif _may_branch(mask) and bool(mask.all()):
+        elif may_look_at(mask) and bool(mask.all()):
             mask = None
         if missing:
             if mask is None:
@@ -329,7 +330,7 @@ class ChunkedMemory(NamedTuple):
         readable = (size - 1 + max(length - 1, 0)) // size
         if keep and is_first is not None:
             most = readable = int(total[:, -1].max())
-        elif _may_branch(steps) and length:
+        elif may_look_at(steps) and length:
             most, readable = int(total[:, -1].max()), int(total[:, -2].max())
         # Scatter the events to the front; column `most` takes what did not happen.
         order = torch.where(happened, total - 1, most)
@@ -355,7 +356,7 @@ class ChunkedMemory(NamedTuple):
         if not self.keep_across_episodes:
             forgotten = (plan.last_first >= 0).any(1, keepdim=True)
             opened = opened._replace(valid=self.valid & ~forgotten)
-        if not plan.end.shape[1] or (_may_branch(self.contents) and not plan.closings.any()):
+        if not plan.end.shape[1] or (may_look_at(self.contents) and not plan.closings.any()):
             return opened
         closed = closed or plan.close()
         total = plan.closings[:, None]
@@ -458,13 +459,6 @@ class _Closed(NamedTuple):
     contents: Tensor  # [B, M', C, D]
     summaries: Tensor  # [B, M', D]
     step_mask: Tensor  # [B, M', C]
-
-
-def _may_branch(tensor: Tensor) -> bool:
-    """Whether looking at data is cheap and allowed: on the CPU, not when compiled or mapped."""
-    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return not torch._C._are_functorch_transforms_active()
 
 
 def _insert(steps: Tensor, before: int, missing: int) -> Tensor:

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from htm_pytorch.memory import ChunkedMemory
-from htm_pytorch.ops import Impl, Recall, check_impl, recall, recall_with_weights
+from htm_pytorch.ops import (
+    Impl,
+    Recall,
+    allowed_chunks,
+    check_impl,
+    recall,
+    recall_with_weights,
+)
 from htm_pytorch.shapes import (
     check_at_least,
     check_beside,
@@ -166,10 +173,8 @@ class HTMAttention(nn.Module):
                 chunk_mask=chunk_attn_mask,
                 impl=self.impl,
             )
-        seen = memory.valid[:, None]
-        if chunk_attn_mask is not None:
-            seen = seen & chunk_attn_mask
-        attended = self.attn.output(context) * seen.any(-1, keepdim=True)
+        seen = allowed_chunks(memory, chunk_attn_mask).any(-1, keepdim=True)
+        attended = self.attn.output(context) * seen
         attended = attended + self._unused_biases()
         return attended if recalled is None else (attended, recalled)
 

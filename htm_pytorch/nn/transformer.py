@@ -14,6 +14,7 @@ from htm_pytorch.shapes import (
     check_device,
     check_mask,
     check_tensor,
+    may_look_at,
 )
 
 
@@ -190,9 +191,7 @@ class HTMTransformer(nn.Module):
             check_device("at", at, x.device)
             if at.dtype != torch.int64:
                 raise ValueError(f"at: expected dtype torch.int64, got {at.dtype}")
-            # Looking at the data would wait for an accelerator and stop a compiler.
-            looks = at.device.type == "cpu" and not torch.compiler.is_compiling()
-            if looks and at.numel() and not 0 <= int(at.min()) <= int(at.max()) < length:
+            if may_look_at(at) and at.numel() and not 0 <= int(at.min()) <= int(at.max()) < length:
                 raise ValueError(
                     f"at: expected steps 0 to {length - 1}, got {int(at.min())} to {int(at.max())}"
                 )

@@ -14,6 +14,7 @@ from htm_pytorch.shapes import (
     check_floating,
     check_mask,
     check_tensor,
+    is_transformed,
 )
 
 Impl = Literal["auto", "reference", "blocked", "dense"]
@@ -77,11 +78,11 @@ def recall(
             case "auto" if _prefers_dense(probe, memory, k):
                 engine = dense.recall
             case "auto":
-                engine = reference.recall if _transformed() else blocked.recall
+                engine = reference.recall if is_transformed() else blocked.recall
             case "reference":
                 engine = reference.recall
             case "blocked":
-                if _transformed():
+                if is_transformed():
                     raise ValueError(
                         "impl: expected 'auto', 'reference' or 'dense' under a torch.func "
                         "transform, got 'blocked'"
@@ -153,11 +154,6 @@ def _no_autocast(device: str) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
-
-
-def _transformed() -> bool:
-    """Whether `torch.func` looks on, which cannot differentiate custom operators."""
-    return torch._C._are_functorch_transforms_active()
 
 
 def _prefers_dense(probe: Tensor, memory: ChunkedMemory, k: int) -> bool:

@@ -109,6 +109,7 @@ def _backward(
         steps, mask = blocks.gather(rows)
         inside = blocks.attend(rows, steps, mask)
         weight = blocks.weights[rows, None, :, None]
+        mixed = inside * weight
         grad_inside = torch.bmm(grad[rows], steps.mT).unflatten(2, inside.shape[2:])
         if grad_by_position is not None:
             grad_inside += grad_by_position[rows, :, None]
@@ -119,10 +120,10 @@ def _backward(
         torch.bmm(grad_logits.flatten(2), steps, out=grad_probe.flatten(0, 1)[rows])
         if positions is not None:
             torch.sum(grad_logits, 2, out=earned[rows])
-            torch.sum(inside * weight, 2, out=attended[rows])
+            torch.sum(mixed, 2, out=attended[rows])
         if to_contents:
             grad_steps = torch.bmm(grad_logits.flatten(2).mT, blocks.probe[rows])
-            grad_steps += torch.bmm((inside * weight).flatten(2).mT, grad[rows])
+            grad_steps += torch.bmm(mixed.flatten(2).mT, grad[rows])
             grad_steps = grad_steps.unflatten(1, (-1, contents.shape[2]))
             if mask is not None:
                 grad_steps = grad_steps.masked_fill(~mask[..., None], 0.0)

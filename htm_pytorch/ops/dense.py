@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.memory import ChunkedMemory
-from htm_pytorch.ops.reference import Selection, masked_softmax, select
+from htm_pytorch.ops.reference import Selection, chunk_weights, masked_softmax, select
 
 
 def recall(
@@ -19,9 +19,7 @@ def recall(
     picked = select(route, memory, k, chunk_mask)
     batch, queries, heads, dim = probe.shape
     row = torch.arange(memory.batch, device=route.device)[:, None, None]
-    summaries = memory.summaries[row, picked.chunks].masked_fill(~picked.kept[..., None], 0.0)
-    logits = torch.einsum("bqd,bqkd->bqk", route, summaries.to(route.dtype))
-    weights = masked_softmax(logits, picked.kept)
+    weights = chunk_weights(route, memory, picked)
 
     step_mask = memory.valid[..., None].expand(-1, -1, memory.chunk_size)
     if memory.step_mask is not None:

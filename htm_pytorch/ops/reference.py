@@ -53,9 +53,7 @@ def recall(
     picked = select(route, memory, k, chunk_mask)
     row = torch.arange(memory.batch, device=route.device)[:, None, None]
     kept = picked.kept
-    summaries = memory.summaries[row, picked.chunks].masked_fill(~kept[..., None], 0.0)
-    logits = torch.einsum("bqd,bqkd->bqk", route, summaries.to(route.dtype))
-    weights = masked_softmax(logits, kept)
+    weights = chunk_weights(route, memory, picked)
 
     step_mask = kept[..., None].expand(*kept.shape, memory.chunk_size)
     if memory.step_mask is not None:
@@ -68,6 +66,14 @@ def recall(
     step_weights = masked_softmax(step_logits, step_mask[:, :, None])
     context = torch.einsum("bqk,bqhkc,bqkcd->bqhd", weights, step_weights, steps)
     return context, picked, weights, step_weights
+
+
+def chunk_weights(route: Tensor, memory: ChunkedMemory, picked: Selection) -> Tensor:
+    """Return the softmax [B, Q, K] over the scores of the kept chunks; it has the gradient."""
+    row = torch.arange(memory.batch, device=route.device)[:, None, None]
+    summaries = memory.summaries[row, picked.chunks].masked_fill(~picked.kept[..., None], 0.0)
+    logits = torch.einsum("bqd,bqkd->bqk", route, summaries.to(route.dtype))
+    return masked_softmax(logits, picked.kept)
 
 
 def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
@@ -103,7 +109,7 @@ def htm_attention(
     relevance = relevance * summary_queries.shape[-1] ** -0.5
     allowed = allowed_chunks(memory, chunk_mask).expand_as(relevance)
     top, chunks = relevance.masked_fill(~allowed, -torch.inf).topk(min(k, memory.chunks))
-    chunk_weights = masked_softmax(top, allowed.gather(2, chunks))
+    mixture = masked_softmax(top, allowed.gather(2, chunks))
 
     steps = memory.contents if positions is None else memory.contents + positions
     step_keys, values = project("attn.to_kv", steps).chunk(2, -1)
@@ -122,7 +128,7 @@ def htm_attention(
         if memory.step_mask is not None:
             mask = mask & memory.step_mask[row[:, None], chunk][:, :, None]
         attended = torch.einsum("bqhc,bqche->bqhe", masked_softmax(logits, mask), picked[1])
-        weight = chunk_weights[:, :, rank, None]
+        weight = mixture[:, :, rank, None]
         # The weights sum to 1, so the output bias may stay inside the mixture.
         outputs = outputs + weight * project("attn.to_out", attended.flatten(2))
     return outputs

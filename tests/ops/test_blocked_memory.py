@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.harness import peak_allocation
 from htm_pytorch import ChunkedMemory, recall
 from htm_pytorch.ops import blocked
 
@@ -14,19 +15,13 @@ def peak_bytes(queries: int, chunks: int, k: int, backward: bool) -> int:
     memory = ChunkedMemory.from_chunks(torch.randn(1, chunks, 16, 32))
     route = torch.randn(1, queries, 32, requires_grad=backward)
     probe = torch.randn(1, queries, 2, 32, requires_grad=backward)
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+
+    def run() -> None:
         context = recall(route, probe, memory, k, impl="blocked")
         if backward:
             context.sum().backward()
-    assert profile.profiler is not None
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+
+    return peak_allocation(run)
 
 
 @pytest.mark.parametrize("backward", [False, True])
