@@ -8,6 +8,10 @@ ARGS ?=
 DEMO_ARGS ?=
 BENCHMARKS ?= $(sort $(wildcard benchmarks/*.py))
 
+# What an installation is made from; the kernel is compiled on the way.
+INSTALLED_FROM := pyproject.toml constraints.txt hatch_build.py \
+	$(wildcard htm_pytorch/ops/kernels/*.cpp htm_pytorch/ops/kernels/*.h)
+
 # Torch comes first and by its pinned version: the other packages ask for any
 # torch, and would otherwise decide which build of it is fetched.
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
@@ -21,7 +25,7 @@ help: ## list the targets
 
 .venv: .venv/.installed ## set up the environment (the other targets do it when needed)
 
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: $(INSTALLED_FROM)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python $(INSTALL) "$(TORCH)"
 	$(BIN)/python $(INSTALL) -e '.[rl,dev]'
@@ -52,7 +56,7 @@ MINIMAL_TESTS ?= $(wildcard tests/test_architecture.py tests/test_public_api.py 
 test-minimal: .venv-minimal/.installed ## tests of shapes, memory, ops and nn with torch and no optional package
 	.venv-minimal/bin/pytest -m 'not slow and not compile' $(MINIMAL_TESTS) $(ARGS)
 
-.venv-minimal/.installed: pyproject.toml constraints.txt
+.venv-minimal/.installed: $(INSTALLED_FROM)
 	$(PYTHON) -m venv .venv-minimal
 	.venv-minimal/bin/python $(INSTALL) "$(TORCH)"
 	.venv-minimal/bin/python $(INSTALL) -e . pytest hypothesis
@@ -66,7 +70,7 @@ demo: export GOMP_SPINCOUNT ?= 1000
 demo: .venv-demo/.installed ## train a small agent and watch it learn to remember (runs/demo)
 	.venv-demo/bin/htm train --run-dir runs/demo --resume $(DEMO_ARGS)
 
-.venv-demo/.installed: pyproject.toml constraints.txt
+.venv-demo/.installed: $(INSTALLED_FROM)
 	$(PYTHON) -m venv .venv-demo
 	.venv-demo/bin/python $(INSTALL) "$(TORCH)"
 	.venv-demo/bin/python $(INSTALL) -e '.[rl]'
@@ -74,5 +78,6 @@ demo: .venv-demo/.installed ## train a small agent and watch it learn to remembe
 
 clean: ## remove environments, caches and build products; keeps runs/
 	rm -rf .venv .venv-demo .venv-minimal build dist *.egg-info
+	rm -f htm_pytorch/ops/kernels/recall-*
 	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

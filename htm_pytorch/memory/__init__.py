@@ -2,5 +2,6 @@
 
 from htm_pytorch.memory.chunked import ChunkedMemory, Unrolled
 from htm_pytorch.memory.files import MemoryFileError
+from htm_pytorch.memory.steps import Steps
 
-__all__ = ["ChunkedMemory", "MemoryFileError", "Unrolled"]
+__all__ = ["ChunkedMemory", "MemoryFileError", "Steps", "Unrolled"]

@@ -194,6 +194,16 @@ class ChunkedMemory(NamedTuple):
         """D."""
         return self.contents.shape[3]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the steps."""
+        return self.contents.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of all parts."""
+        return self.contents.device
+
     def append(self, steps: Tensor, is_first: Tensor | None = None) -> Self:
         """Return the memory after `steps` [B, T, D]; T steps at once equal T times one step.
 

@@ -7,15 +7,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from htm_pytorch.memory import ChunkedMemory
-from htm_pytorch.ops import (
-    Impl,
-    Recall,
-    allowed_chunks,
-    check_impl,
-    recall,
-    recall_with_weights,
-)
+from htm_pytorch.memory import ChunkedMemory, Steps
+from htm_pytorch.ops import Impl, Recall, attend, attend_with_weights, check_impl
 from htm_pytorch.shapes import (
     check_at_least,
     check_beside,
@@ -146,35 +139,23 @@ class HTMAttention(nn.Module):
         sizes = {"B": queries.shape[0], "Q": queries.shape[1], "M": memory.chunks}
         check_mask("chunk_attn_mask", chunk_attn_mask, "B Q M", queries.device, **sizes)
 
-        # The memory is never projected: its projections are moved to the query's side.
         route = self.to_summary_queries(queries) @ self.to_summary_keys.weight
         route = route * self.dim_features**-0.5
-        probe = self.attn.probe(queries)
+        step_queries = self.attn.queries(queries)
+        projections = self.attn.projections()
         positions = None
         if self.add_pos_enc:
-            positions = sinusoid(memory.chunk_size, self.dim_memory, probe.dtype, probe.device)
+            like = step_queries
+            positions = sinusoid(memory.chunk_size, self.dim_memory, like.dtype, like.device)
+        sides = (route, step_queries, projections, memory, self.topk_mems)
+        masks = {"positions": positions, "chunk_mask": chunk_attn_mask}
         recalled = None
         if return_recall:
-            context, recalled = recall_with_weights(
-                route,
-                probe,
-                memory,
-                self.topk_mems,
-                positions=positions,
-                chunk_mask=chunk_attn_mask,
-            )
+            attended, recalled = attend_with_weights(*sides, **masks)
+            seen = (recalled.chunks >= 0).any(-1)
         else:
-            context = recall(
-                route,
-                probe,
-                memory,
-                self.topk_mems,
-                positions=positions,
-                chunk_mask=chunk_attn_mask,
-                impl=self.impl,
-            )
-        seen = allowed_chunks(memory, chunk_attn_mask).any(-1, keepdim=True)
-        attended = self.attn.output(context) * seen
+            attended, seen = attend(*sides, **masks, impl=self.impl)
+        attended = self.attn.output(attended) * seen[..., None]
         attended = attended + self._unused_biases()
         return attended if recalled is None else (attended, recalled)
 
@@ -184,7 +165,7 @@ class HTMAttention(nn.Module):
 
     def _memory(
         self, queries: Tensor, memories: Tensor | ChunkedMemory, mask: Tensor | None
-    ) -> ChunkedMemory:
+    ) -> ChunkedMemory | Steps:
         batch = queries.shape[0]
         if isinstance(memories, ChunkedMemory):
             if mask is not None:
@@ -198,15 +179,10 @@ class HTMAttention(nn.Module):
         rows = memories.batch if isinstance(memories, ChunkedMemory) else memories.shape[0]
         if rows not in (1, batch):
             raise ValueError(f"memories: expected batch 1 or {batch}, got {rows}")
-        if not isinstance(memories, ChunkedMemory):
-            memories = ChunkedMemory.from_steps(
-                memories.detach() if self.detach_memories else memories,
-                self.mem_chunk_size,
-                mask,
-                borders="newest",
-                eps=self.eps,
-            )
-        return memories.detach() if self.detach_memories else memories
+        if isinstance(memories, ChunkedMemory):
+            return memories.detach() if self.detach_memories else memories
+        steps = memories.detach() if self.detach_memories else memories
+        return Steps(steps, self.mem_chunk_size, mask, self.eps)
 
     def _unused_biases(self) -> Tensor | float:
         """Zero, in the graph: key biases cancel in the softmax, but DDP wants their gradients."""
@@ -227,17 +203,18 @@ class _StepProjections(nn.Module):
         self.to_kv = nn.Linear(dim_memory, 2 * inner, bias=bias)
         self.to_out = nn.Linear(inner, dim_out)
 
-    def probe(self, queries: Tensor) -> Tensor:
-        """u_h = (W_k^h)^T W_q^h q / sqrt(E): [B, Q, H, D]."""
+    def queries(self, queries: Tensor) -> Tensor:
+        """W_q^h q / sqrt(E): [B, Q, H, E]."""
         step_queries = self.to_q(queries).unflatten(-1, (self.heads, -1))
-        keys = self.to_kv.weight.chunk(2)[0].unflatten(0, (self.heads, -1))
-        scale = step_queries.shape[-1] ** -0.5
-        return torch.einsum("bqhe,hed->bqhd", step_queries * scale, keys)
+        return step_queries * step_queries.shape[-1] ** -0.5
 
-    def output(self, context: Tensor) -> Tensor:
-        """W_o concat_h(W_v^h ctx_h + b_v^h) + b_o: [B, Q, D]."""
-        values = self.to_kv.weight.chunk(2)[1].unflatten(0, (self.heads, -1))
-        attended = torch.einsum("bqhd,hed->bqhe", context, values).flatten(2)
+    def projections(self) -> Tensor:
+        """W_k^h and W_v^h: [2, H, E, D]."""
+        return self.to_kv.weight.unflatten(0, (2, self.heads, -1))
+
+    def output(self, attended: Tensor) -> Tensor:
+        """W_o concat_h(attended_h + b_v^h) + b_o: [B, Q, D]."""
+        attended = attended.flatten(2)
         if self.to_kv.bias is not None:
             attended = attended + self.to_kv.bias.chunk(2)[1]
         return self.to_out(attended)

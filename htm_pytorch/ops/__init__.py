@@ -1,12 +1,23 @@
 """The mathematics: tensors in, tensors out; no modules, no state."""
 
-from htm_pytorch.ops.attention import Impl, Recall, check_impl, recall, recall_with_weights
-from htm_pytorch.ops.reference import allowed_chunks, masked_softmax
+from htm_pytorch.ops.attention import (
+    Impl,
+    Recall,
+    RecallImpl,
+    attend,
+    attend_with_weights,
+    check_impl,
+    recall,
+    recall_with_weights,
+)
+from htm_pytorch.ops.reference import masked_softmax
 
 __all__ = [
     "Impl",
     "Recall",
-    "allowed_chunks",
+    "RecallImpl",
+    "attend",
+    "attend_with_weights",
     "check_impl",
     "masked_softmax",
     "recall",

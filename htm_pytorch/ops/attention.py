@@ -1,13 +1,13 @@
-"""`recall`: the one operation on the memory's side, its contract and who computes it."""
+"""`recall` and `attend`: the operations on a memory, their contracts and who computes them."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory import ChunkedMemory
-from htm_pytorch.ops import blocked, dense, reference
+from htm_pytorch.memory import ChunkedMemory, Steps
+from htm_pytorch.ops import blocked, dense, kernels, native, projected, reference
 from htm_pytorch.shapes import (
     check_at_least,
     check_device,
@@ -17,7 +17,8 @@ from htm_pytorch.shapes import (
     is_transformed,
 )
 
-Impl = Literal["auto", "reference", "blocked", "dense"]
+RecallImpl = Literal["auto", "reference", "blocked", "dense", "native"]
+Impl = Literal["auto", "reference", "blocked", "dense", "native", "projected"]
 
 
 class Recall(NamedTuple):
@@ -34,12 +35,12 @@ class Recall(NamedTuple):
 def recall(
     route: Tensor,
     probe: Tensor,
-    memory: ChunkedMemory,
+    memory: ChunkedMemory | Steps,
     k: int,
     *,
     positions: Tensor | None = None,
     chunk_mask: Tensor | None = None,
-    impl: Impl = "auto",
+    impl: RecallImpl = "auto",
 ) -> Tensor:
     """Look up the past in two steps: keep the k best chunks, then attend inside each of them.
 
@@ -58,9 +59,10 @@ def recall(
         k: how many chunks a query keeps, >= 1; all there are where there are fewer.
         positions: [C, D], added to the steps of every chunk.
         chunk_mask: [B, Q, M] bool, the chunks each query may see (of those that are valid).
-        impl: "reference" (plain, gathers all kept steps), "blocked" (a few queries at a time; no
-            second derivatives, not under `torch.func`), "dense" (all chunks, two GEMMs; for small
-            memories) or "auto". A named one never falls back.
+        impl: "native" (a compiled kernel, on the CPU), "blocked" (plain PyTorch on any device, a
+            few queries at a time), "dense" (all chunks, two GEMMs; for small memories),
+            "reference" (plain, gathers all kept steps) or "auto". A named one never falls back.
+            Only "reference" and "dense" have second derivatives and work under `torch.func`.
 
     Returns:
         context [B, Q, H, D] in the dtype of `probe`; scores and softmaxes are at least float32.
@@ -71,82 +73,209 @@ def recall(
     Raises:
         ValueError: names the argument, what came and what was expected.
     """
-    check_impl(impl)
-    arguments = _prepare(route, probe, memory, k, positions, chunk_mask)
-    with _no_autocast(route.device.type):
-        match impl:
-            case "auto" if _prefers_dense(probe, memory, k):
-                engine = dense.recall
-            case "auto":
-                engine = reference.recall if is_transformed() else blocked.recall
-            case "reference":
-                engine = reference.recall
-            case "blocked":
-                if is_transformed():
-                    raise ValueError(
-                        "impl: expected 'auto', 'reference' or 'dense' under a torch.func "
-                        "transform, got 'blocked'"
-                    )
-                engine = blocked.recall
-            case "dense":
-                engine = dense.recall
-        return engine(*arguments)[0].to(probe.dtype)
+    check_impl(impl, RecallImpl)
+    _check(route, probe, memory, k, positions, chunk_mask)
+    return _recall(route, probe, memory, k, positions, chunk_mask, impl)[0]
 
 
 def recall_with_weights(
     route: Tensor,
     probe: Tensor,
-    memory: ChunkedMemory,
+    memory: ChunkedMemory | Steps,
     k: int,
     *,
     positions: Tensor | None = None,
     chunk_mask: Tensor | None = None,
 ) -> tuple[Tensor, Recall]:
     """Do what `recall` does and also return what was recalled, computed plainly."""
-    arguments = _prepare(route, probe, memory, k, positions, chunk_mask)
+    _check(route, probe, memory, k, positions, chunk_mask)
+    chunked = memory.chunked() if isinstance(memory, Steps) else memory
     with _no_autocast(route.device.type):
-        context, picked, weights, step_weights = reference.recall(*arguments)
+        exact_route, exact_probe, places = _exact(memory, route, probe, positions)
+        context, picked, weights, step_weights = reference.recall(
+            exact_route, exact_probe, chunked, k, places, chunk_mask
+        )
     chunks = picked.chunks.masked_fill(~picked.kept, -1)
     return context.to(probe.dtype), Recall(chunks, weights, step_weights)
 
 
-def check_impl(impl: str) -> None:
+def attend(
+    route: Tensor,
+    queries: Tensor,
+    projections: Tensor,
+    memory: ChunkedMemory | Steps,
+    k: int,
+    *,
+    positions: Tensor | None = None,
+    chunk_mask: Tensor | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attend to a memory through projections to keys and values.
+
+        attended_h = sum_j w_j sum_c a_hjc W_v^h (m_jc + p_c),
+        a_hjc = softmax over c of queries_h . W_k^h (m_jc + p_c)
+
+    with chunks and their weights w as in `recall`. Either the projections are moved to the query's
+    side, for a `recall` of probes W_k^h^T queries_h; or the chunks that any query keeps are
+    projected once. Which is cheaper depends on how many queries share a chunk (`docs/math.md`).
+
+    Args:
+        route: [B, Q, D], as for `recall`.
+        queries: [B, Q, H, E], scaled.
+        projections: [2, H, E, D], W_k and W_v.
+        memory: as for `recall`, like `k`, `positions` and `chunk_mask`.
+        k: see above.
+        positions: see above.
+        chunk_mask: see above.
+        impl: as for `recall`, or "projected" (the kept chunks once, by the compiled kernel).
+
+    Returns:
+        attended [B, Q, H, E], and [B, Q] bool, whether a query saw any chunk.
+    """
+    check_impl(impl, Impl)
+    batch, length, heads, width = queries.shape
+    check_tensor("projections", projections, "P H E D", P=2, H=heads, E=width, D=memory.dim)
+    if impl in ("auto", "projected") and _uses_kernel(impl, route):
+        _check(route, None, memory, k, positions, chunk_mask)
+        with _no_autocast(route.device.type):
+            picked, weights = native.pick(_exact(memory, route)[0], memory, k, chunk_mask)
+        seen = (picked >= 0).any(-1)
+        if impl == "projected" or projected.is_cheaper(queries, memory, picked):
+            attended = projected.attend(queries, projections, memory, positions, picked, weights)
+            return attended.to(queries.dtype), seen
+        probe = _absorb(queries, projections)
+        with _no_autocast(route.device.type):
+            exact, places = _exact(memory, probe, positions)
+            context = native.attend(exact, memory, places, picked, weights)
+        return _read(context.to(probe.dtype), projections), seen
+    probe = _absorb(queries, projections)
+    _check(route, probe, memory, k, positions, chunk_mask)
+    context, picked = _recall(route, probe, memory, k, positions, chunk_mask, impl)
+    return _read(context, projections), picked.kept.any(-1)
+
+
+def attend_with_weights(
+    route: Tensor,
+    queries: Tensor,
+    projections: Tensor,
+    memory: ChunkedMemory | Steps,
+    k: int,
+    *,
+    positions: Tensor | None = None,
+    chunk_mask: Tensor | None = None,
+) -> tuple[Tensor, Recall]:
+    """Do what `attend` does and return what was recalled, computed plainly."""
+    probe = _absorb(queries, projections)
+    context, recalled = recall_with_weights(
+        route, probe, memory, k, positions=positions, chunk_mask=chunk_mask
+    )
+    return _read(context, projections), recalled
+
+
+def _absorb(queries: Tensor, projections: Tensor) -> Tensor:
+    """u_h = W_k^h^T queries_h: [B, Q, H, D]."""
+    return torch.einsum("bqhe,hed->bqhd", queries, projections[0])
+
+
+def _read(context: Tensor, projections: Tensor) -> Tensor:
+    """W_v^h context_h: [B, Q, H, E]."""
+    return torch.einsum("bqhd,hed->bqhe", context, projections[1])
+
+
+def check_impl(impl: str, known: Any = Impl) -> None:
     """Raise a ValueError unless `impl` names an implementation."""
-    if impl not in get_args(Impl):
-        raise ValueError(f"impl: expected one of {get_args(Impl)}, got {impl!r}")
+    if impl not in get_args(known):
+        raise ValueError(f"impl: expected one of {get_args(known)}, got {impl!r}")
 
 
-def _prepare(
+def _recall(
     route: Tensor,
     probe: Tensor,
-    memory: ChunkedMemory,
+    memory: ChunkedMemory | Steps,
     k: int,
     positions: Tensor | None,
     chunk_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, ChunkedMemory, int, Tensor | None, Tensor | None]:
-    if not isinstance(memory, ChunkedMemory):
-        raise ValueError(f"memory: expected a ChunkedMemory, got {type(memory).__name__}")
+    impl: Impl,
+) -> tuple[Tensor, reference.Selection]:
+    with _no_autocast(route.device.type):
+        exact_route, exact_probe, places = _exact(memory, route, probe, positions)
+        if impl in ("auto", "native") and _uses_kernel(impl, route):
+            picked, weights = native.pick(exact_route, memory, k, chunk_mask)
+            context = native.attend(exact_probe, memory, places, picked, weights)
+            return context.to(probe.dtype), reference.Selection(picked, picked >= 0)
+        match impl:
+            case "reference":
+                engine = reference.recall
+            case "dense":
+                engine = dense.recall
+            case "blocked":
+                _refuse_transforms(impl)
+                engine = blocked.recall
+            case _ if _prefers_dense(probe, memory, k):
+                engine = dense.recall
+            case _:
+                engine = reference.recall if is_transformed() else blocked.recall
+        chunked = memory.chunked() if isinstance(memory, Steps) else memory
+        context, picked, *_ = engine(exact_route, exact_probe, chunked, k, places, chunk_mask)
+        return context.to(probe.dtype), picked
+
+
+def _uses_kernel(impl: str, route: Tensor) -> bool:
+    """Whether the compiled kernel can serve; a named implementation that cannot says so."""
+    if impl == "auto":
+        return route.device.type == "cpu" and not is_transformed() and kernels.IS_AVAILABLE
+    _refuse_transforms(impl)
+    if route.device.type != "cpu":
+        raise ValueError(f"impl: {impl!r} expects tensors on the CPU, got {route.device}")
+    if not kernels.IS_AVAILABLE:
+        kernels.load()
+    return True
+
+
+def _refuse_transforms(impl: str) -> None:
+    if is_transformed():
+        raise ValueError(
+            f"impl: expected 'auto', 'reference' or 'dense' under a torch.func transform, "
+            f"got {impl!r}"
+        )
+
+
+def _check(
+    route: Tensor,
+    probe: Tensor | None,
+    memory: ChunkedMemory | Steps,
+    k: int,
+    positions: Tensor | None,
+    chunk_mask: Tensor | None,
+) -> None:
+    if not isinstance(memory, ChunkedMemory | Steps):
+        raise ValueError(f"memory: expected a ChunkedMemory or Steps, got {type(memory).__name__}")
+    if isinstance(memory, Steps):
+        memory.check()
     check_tensor("route", route, "B Q D", D=memory.dim)
     check_floating("route", route)
     batch, queries, dim = route.shape
-    check_tensor("probe", probe, "B Q H D", B=batch, Q=queries, D=dim)
-    check_floating("probe", probe, route.dtype)
+    data = memory.steps if isinstance(memory, Steps) else memory.contents
+    check_device("memory", data, route.device)
+    if probe is not None:
+        check_tensor("probe", probe, "B Q H D", B=batch, Q=queries, D=dim)
+        check_floating("probe", probe, route.dtype)
+        check_device("probe", probe, route.device)
     check_at_least("k", k, 1)
     if memory.batch not in (1, batch):
         raise ValueError(f"memory: expected batch 1 or {batch}, got {memory.batch}")
-    for name, part in {"probe": probe, "memory": memory.contents}.items():
-        check_device(name, part, route.device)
     if positions is not None:
         check_tensor("positions", positions, "C D", C=memory.chunk_size, D=dim)
         check_floating("positions", positions)
         check_device("positions", positions, route.device)
     sizes = {"B": batch, "Q": queries, "M": memory.chunks}
     check_mask("chunk_mask", chunk_mask, "B Q M", route.device, **sizes)
-    exact = torch.promote_types(route.dtype, torch.float32)
-    exact = torch.promote_types(exact, memory.contents.dtype)
-    if positions is not None:
-        positions = positions.to(exact)
-    return route.to(exact), probe.to(exact), memory, k, positions, chunk_mask
+
+
+def _exact(memory: ChunkedMemory | Steps, first: Tensor, *others: Tensor | None) -> list[Any]:
+    """Return the tensors in the dtype of sums: at least float32, `first`'s and the memory's."""
+    dtype = torch.promote_types(torch.promote_types(torch.float32, memory.dtype), first.dtype)
+    return [None if tensor is None else tensor.to(dtype) for tensor in (first, *others)]
 
 
 def _no_autocast(device: str) -> AbstractContextManager[object]:
@@ -156,6 +285,6 @@ def _no_autocast(device: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _prefers_dense(probe: Tensor, memory: ChunkedMemory, k: int) -> bool:
+def _prefers_dense(probe: Tensor, memory: ChunkedMemory | Steps, k: int) -> bool:
     """Whether reading every chunk once is cheaper than gathering k chunks a query."""
     return memory.chunks * memory.chunk_size <= 1024 and 2 * memory.chunks <= k * probe.shape[1]

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from htm_pytorch import ChunkedMemory, Recall
-from htm_pytorch.ops import Impl, blocked, recall, recall_with_weights
+from htm_pytorch.ops import RecallImpl, blocked, recall, recall_with_weights
 from tests.helpers import assert_near, memory_of, relative_error, value_and_gradients
 
-IMPLS = get_args(Impl)
+IMPLS = get_args(RecallImpl)
 FAST = [impl for impl in IMPLS if impl != "reference"]
 NAMES = ["route", "probe", "positions", "contents", "summaries"]
 
@@ -482,7 +482,10 @@ def bad_inputs() -> dict[str, tuple[dict[str, Any], str]]:
             {"probe": torch.zeros(2, 5, 3, 6, device="meta")},
             r"^probe: expected device cpu, got meta$",
         ),
-        "memory-type": ({"memory": contents}, r"^memory: expected a ChunkedMemory, got Tensor$"),
+        "memory-type": (
+            {"memory": contents},
+            r"^memory: expected a ChunkedMemory or Steps, got Tensor$",
+        ),
         "memory-batch": (
             {"memory": ChunkedMemory.from_chunks(torch.zeros(3, 4, 3, 6))},
             r"^memory: expected batch 1 or 2, got 3$",

@@ -1,0 +1,65 @@
+"""`Steps`: a past that is given whole, read in chunks where it lies."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from htm_pytorch.memory.chunked import ChunkedMemory
+from htm_pytorch.shapes import check_at_least, check_floating, check_mask, check_tensor
+
+
+class Steps(NamedTuple):
+    """N steps in chunks of C, the borders counted from the newest end; nothing is copied.
+
+    Where N is no multiple of C the oldest chunk is short. Unlike in a `ChunkedMemory`, summaries
+    are not held: whoever needs them takes the means.
+    """
+
+    steps: Tensor
+    """[B, N, D], oldest first."""
+    chunk_size: int
+    """C."""
+    mask: Tensor | None = None
+    """[B, N] bool, False for steps that must never be attended nor averaged."""
+    eps: float = 0.0
+    """A summary is the sum of its steps over (count + eps)."""
+
+    def check(self) -> None:
+        """Raise a ValueError unless the parts fit each other."""
+        check_tensor("steps", self.steps, "B N D")
+        check_floating("steps", self.steps)
+        check_at_least("chunk_size", self.chunk_size, 1)
+        batch, length, _ = self.steps.shape
+        check_mask("mask", self.mask, "B N", self.steps.device, B=batch, N=length)
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.steps.shape[0]
+
+    @property
+    def chunks(self) -> int:
+        """M."""
+        return -(-self.steps.shape[1] // self.chunk_size)
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.steps.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the steps."""
+        return self.steps.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the steps."""
+        return self.steps.device
+
+    def chunked(self) -> ChunkedMemory:
+        """Return the same past with its summaries; a short chunk is padded, by a copy."""
+        return ChunkedMemory.from_steps(
+            self.steps, self.chunk_size, self.mask, borders="newest", eps=self.eps
+        )

@@ -1,0 +1,106 @@
+"""The compiled kernel of `native`: found, loaded and called; no torch operator yet."""
+
+import ctypes
+import functools
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FOLDER = Path(__file__).parent
+
+
+def _find() -> Path | None:
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64"):
+        capability = torch.backends.cpu.get_cpu_capability()
+        level = {"AVX512": "x86_64_v4", "AVX2": "x86_64_v3"}.get(capability)
+    else:
+        level = "aarch64" if machine in ("aarch64", "arm64") else None
+    ending = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+    path = _FOLDER / f"recall-{level}{ending}"
+    return path if path.exists() else None
+
+
+_PATH = _find()
+IS_AVAILABLE = _PATH is not None
+"""Whether this installation has the kernel and this processor can run it."""
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Load the kernel.
+
+    Raises:
+        RuntimeError: there is none for this machine.
+    """
+    if _PATH is None:
+        raise RuntimeError(
+            f"impl: 'native' has no kernel for this machine ({platform.machine()}, "
+            f"{torch.backends.cpu.get_cpu_capability()}) in {_FOLDER}; use impl='auto'"
+        )
+    library = ctypes.CDLL(str(_PATH))
+    library.call_bytes.restype = ctypes.c_int64
+    if library.call_bytes() != ctypes.sizeof(_Call):
+        raise RuntimeError(f"{_PATH} is of another version of this package: install it again")
+    return library
+
+
+@functools.cache
+def _torch_threads() -> int:
+    """Address of the loop of torch's own threads: others would fight them for the cores."""
+    name = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}
+    path = Path(torch.__file__).parent / "lib" / name.get(sys.platform, "libtorch_cpu.so")
+    address = ctypes.cast(ctypes.CDLL(str(path)).torch_parallel_for, _POINTER).value
+    assert address is not None
+    return address
+
+
+_INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
+# The struct of the kernel, field by field; a star marks an array.
+_FIELDS = (
+    "parallel* threads batch queries chunks chunk_size k memory_batch missing "
+    "keys* values* rows_by_batch rows_by_step rows_by_group step_mask* step_mask_by_batch "
+    "groups heads width route* summaries* summaries_by_batch summaries_by_chunk dim eps "
+    "valid* valid_by_batch chunk_mask* chunk_mask_by_batch chunk_mask_by_query picked* weights* "
+    "probe* positions* context* grad* grad_weights* grad_probe* grad_route* "
+    "grad_keys* grad_values* grad_by_batch grad_by_step grad_by_group grad_summaries* "
+    "position_logits* position_weights* first last block_logits* block_weights* "
+    "starts* pairs* failed"
+)
+_SPECIAL = {"eps": ctypes.c_double, "failed": ctypes.c_int32}
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        (name.rstrip("*"), _POINTER if name.endswith("*") else _SPECIAL.get(name, _INT))
+        for name in _FIELDS.split()
+    ]
+
+
+_NAMES = {
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+}
+
+
+def run(name: str, exact: Tensor, stored: Tensor | None, arguments: dict[str, Any]) -> None:
+    """Call a function of the kernel for sums in the dtype of `exact` over what is `stored`.
+
+    Tensors among the arguments are passed by their addresses and must outlive the call.
+    """
+    library = load()
+    function = f"{name}_{_NAMES[exact.dtype]}"
+    if stored is not None:
+        function = f"{function}_{_NAMES[stored.dtype]}"
+    call = _Call(parallel=_torch_threads(), threads=torch.get_num_threads())
+    for key, value in arguments.items():
+        setattr(call, key, value.data_ptr() if isinstance(value, Tensor) else value)
+    getattr(library, function)(ctypes.byref(call))
+    if call.failed:
+        raise MemoryError(f"{function}: not enough memory for scratch")

@@ -1,0 +1,151 @@
+// One call: every size and array of it, and what both operations ask of a memory.
+
+#pragma once
+
+#include <stdlib.h>
+
+#include "vectors.h"
+
+extern "C" {
+
+typedef void Body(int64_t begin, int64_t end, void* context);
+typedef int32_t Parallel(int64_t begin, int64_t end, int64_t grain, Body* body, void* context);
+
+// Every array of one call. T is the type of sums, S that of what is stored. Masks are bytes; null
+// means all true. Strides count elements.
+struct Call {
+    Parallel* parallel;
+    int64_t threads;
+    int64_t batch, queries, chunks, chunk_size, k;
+    int64_t memory_batch;  // `batch`, or 1: shared by all rows
+    int64_t missing;       // steps that the oldest chunk lacks, at its oldest end
+    // The steps: keys and values of `groups` groups, each read by `heads` heads. Addresses are
+    // those of the oldest chunk's step 0, whether or not it exists.
+    const void* keys;    // S [B, M, C, G, W]
+    const void* values;  // as the keys; may be the same
+    int64_t rows_by_batch, rows_by_step, rows_by_group;
+    const uint8_t* step_mask;  // [B, M, C]
+    int64_t step_mask_by_batch;
+    int64_t groups, heads, width;
+    // Picking. Chunks are scored by their summaries; without any, by the means of their keys.
+    const void* route;      // T [X, D]
+    const void* summaries;  // S [B, M, D]
+    int64_t summaries_by_batch, summaries_by_chunk;
+    int64_t dim;
+    double eps;  // a mean is a sum over (count + eps)
+    const uint8_t* valid;  // [B, M]
+    int64_t valid_by_batch;
+    const uint8_t* chunk_mask;  // [B, Q, M]
+    int64_t chunk_mask_by_batch, chunk_mask_by_query;
+    int64_t* picked;  // [X, K]; -1: none
+    void* weights;    // T [X, K]
+    // Attending.
+    const void* probe;      // T [X, G, H, W]
+    const void* positions;  // T [C, W], or null
+    void* context;          // T [X, G, H, W]
+    // Backward.
+    const void* grad;    // T [X, G, H, W] of the context, or [X, K] of the weights
+    void* grad_weights;  // T [X, K]; after picking's backward, the gradients of the scores
+    void* grad_probe;    // T [X, G, H, W]
+    void* grad_route;    // T [X, D]
+    void* grad_keys;     // T [B, M, C, G, W]; zeros at first
+    void* grad_values;   // as grad_keys; may be the same
+    int64_t grad_by_batch, grad_by_step, grad_by_group;
+    void* grad_summaries;    // T [B, M, D], or null; zeros at first
+    void* position_logits;   // T [X, H, C], or null: gradients of the logits, over all chunks
+    void* position_weights;  // T [X, H, C], or null: the weights, over all chunks
+    // Backward to the memory: pairs (query, pick) of the X in [first, last).
+    int64_t first, last;
+    void* block_logits;   // T [last - first, K, G, H, C]: gradients of the logits
+    void* block_weights;  // T [last - first, K, G, H, C]: the weights
+    int64_t* starts;      // [B * M + 1] scratch
+    int64_t* pairs;       // [(last - first) * K] scratch
+    int32_t failed;       // set when memory ran out
+};
+}
+
+namespace {
+
+// A row of logits has room for whole vectors and for whole tiles of `products`.
+int64_t padded(int64_t count) {
+    return (count + 15) / 16 * 16;
+}
+
+// Room that is given back at the end of the scope.
+template <class X>
+struct Scratch {
+    X* at;
+    explicit Scratch(int64_t count) : at(static_cast<X*>(malloc((count + 1) * sizeof(X)))) {}
+    Scratch(const Scratch&) = delete;
+    ~Scratch() { free(at); }
+    operator X*() const { return at; }
+};
+
+// Whether all scratch was had; if not, the caller is told, who raises an error.
+template <class... X>
+bool got(Call& call, const Scratch<X>&... all) {
+    const bool ok = (... && (all.at != nullptr));
+    if (!ok) call.failed = 1;
+    return ok;
+}
+
+template <class F>
+void parallel(Call& call, int64_t count, F body) {
+    if (!count) return;
+    if (call.threads == 1 || count == 1) {
+        body(0, count);
+        return;
+    }
+    auto run = [](int64_t begin, int64_t end, void* context) {
+        (*static_cast<F*>(context))(begin, end);
+    };
+    call.parallel(0, count, 1, run, &body);
+}
+
+// Which steps of chunk m exist and are not masked.
+int64_t numbers_of(const Call& call, int64_t row, int64_t m, int32_t* number) {
+    const uint8_t* mask = nullptr;
+    if (call.step_mask) {
+        mask = call.step_mask + row * call.step_mask_by_batch + m * call.chunk_size;
+    }
+    int64_t count = 0;
+    for (int64_t c = m ? 0 : call.missing; c < call.chunk_size; ++c) {
+        number[count] = static_cast<int32_t>(c);
+        count += mask ? mask[c] != 0 : 1;
+    }
+    return count;
+}
+
+// The same, with pointers to their keys.
+template <class S>
+int64_t steps_of(const Call& call, int64_t row, int64_t m, const S** rows, int32_t* number) {
+    const S* chunk = static_cast<const S*>(call.keys) + row * call.rows_by_batch +
+                     m * call.chunk_size * call.rows_by_step;
+    const int64_t count = numbers_of(call, row, m, number);
+    for (int64_t i = 0; i < count; ++i) rows[i] = chunk + number[i] * call.rows_by_step;
+    return count;
+}
+
+// Sort the (query, pick) pairs of a block by their chunk, so that each chunk has one owner: sums
+// have one order whatever the number of threads.
+void sort_pairs(Call& call) {
+    const int64_t slots = call.memory_batch * call.chunks, k = call.k;
+    memset(call.starts, 0, (slots + 1) * sizeof(int64_t));
+    auto slot = [&](int64_t pair) {
+        const int64_t m = call.picked[pair];
+        const int64_t row = call.memory_batch == 1 ? 0 : pair / k / call.queries;
+        return m < 0 ? -1 : row * call.chunks + m;
+    };
+    for (int64_t pair = call.first * k; pair < call.last * k; ++pair) {
+        if (slot(pair) >= 0) ++call.starts[slot(pair) + 1];
+    }
+    for (int64_t s = 0; s < slots; ++s) call.starts[s + 1] += call.starts[s];
+    for (int64_t pair = call.first * k; pair < call.last * k; ++pair) {
+        if (slot(pair) >= 0) call.pairs[call.starts[slot(pair)]++] = pair;
+    }
+    // Each start has moved to the next one's place.
+    for (int64_t s = slots; s > 0; --s) call.starts[s] = call.starts[s - 1];
+    call.starts[0] = 0;
+}
+
+}  // namespace

@@ -1,0 +1,264 @@
+// Keep the k best chunks of each query, and the way back to route and summaries.
+
+#pragma once
+
+#include "call.h"
+#include "products.h"
+
+namespace {
+
+constexpr int64_t kSegment = 64;  // chunks that are worth a thread's while
+constexpr int64_t kBlock = 16;    // chunks scored at a time: their summaries fit the nearest cache
+constexpr int64_t kQueries = 64;  // queries that read the summaries together
+
+template <class T>
+struct Best {
+    T* scores;  // [K], best first
+    int64_t* chunks;
+    int64_t count, k;
+
+    // NaN counts as the best, so that it is seen. Of equals the first to come stays.
+    static bool better(T a, T b) { return a > b || (a != a && b == b); }
+
+    // What a score must exceed; NaN while anything is welcome.
+    T threshold() const {
+        return count == k && k ? scores[k - 1] : static_cast<T>(__builtin_nan(""));
+    }
+
+    void add(T score, int64_t chunk) {
+        if (count == k) {
+            if (!k || !better(score, scores[k - 1])) return;
+            --count;
+        }
+        int64_t i = count++;
+        for (; i && better(score, scores[i - 1]); --i) {
+            scores[i] = scores[i - 1];
+            chunks[i] = chunks[i - 1];
+        }
+        scores[i] = score;
+        chunks[i] = chunk;
+    }
+};
+
+template <class T, class S>
+void mean(const S* const* rows, int64_t count, double eps, int64_t width, T* out) {
+    const T scale = static_cast<T>(1.0 / (static_cast<double>(count) + eps));
+    int64_t d = 0;
+    constexpr int V = 4;
+    for (; d + V * lanes<T> <= width; d += V * lanes<T>) {
+        Vector<T> total[V] = {};
+        for (int64_t c = 0; c < count; ++c) {
+#pragma unroll
+            for (int v = 0; v < V; ++v) total[v] += load<T>(rows[c] + d + v * lanes<T>);
+        }
+#pragma unroll
+        for (int v = 0; v < V; ++v) store(out + d + v * lanes<T>, total[v] * scale);
+    }
+    for (; d < width; d += lanes<T>) {
+        const int64_t some = width - d < lanes<T> ? width - d : lanes<T>;
+        Vector<T> total = {};
+        for (int64_t c = 0; c < count; ++c) total += load<T>(rows[c] + d, some);
+        store(out + d, total * scale, some);
+    }
+}
+
+// Score the chunks [begin, end) for queries [first, last) of one row and keep the best.
+template <class T, class S>
+void pick_segment(Call& call, int64_t row, int64_t first, int64_t last, int64_t begin,
+                  int64_t end, Best<T>* best) {
+    const int64_t memory_row = call.memory_batch == 1 ? 0 : row;
+    const bool means = !call.summaries;
+    Scratch<T> average(means ? kBlock * call.dim : 0);
+    Scratch<const S*> steps(means ? call.chunk_size : 0);
+    Scratch<int32_t> numbers(means ? call.chunk_size : 0);
+    if (!got(call, average, steps, numbers)) return;
+    const T* route = static_cast<const T*>(call.route) + row * call.queries * call.dim;
+    const uint8_t* mask = call.chunk_mask;
+    if (mask) mask += row * call.chunk_mask_by_batch;
+    const S* held_rows[2 * kBlock];
+    const T* mean_rows[2 * kBlock];
+    int64_t chunks[kBlock];
+    T scores[4 * kBlock];
+    int64_t next = begin;
+    while (next < end) {
+        int64_t count = 0;
+        for (; next < end && count < kBlock; ++next) {
+            if (call.valid && !call.valid[memory_row * call.valid_by_batch + next]) continue;
+            if (means) {
+                const int64_t there = steps_of<S>(call, memory_row, next, steps, numbers);
+                if (!there) continue;
+                mean_rows[count] = average + count * call.dim;
+                mean<T, S>(steps, there, call.eps, call.dim, average + count * call.dim);
+            } else {
+                held_rows[count] = static_cast<const S*>(call.summaries) +
+                                   memory_row * call.summaries_by_batch +
+                                   next * call.summaries_by_chunk;
+            }
+            chunks[count++] = next;
+        }
+        for (int64_t q = first; count && q < last; q += 4) {
+            const int64_t rows = last - q < 4 ? last - q : 4;
+            if (mask) {
+                uint8_t any = 0;
+                for (int64_t r = 0; r < rows; ++r) {
+                    const uint8_t* seen = mask + (q + r) * call.chunk_mask_by_query;
+                    for (int64_t c = 0; c < count; ++c) any |= seen[chunks[c]];
+                }
+                if (!any) continue;
+            }
+            if (means) {
+                products<T, T>(route + q * call.dim, call.dim, rows, mean_rows, 0, count, call.dim,
+                               scores, kBlock);
+            } else {
+                products<T, S>(route + q * call.dim, call.dim, rows, held_rows, 0, count, call.dim,
+                               scores, kBlock);
+            }
+            for (int64_t r = 0; r < rows; ++r) {
+                Best<T>& mine = best[q + r - first];
+                const T threshold = mine.threshold();
+                T* score = scores + r * kBlock;
+                for (int64_t c = count; c < kBlock; ++c) score[c] = threshold;
+                Mask<T> pass = {};
+                for (int64_t c = 0; c < kBlock; c += lanes<T>) {
+                    pass |= ~(load<T>(score + c) <= threshold);
+                }
+                if (!__builtin_reduce_or(pass)) continue;
+                const uint8_t* seen = mask ? mask + (q + r) * call.chunk_mask_by_query : nullptr;
+                for (int64_t c = 0; c < count; ++c) {
+                    if (!seen || seen[chunks[c]]) mine.add(score[c], chunks[c]);
+                }
+            }
+        }
+    }
+}
+
+template <class T>
+void weigh(const Best<T>& best, T* weights, int64_t* picked) {
+    T total = 0;
+    for (int64_t j = 0; j < best.k; ++j) {
+        const bool there = j < best.count;
+        picked[j] = there ? best.chunks[j] : -1;
+        weights[j] = there ? exponential<T>(splat(best.scores[j] - best.scores[0]))[0] : 0;
+        total += weights[j];
+    }
+    for (int64_t j = 0; j < best.count; ++j) weights[j] /= total;
+}
+
+template <class T, class S>
+void pick(Call& call) {
+    const int64_t k = call.k, queries = call.queries;
+    const int64_t pairs = call.batch * queries;
+    // Means are taken once for all queries; summaries that are held are read once a block of them.
+    int64_t block = call.summaries ? kQueries : queries;
+    if (block > queries) block = queries;
+    if (!block) return;
+    const int64_t blocks = (queries + block - 1) / block;
+    int64_t segments = (call.threads + call.batch * blocks - 1) / (call.batch * blocks);
+    const int64_t most = call.chunks / kSegment;
+    if (segments > most) segments = most;
+    if (segments < 1 || call.threads == 1) segments = 1;
+    const int64_t each = (call.chunks + segments - 1) / segments;
+    Scratch<T> scores(segments * pairs * k);
+    Scratch<int64_t> chunks(segments * pairs * k);
+    Scratch<Best<T>> best(segments * pairs);
+    if (!got(call, scores, chunks, best)) return;
+    parallel(call, call.batch * blocks * segments, [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t segment = item % segments;
+            const int64_t row = item / segments / blocks;
+            const int64_t first = item / segments % blocks * block;
+            const int64_t last = first + block < queries ? first + block : queries;
+            const int64_t start = segment * pairs + row * queries + first;
+            for (int64_t i = start; i < start + last - first; ++i) {
+                best[i] = {scores + i * k, chunks + i * k, 0, k};
+            }
+            const int64_t from = segment * each;
+            const int64_t to = from + each < call.chunks ? from + each : call.chunks;
+            pick_segment<T, S>(call, row, first, last, from, to, best + start);
+        }
+    });
+    parallel(call, pairs, [&](int64_t begin, int64_t end) {
+        for (int64_t x = begin; x < end; ++x) {
+            Best<T>& all = best[x];
+            for (int64_t segment = 1; segment < segments; ++segment) {
+                const Best<T>& part = best[segment * pairs + x];
+                for (int64_t j = 0; j < part.count; ++j) all.add(part.scores[j], part.chunks[j]);
+            }
+            weigh(all, static_cast<T*>(call.weights) + x * k, call.picked + x * k);
+        }
+    });
+}
+
+// grad_route[x] = sum_j d_j s_j, with d the gradient of the scores, which replaces grad_weights.
+template <class T, class S>
+void pick_backward(Call& call) {
+    const int64_t k = call.k, dim = call.dim;
+    auto* grad_scores = static_cast<T*>(call.grad_weights);
+    parallel(call, call.batch * call.queries, [&](int64_t begin, int64_t end) {
+        Scratch<const S*> steps(call.chunk_size);
+        Scratch<int32_t> numbers(call.chunk_size);
+        Scratch<T> average(dim);
+        if (!got(call, steps, numbers, average)) return;
+        for (int64_t x = begin; x < end; ++x) {
+            const int64_t row = call.memory_batch == 1 ? 0 : x / call.queries;
+            const T* weights = static_cast<const T*>(call.weights) + x * k;
+            const T* grad = static_cast<const T*>(call.grad) + x * k;
+            T* out = static_cast<T*>(call.grad_route) + x * dim;
+            memset(out, 0, dim * sizeof(T));
+            T total = 0;
+            for (int64_t j = 0; j < k; ++j) total += weights[j] * grad[j];
+            for (int64_t j = 0; j < k; ++j) {
+                const int64_t m = call.picked[x * k + j];
+                const T scale = weights[j] * (grad[j] - total);
+                grad_scores[x * k + j] = m < 0 ? 0 : scale;
+                if (m < 0) continue;
+                if (call.summaries) {
+                    const S* summary = static_cast<const S*>(call.summaries) +
+                                       row * call.summaries_by_batch + m * call.summaries_by_chunk;
+                    combine<T, S>(out, 0, 1, &scale, 0, 0, &summary, 0, 1, dim);
+                } else {
+                    const int64_t there = steps_of<S>(call, row, m, steps, numbers);
+                    mean<T, S>(steps, there, call.eps, dim, average);
+                    const T* summary = average;
+                    combine<T, T>(out, 0, 1, &scale, 0, 0, &summary, 0, 1, dim);
+                }
+            }
+        }
+    });
+}
+
+// Without summaries of its own, a chunk's share goes to the steps it is the mean of.
+template <class T>
+void pick_backward_summaries(Call& call) {
+    const int64_t dim = call.dim;
+    sort_pairs(call);
+    parallel(call, call.memory_batch * call.chunks, [&](int64_t begin, int64_t end) {
+        Scratch<T> total(dim);
+        Scratch<int32_t> numbers(call.chunk_size);
+        if (!got(call, total, numbers)) return;
+        for (int64_t slot = begin; slot < end; ++slot) {
+            const int64_t row = slot / call.chunks, m = slot % call.chunks;
+            if (call.starts[slot] == call.starts[slot + 1]) continue;
+            T* out = total;
+            if (call.grad_summaries) out = static_cast<T*>(call.grad_summaries) + slot * dim;
+            if (!call.grad_summaries) memset(out, 0, dim * sizeof(T));
+            for (int64_t i = call.starts[slot]; i < call.starts[slot + 1]; ++i) {
+                const int64_t x = call.pairs[i] / call.k;
+                const T* route = static_cast<const T*>(call.route) + x * dim;
+                const T* scale = static_cast<const T*>(call.grad_weights) + call.pairs[i];
+                combine<T, T>(out, 0, 1, scale, 0, 0, &route, 0, 1, dim);
+            }
+            if (call.grad_summaries) continue;
+            const int64_t there = numbers_of(call, row, m, numbers);
+            const T share = static_cast<T>(1.0 / (static_cast<double>(there) + call.eps));
+            const T* source = total;
+            for (int64_t c = 0; c < there; ++c) {
+                T* to = static_cast<T*>(call.grad_keys) + row * call.grad_by_batch +
+                        (m * call.chunk_size + numbers[c]) * call.grad_by_step;
+                combine<T, T>(to, 0, 1, &share, 0, 0, &source, 0, 1, dim);
+            }
+        }
+    });
+}
+
+}  // namespace

@@ -1,0 +1,32 @@
+// `recall` on the CPU: what the library exports.
+//
+// Letters are those of htm_pytorch/shapes.py; X counts (row, query) pairs. The caller checks every
+// size and owns every array; nothing here allocates more than scratch for a few rows.
+
+#include "attend.h"
+#include "pick.h"
+
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+#define FOR_TYPES(name)                                                                 \
+    EXPORT void name##_f32_f32(Call* call) { name<float, float>(*call); }               \
+    EXPORT void name##_f32_bf16(Call* call) { name<float, BFloat16>(*call); }           \
+    EXPORT void name##_f32_f16(Call* call) { name<float, Float16>(*call); }             \
+    EXPORT void name##_f64_f64(Call* call) { name<double, double>(*call); }             \
+    EXPORT void name##_f64_f32(Call* call) { name<double, float>(*call); }              \
+    EXPORT void name##_f64_bf16(Call* call) { name<double, BFloat16>(*call); }          \
+    EXPORT void name##_f64_f16(Call* call) { name<double, Float16>(*call); }
+
+FOR_TYPES(pick)
+FOR_TYPES(pick_backward)
+FOR_TYPES(attend)
+FOR_TYPES(attend_backward)
+EXPORT void pick_backward_summaries_f32(Call* call) { pick_backward_summaries<float>(*call); }
+EXPORT void pick_backward_summaries_f64(Call* call) { pick_backward_summaries<double>(*call); }
+EXPORT void attend_backward_steps_f32(Call* call) { attend_backward_steps<float>(*call); }
+EXPORT void attend_backward_steps_f64(Call* call) { attend_backward_steps<double>(*call); }
+EXPORT int64_t call_bytes() { return sizeof(Call); }
