@@ -93,6 +93,22 @@ def _by_last(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or not tensor.numel() else tensor.contiguous()
 
 
+def _by_head(like: Tensor) -> Tensor:
+    """Return an unwritten [B, Q, R, W] whose heads lie apart, as batched matrix products want it."""
+    batch, queries, heads, width = like.shape
+    return like.new_empty(heads, batch, queries, width).permute(1, 2, 0, 3)
+
+
+def _evenly(rows: Tensor) -> Tensor:
+    """Return `rows` [B, Q, R, W] with all queries as far apart, whatever their row of the batch."""
+    even = len(rows) == 1 or rows.stride(0) == rows.shape[1] * rows.stride(1)
+    return rows if even and rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _heads(rows: Tensor) -> kernels.Heads:
+    return kernels.Heads(rows.data_ptr(), rows.stride(1), rows.stride(2))
+
+
 def _step_mask(mask: Tensor | None, missing: int) -> dict[str, Any]:
     if mask is None:
         return {}
@@ -183,13 +199,12 @@ def _pick_backward(
         return grad_route, grad_source.to(source.dtype)
     route, source, grad = route.contiguous(), _by_last(source), grad.contiguous()
     step_mask = None if step_mask is None else _by_last(step_mask)
-    grad_scores = torch.empty_like(weights)
     arguments = {
         **_sizes(picked, source.shape[0], source.shape[1], chunk_size),
         **_source(source, step_mask, chunk_size, eps),
         "weights": weights,
-        "grad": grad,
-        "grad_weights": grad_scores,
+        "grad_picks": grad,
+        "grad_scores": torch.empty_like(weights),
         "grad_route": grad_route,
     }
     kernels.run("pick_backward", route, source, arguments)
@@ -255,10 +270,10 @@ def _attend(
     weights: Tensor,
     chunk_size: int,
 ) -> Tensor:
-    context = torch.empty(probe.shape, dtype=probe.dtype)
+    context = _by_head(probe)
     if not context.numel():
         return context
-    probe, rows, weights = probe.contiguous(), _by_last(rows), weights.contiguous()
+    probe, rows, weights = _evenly(probe), _by_last(rows), weights.contiguous()
     step_mask = None if step_mask is None else _by_last(step_mask)
     positions = None if positions is None else positions.contiguous()
     missing = -rows.shape[1] % chunk_size
@@ -266,9 +281,9 @@ def _attend(
         **_sizes(picked, rows.shape[0], rows.shape[1], chunk_size),
         **_rows(rows, step_mask, probe.shape[2], missing),
         "weights": weights,
-        "probe": probe,
+        "probe": _heads(probe),
         "positions": positions,
-        "context": context,
+        "context": _heads(context),
     }
     kernels.run("attend", probe, rows, arguments)
     return context
@@ -288,13 +303,13 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of probe, weights, rows and positions; empty where they are not asked for."""
     exact = probe.dtype
-    grad_probe = torch.zeros(probe.shape, dtype=exact)
+    grad_probe = _by_head(probe)
     grad_weights = torch.zeros(weights.shape, dtype=exact)
     grad_rows = torch.zeros(rows.shape if to_rows else (0,) * 5, dtype=exact)
     grad_positions = torch.zeros(_shape(positions, to_positions), dtype=exact)
     if not (probe.numel() and picked.numel()):
-        return grad_probe, grad_weights, grad_rows.to(rows.dtype), grad_positions
-    grad, probe, rows = grad.contiguous(), probe.contiguous(), _by_last(rows)
+        return grad_probe.zero_(), grad_weights, grad_rows.to(rows.dtype), grad_positions
+    grad, probe, rows = _evenly(grad), _evenly(probe), _by_last(rows)
     step_mask = None if step_mask is None else _by_last(step_mask)
     positions = None if positions is None else positions.contiguous()
     batch, queries, heads, _ = probe.shape
@@ -303,22 +318,21 @@ def _attend_backward(
         **_sizes(picked, rows.shape[0], rows.shape[1], chunk_size),
         **_rows(rows, step_mask, heads, missing),
         "weights": weights,
-        "probe": probe,
+        "probe": _heads(probe),
         "positions": positions,
-        "grad": grad,
-        "grad_probe": grad_probe,
+        "grad": _heads(grad),
+        "grad_probe": _heads(grad_probe),
         "grad_weights": grad_weights,
     }
     total = batch * queries
     block = total
-    by_position = torch.empty(2, total, heads, chunk_size if to_positions else 0, dtype=exact)
+    by_position = torch.empty(total, 2, heads, chunk_size if to_positions else 0, dtype=exact)
     if to_positions:
-        arguments |= {"position_logits": by_position[0], "position_weights": by_position[1]}
+        arguments["position_weights"] = by_position
     if to_rows:
-        held = picked.shape[2] * heads * chunk_size
-        block = min(total, max(1, BLOCK_BYTES // (2 * held * probe.itemsize)))
-        saved = torch.empty(2, block * held, dtype=exact)
-        arguments |= {"block_logits": saved[0], "block_weights": saved[1]}
+        held = 2 * picked.shape[2] * heads * chunk_size
+        block = min(total, max(1, BLOCK_BYTES // (held * probe.itemsize)))
+        arguments["block_weights"] = torch.empty(block * held, dtype=exact)
         arguments |= _sorting(arguments, block)
         arguments |= _grad_rows(grad_rows, missing) | {"grad_by_group": grad_rows.stride(3)}
         apart = grad_rows.stride(2) * grad_rows.itemsize if rows.shape[2] == 2 else 0
@@ -329,8 +343,8 @@ def _attend_backward(
         if to_rows:
             kernels.run("attend_backward_steps", probe, None, arguments)
     if to_positions:
-        sides = torch.stack([probe.flatten(0, 2), grad.flatten(0, 2)])
-        grad_positions = torch.einsum("sxc,sxd->cd", by_position.flatten(1, 2), sides)
+        for side, of_side in zip((probe, grad), by_position.unbind(1), strict=True):
+            grad_positions += torch.einsum("xhc,xhd->cd", of_side, side.flatten(0, 1))
     return grad_probe, grad_weights, grad_rows.to(rows.dtype), grad_positions
 
 
@@ -351,7 +365,7 @@ def _attend_backward_shapes(
     to_positions: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        probe.new_empty(probe.shape),
+        _by_head(probe),
         weights.new_empty(weights.shape),
         rows.new_empty(rows.shape if to_rows else (0,) * 5),
         probe.new_empty(_shape(positions, to_positions)),
@@ -384,7 +398,7 @@ _register(
     "attend(Tensor probe, Tensor rows, Tensor? step_mask, Tensor? positions, Tensor picked, "
     "Tensor weights, SymInt chunk_size) -> Tensor",
     _attend,
-    lambda probe, *rest: probe.new_empty(probe.shape),
+    lambda probe, *rest: _by_head(probe),
 )
 _register(
     "attend_backward(Tensor grad, Tensor probe, Tensor rows, Tensor? step_mask, "

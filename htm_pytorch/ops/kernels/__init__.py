@@ -60,18 +60,28 @@ def _torch_threads() -> int:
 
 
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
+class Heads(ctypes.Structure):
+    """Rows [X, R, W] of one width, for every query and head."""
+
+    _fields_ = [("at", _POINTER), ("by_query", _INT), ("by_head", _INT)]
+
+
 # The struct of the kernel, field by field; a star marks an array.
 _FIELDS = (
     "parallel* threads batch queries chunks chunk_size k memory_batch missing "
     "keys* values* rows_by_batch rows_by_step rows_by_group step_mask* step_mask_by_batch "
     "groups heads width route* summaries* summaries_by_batch summaries_by_chunk dim eps "
     "valid* valid_by_batch chunk_mask* chunk_mask_by_batch chunk_mask_by_query picked* weights* "
-    "probe* positions* context* grad* grad_weights* grad_probe* grad_route* "
-    "grad_keys* grad_values* grad_by_batch grad_by_step grad_by_group grad_summaries* "
-    "position_logits* position_weights* first last block_logits* block_weights* "
-    "starts* pairs* failed"
+    "probe positions* context grad_picks* grad_scores* grad_route* grad_summaries* "
+    "grad grad_probe grad_weights* grad_keys* grad_values* "
+    "grad_by_batch grad_by_step grad_by_group position_weights* "
+    "first last block_weights* starts* pairs* failed"
 )
-_SPECIAL = {"eps": ctypes.c_double, "failed": ctypes.c_int32}
+_SPECIAL = {
+    "eps": ctypes.c_double,
+    "failed": ctypes.c_int32,
+    **dict.fromkeys(("probe", "context", "grad", "grad_probe"), Heads),
+}
 
 
 class _Call(ctypes.Structure):

@@ -59,26 +59,47 @@ inline void gather_add(T* to, const T* from, const int32_t* number, int64_t coun
     }
 }
 
+// The rows of one query side by side: heads may lie so far apart that they share cache lines' sets.
+template <class T>
+void collect(const Heads& heads, int64_t x, int64_t rows, int64_t width, T* to) {
+    const T* from = static_cast<const T*>(heads.at) + x * heads.by_query;
+    for (int64_t r = 0; r < rows; ++r) {
+        memcpy(to + r * width, from + r * heads.by_head, width * sizeof(T));
+    }
+}
+
+template <class T>
+void spread(const T* from, int64_t x, int64_t rows, int64_t width, const Heads& heads) {
+    T* to = static_cast<T*>(heads.at) + x * heads.by_query;
+    for (int64_t r = 0; r < rows; ++r) {
+        memcpy(to + r * heads.by_head, from + r * width, width * sizeof(T));
+    }
+}
+
+template <class T>
+void point_to_positions(const Call& call, const T** places) {
+    for (int64_t c = 0; call.positions && c < call.chunk_size; ++c) {
+        places[c] = static_cast<const T*>(call.positions) + c * call.width;
+    }
+}
+
 template <class T, class S>
 void attend(Call& call) {
     const int64_t C = call.chunk_size, W = call.width, H = call.heads, k = call.k;
-    const int64_t stride = padded(C), query = call.groups * H * W;
+    const int64_t R = call.groups * H, stride = padded(C);
     const auto apart = static_cast<const S*>(call.values) - static_cast<const S*>(call.keys);
     parallel(call, call.batch * call.queries, [&](int64_t begin, int64_t end) {
         Scratch<const S*> rows(stride);
         Scratch<const T*> places(stride);
         Scratch<int32_t> number(stride);
-        Scratch<T> logits(H * stride), by_position(2 * H * stride);
-        if (!got(call, rows, places, number, logits, by_position)) return;
-        T* at_position = by_position + H * stride;
-        for (int64_t c = 0; c < C; ++c) {
-            places[c] = static_cast<const T*>(call.positions) + c * W;
-        }
+        Scratch<T> logits(H * stride), by_position(2 * H * stride), mine(2 * R * W);
+        if (!got(call, rows, places, number, logits, by_position, mine)) return;
+        T *probe = mine, *context = mine + R * W, *at_position = by_position + H * stride;
+        point_to_positions<T>(call, places);
         for (int64_t x = begin; x < end; ++x) {
             const int64_t row = call.memory_batch == 1 ? 0 : x / call.queries;
-            const T* probe = static_cast<const T*>(call.probe) + x * query;
-            T* context = static_cast<T*>(call.context) + x * query;
-            memset(context, 0, query * sizeof(T));
+            collect(call.probe, x, R, W, probe);
+            memset(context, 0, R * W * sizeof(T));
             if (call.positions) {
                 products<T, T>(probe, W, H, places, 0, C, W, by_position, stride);
                 memset(at_position, 0, H * stride * sizeof(T));
@@ -96,7 +117,8 @@ void attend(Call& call) {
                     }
                     softmax<T>(logits, H, stride, count, weight);
                     for (int64_t h = 0; call.positions && h < H; ++h) {
-                        scatter_add(at_position + h * stride, logits + h * stride, number, count, C);
+                        scatter_add(at_position + h * stride, logits + h * stride, number, count,
+                                    C);
                     }
                     combine<T, S>(context + g * H * W, W, H, logits, stride, 1, rows,
                                   offset + apart, count, W);
@@ -105,6 +127,7 @@ void attend(Call& call) {
             if (call.positions) {
                 combine<T, T>(context, W, H, at_position, stride, 1, places, 0, C, W);
             }
+            spread(context, x, R, W, call.context);
         }
     });
 }
@@ -112,26 +135,23 @@ void attend(Call& call) {
 template <class T, class S>
 void attend_backward(Call& call) {
     const int64_t C = call.chunk_size, W = call.width, H = call.heads, k = call.k;
-    const int64_t stride = padded(C), query = call.groups * H * W;
+    const int64_t R = call.groups * H, stride = padded(C), tile = H * stride;
     const auto apart = static_cast<const S*>(call.values) - static_cast<const S*>(call.keys);
-    const int64_t tile = H * stride;
     parallel(call, call.last - call.first, [&](int64_t begin, int64_t end) {
         Scratch<const S*> rows(stride);
         Scratch<const T*> places(stride);
         Scratch<int32_t> number(stride);
-        Scratch<T> room(6 * tile);
-        if (!got(call, rows, places, number, room)) return;
+        Scratch<T> room(6 * tile), mine(3 * R * W);
+        if (!got(call, rows, places, number, room, mine)) return;
         T *inside = room, *gained = room + tile, *probe_at = room + 2 * tile;
         T *grad_at = room + 3 * tile, *earned = room + 4 * tile, *attended = room + 5 * tile;
-        for (int64_t c = 0; c < C; ++c) {
-            places[c] = static_cast<const T*>(call.positions) + c * W;
-        }
+        T *probe = mine, *grad = mine + R * W, *grad_probe = mine + 2 * R * W;
+        point_to_positions<T>(call, places);
         for (int64_t x = call.first + begin; x < call.first + end; ++x) {
             const int64_t row = call.memory_batch == 1 ? 0 : x / call.queries;
-            const T* probe = static_cast<const T*>(call.probe) + x * query;
-            const T* grad = static_cast<const T*>(call.grad) + x * query;
-            T* grad_probe = static_cast<T*>(call.grad_probe) + x * query;
-            memset(grad_probe, 0, query * sizeof(T));
+            collect(call.probe, x, R, W, probe);
+            collect(call.grad, x, R, W, grad);
+            memset(grad_probe, 0, R * W * sizeof(T));
             if (call.positions) {
                 products<T, T>(probe, W, H, places, 0, C, W, probe_at, stride);
                 products<T, T>(grad, W, H, places, 0, C, W, grad_at, stride);
@@ -139,17 +159,14 @@ void attend_backward(Call& call) {
             }
             for (int64_t j = 0; j < k; ++j) {
                 const int64_t pair = x * k + j, m = call.picked[pair];
-                const int64_t saved = (pair - call.first * k) * call.groups * H * C;
-                if (call.block_logits) {
-                    const int64_t bytes = call.groups * H * C * sizeof(T);
-                    memset(static_cast<T*>(call.block_logits) + saved, 0, bytes);
-                    memset(static_cast<T*>(call.block_weights) + saved, 0, bytes);
+                T* saved = static_cast<T*>(call.block_weights);
+                if (saved) {
+                    saved += (pair - call.first * k) * 2 * R * C;
+                    memset(saved, 0, 2 * R * C * sizeof(T));
                 }
-                static_cast<T*>(call.grad_weights)[pair] = 0;
-                if (m < 0) continue;
-                const T weight = static_cast<const T*>(call.weights)[pair];
-                const int64_t count = steps_of<S>(call, row, m, rows, number);
                 T grad_weight = 0;
+                const T weight = static_cast<const T*>(call.weights)[pair];
+                const int64_t count = m < 0 ? 0 : steps_of<S>(call, row, m, rows, number);
                 for (int64_t g = 0; count && g < call.groups; ++g) {
                     const int64_t offset = g * call.rows_by_group, from = g * H * W;
                     products<T, S>(probe + from, W, H, rows, offset, count, W, inside, stride);
@@ -172,10 +189,9 @@ void attend_backward(Call& call) {
                             scatter_add(earned + h * stride, b, number, count, C);
                             scatter_add(attended + h * stride, a, number, count, C);
                         }
-                        const int64_t at = saved + (g * H + h) * C;
-                        for (int64_t c = 0; call.block_logits && c < count; ++c) {
-                            static_cast<T*>(call.block_logits)[at + number[c]] = b[c];
-                            static_cast<T*>(call.block_weights)[at + number[c]] = a[c];
+                        if (saved) {
+                            scatter_add(saved + (2 * g * H + h) * C, b, number, count, C);
+                            scatter_add(saved + (2 * g * H + H + h) * C, a, number, count, C);
                         }
                     }
                     combine<T, S>(grad_probe + from, W, H, gained, stride, 1, rows, offset, count,
@@ -186,12 +202,10 @@ void attend_backward(Call& call) {
             if (call.positions) {
                 combine<T, T>(grad_probe, W, H, earned, stride, 1, places, 0, C, W);
             }
-            for (int64_t h = 0; call.position_logits && h < H; ++h) {
-                const int64_t to = (x * H + h) * C;
-                memcpy(static_cast<T*>(call.position_logits) + to, earned + h * stride,
-                       C * sizeof(T));
-                memcpy(static_cast<T*>(call.position_weights) + to, attended + h * stride,
-                       C * sizeof(T));
+            spread(grad_probe, x, R, W, call.grad_probe);
+            for (int64_t r = 0; call.position_weights && r < 2 * H; ++r) {
+                memcpy(static_cast<T*>(call.position_weights) + (x * 2 * H + r) * C,
+                       earned + r * stride, C * sizeof(T));
             }
         }
     });
@@ -200,9 +214,11 @@ void attend_backward(Call& call) {
 template <class T>
 void attend_backward_steps(Call& call) {
     const int64_t C = call.chunk_size, W = call.width, H = call.heads, k = call.k;
+    const bool together = call.grad_keys == call.grad_values;
     sort_pairs(call);
     parallel(call, call.memory_batch * call.chunks, [&](int64_t begin, int64_t end) {
-        Scratch<const T*> terms(H);
+        // What each step gets from the heads: their probes by the logits, their grads by the weights.
+        Scratch<const T*> terms(2 * H);
         if (!got(call, terms)) return;
         for (int64_t slot = begin; slot < end; ++slot) {
             const int64_t row = slot / call.chunks, m = slot % call.chunks;
@@ -210,20 +226,22 @@ void attend_backward_steps(Call& call) {
             const int64_t chunk = row * call.grad_by_batch + (m * C + from) * call.grad_by_step;
             for (int64_t i = call.starts[slot]; i < call.starts[slot + 1]; ++i) {
                 const int64_t x = call.pairs[i] / k;
-                const int64_t saved = (call.pairs[i] - call.first * k) * call.groups * H * C;
-                for (int64_t g = 0; g < call.groups; ++g) {
-                    const int64_t head = (x * call.groups + g) * H * W;
-                    const int64_t out = chunk + g * call.grad_by_group;
-                    const int64_t at = saved + g * H * C + from;
-                    auto add = [&](void* to, const void* weights, const void* side) {
-                        for (int64_t h = 0; h < H; ++h) {
-                            terms[h] = static_cast<const T*>(side) + head + h * W;
-                        }
-                        combine<T, T>(static_cast<T*>(to) + out, call.grad_by_step, C - from,
-                                      static_cast<const T*>(weights) + at, 1, C, terms, 0, H, W);
-                    };
-                    add(call.grad_keys, call.block_logits, call.probe);
-                    add(call.grad_values, call.block_weights, call.grad);
+                const T* saved = static_cast<const T*>(call.block_weights) +
+                                 (call.pairs[i] - call.first * k) * 2 * call.groups * H * C + from;
+                const T* probe = static_cast<const T*>(call.probe.at) + x * call.probe.by_query;
+                const T* grad = static_cast<const T*>(call.grad.at) + x * call.grad.by_query;
+                for (int64_t g = 0; g < call.groups; ++g, saved += 2 * H * C) {
+                    for (int64_t h = 0; h < H; ++h) {
+                        terms[h] = probe + (g * H + h) * call.probe.by_head;
+                        terms[H + h] = grad + (g * H + h) * call.grad.by_head;
+                    }
+                    T* keys = static_cast<T*>(call.grad_keys) + chunk + g * call.grad_by_group;
+                    combine<T, T>(keys, call.grad_by_step, C - from, saved, 1, C, terms, 0,
+                                  together ? 2 * H : H, W);
+                    if (together) continue;
+                    T* values = static_cast<T*>(call.grad_values) + chunk + g * call.grad_by_group;
+                    combine<T, T>(values, call.grad_by_step, C - from, saved + H * C, 1, C,
+                                  terms + H, 0, H, W);
                 }
             }
         }

@@ -11,6 +11,12 @@ extern "C" {
 typedef void Body(int64_t begin, int64_t end, void* context);
 typedef int32_t Parallel(int64_t begin, int64_t end, int64_t grain, Body* body, void* context);
 
+// Rows of one width for every query and head: T [X, G * H, W].
+struct Heads {
+    void* at;
+    int64_t by_query, by_head;
+};
+
 // Every array of one call. T is the type of sums, S that of what is stored. Masks are bytes; null
 // means all true. Strides count elements.
 struct Call {
@@ -40,24 +46,25 @@ struct Call {
     int64_t* picked;  // [X, K]; -1: none
     void* weights;    // T [X, K]
     // Attending.
-    const void* probe;      // T [X, G, H, W]
+    Heads probe;            // T [X, G, H, W]
     const void* positions;  // T [C, W], or null
-    void* context;          // T [X, G, H, W]
-    // Backward.
-    const void* grad;    // T [X, G, H, W] of the context, or [X, K] of the weights
-    void* grad_weights;  // T [X, K]; after picking's backward, the gradients of the scores
-    void* grad_probe;    // T [X, G, H, W]
-    void* grad_route;    // T [X, D]
-    void* grad_keys;     // T [B, M, C, G, W]; zeros at first
-    void* grad_values;   // as grad_keys; may be the same
-    int64_t grad_by_batch, grad_by_step, grad_by_group;
+    Heads context;          // T [X, G, H, W]
+    // Backward of picking.
+    const void* grad_picks;  // T [X, K], of the weights
+    void* grad_scores;       // T [X, K]
+    void* grad_route;        // T [X, D]
     void* grad_summaries;    // T [B, M, D], or null; zeros at first
-    void* position_logits;   // T [X, H, C], or null: gradients of the logits, over all chunks
-    void* position_weights;  // T [X, H, C], or null: the weights, over all chunks
+    // Backward of attending.
+    Heads grad;              // T [X, G, H, W]
+    Heads grad_probe;        // T [X, G, H, W]
+    void* grad_weights;      // T [X, K]
+    void* grad_keys;         // T [B, M, C, G, W]; zeros at first
+    void* grad_values;       // as grad_keys; may be the same
+    int64_t grad_by_batch, grad_by_step, grad_by_group;
+    void* position_weights;  // T [X, 2, H, C], or null: as block_weights, over all chunks
     // Backward to the memory: pairs (query, pick) of the X in [first, last).
     int64_t first, last;
-    void* block_logits;   // T [last - first, K, G, H, C]: gradients of the logits
-    void* block_weights;  // T [last - first, K, G, H, C]: the weights
+    void* block_weights;  // T [last - first, K, G, 2, H, C]: gradients of logits, then the weights
     int64_t* starts;      // [B * M + 1] scratch
     int64_t* pairs;       // [(last - first) * K] scratch
     int32_t failed;       // set when memory ran out
@@ -89,17 +96,34 @@ bool got(Call& call, const Scratch<X>&... all) {
     return ok;
 }
 
+// Numbers too small to be normal count as 0 in its scope: a weight of 1e-40 changes nothing, but
+// each product with it would take a hundred times as long.
+struct TinyIsZero {
+#if defined(__x86_64__)
+    unsigned before = __builtin_ia32_stmxcsr();
+    TinyIsZero() { __builtin_ia32_ldmxcsr(before | 0x8040); }
+    ~TinyIsZero() { __builtin_ia32_ldmxcsr(before); }
+#elif defined(__aarch64__)
+    uint64_t before;
+    TinyIsZero() {
+        __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+        __asm__ volatile("msr fpcr, %0" : : "r"(before | (1ull << 24)));
+    }
+    ~TinyIsZero() { __asm__ volatile("msr fpcr, %0" : : "r"(before)); }
+#endif
+};
+
 template <class F>
 void parallel(Call& call, int64_t count, F body) {
-    if (!count) return;
-    if (call.threads == 1 || count == 1) {
-        body(0, count);
-        return;
-    }
     auto run = [](int64_t begin, int64_t end, void* context) {
+        TinyIsZero scope;
         (*static_cast<F*>(context))(begin, end);
     };
-    call.parallel(0, count, 1, run, &body);
+    if (call.threads == 1 || count <= 1) {
+        if (count) run(0, count, &body);
+    } else {
+        call.parallel(0, count, 1, run, &body);
+    }
 }
 
 // Which steps of chunk m exist and are not masked.

@@ -189,11 +189,11 @@ void pick(Call& call) {
     });
 }
 
-// grad_route[x] = sum_j d_j s_j, with d the gradient of the scores, which replaces grad_weights.
+// grad_route[x] = sum_j d_j s_j, with d the gradient of the scores.
 template <class T, class S>
 void pick_backward(Call& call) {
     const int64_t k = call.k, dim = call.dim;
-    auto* grad_scores = static_cast<T*>(call.grad_weights);
+    auto* grad_scores = static_cast<T*>(call.grad_scores);
     parallel(call, call.batch * call.queries, [&](int64_t begin, int64_t end) {
         Scratch<const S*> steps(call.chunk_size);
         Scratch<int32_t> numbers(call.chunk_size);
@@ -202,7 +202,7 @@ void pick_backward(Call& call) {
         for (int64_t x = begin; x < end; ++x) {
             const int64_t row = call.memory_batch == 1 ? 0 : x / call.queries;
             const T* weights = static_cast<const T*>(call.weights) + x * k;
-            const T* grad = static_cast<const T*>(call.grad) + x * k;
+            const T* grad = static_cast<const T*>(call.grad_picks) + x * k;
             T* out = static_cast<T*>(call.grad_route) + x * dim;
             memset(out, 0, dim * sizeof(T));
             T total = 0;
@@ -245,7 +245,7 @@ void pick_backward_summaries(Call& call) {
             for (int64_t i = call.starts[slot]; i < call.starts[slot + 1]; ++i) {
                 const int64_t x = call.pairs[i] / call.k;
                 const T* route = static_cast<const T*>(call.route) + x * dim;
-                const T* scale = static_cast<const T*>(call.grad_weights) + call.pairs[i];
+                const T* scale = static_cast<const T*>(call.grad_scores) + call.pairs[i];
                 combine<T, T>(out, 0, 1, scale, 0, 0, &route, 0, 1, dim);
             }
             if (call.grad_summaries) continue;
