@@ -147,14 +147,17 @@ class HTMAttention(nn.Module):
         if self.add_pos_enc:
             like = step_queries
             positions = sinusoid(memory.chunk_size, self.dim_memory, like.dtype, like.device)
-        sides = (route, step_queries, projections, memory, self.topk_mems)
-        masks = {"positions": positions, "chunk_mask": chunk_attn_mask}
+        arguments = (route, step_queries, projections, memory, self.topk_mems)
         recalled = None
         if return_recall:
-            attended, recalled = attend_with_weights(*sides, **masks)
+            attended, recalled = attend_with_weights(
+                *arguments, positions=positions, chunk_mask=chunk_attn_mask
+            )
             seen = (recalled.chunks >= 0).any(-1)
         else:
-            attended, seen = attend(*sides, **masks, impl=self.impl)
+            attended, seen = attend(
+                *arguments, positions=positions, chunk_mask=chunk_attn_mask, impl=self.impl
+            )
         attended = self.attn.output(attended) * seen[..., None]
         attended = attended + self._unused_biases()
         return attended if recalled is None else (attended, recalled)
@@ -204,9 +207,8 @@ class _StepProjections(nn.Module):
         self.to_out = nn.Linear(inner, dim_out)
 
     def queries(self, queries: Tensor) -> Tensor:
-        """W_q^h q / sqrt(E): [B, Q, H, E]."""
-        step_queries = self.to_q(queries).unflatten(-1, (self.heads, -1))
-        return step_queries * step_queries.shape[-1] ** -0.5
+        """W_q^h q: [B, Q, H, E]."""
+        return self.to_q(queries).unflatten(-1, (self.heads, -1))
 
     def projections(self) -> Tensor:
         """W_k^h and W_v^h: [2, H, E, D]."""

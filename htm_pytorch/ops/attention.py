@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.memory import ChunkedMemory, Steps
-from htm_pytorch.ops import blocked, dense, kernels, native, projected, reference
+from htm_pytorch.ops import blocked, kernels, native, projected, reference
 from htm_pytorch.shapes import (
     check_at_least,
     check_device,
@@ -17,8 +17,8 @@ from htm_pytorch.shapes import (
     is_transformed,
 )
 
-RecallImpl = Literal["auto", "reference", "blocked", "dense", "native"]
-Impl = Literal["auto", "reference", "blocked", "dense", "native", "projected"]
+RecallImpl = Literal["auto", "reference", "blocked", "native"]
+Impl = Literal["auto", "reference", "blocked", "native", "projected"]
 
 
 class Recall(NamedTuple):
@@ -60,9 +60,8 @@ def recall(
         positions: [C, D], added to the steps of every chunk.
         chunk_mask: [B, Q, M] bool, the chunks each query may see (of those that are valid).
         impl: "native" (a compiled kernel, on the CPU), "blocked" (plain PyTorch on any device, a
-            few queries at a time), "dense" (all chunks, two GEMMs; for small memories),
-            "reference" (plain, gathers all kept steps) or "auto". A named one never falls back.
-            Only "reference" and "dense" have second derivatives and work under `torch.func`.
+            few queries at a time), "reference" (gathers all kept steps) or "auto". A named one
+            never falls back. Only "reference" has second derivatives and works under `torch.func`.
 
     Returns:
         context [B, Q, H, D] in the dtype of `probe`; scores and softmaxes are at least float32.
@@ -108,12 +107,13 @@ def attend(
     *,
     positions: Tensor | None = None,
     chunk_mask: Tensor | None = None,
+    scale: float | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attend to a memory through projections to keys and values.
 
         attended_h = sum_j w_j sum_c a_hjc W_v^h (m_jc + p_c),
-        a_hjc = softmax over c of queries_h . W_k^h (m_jc + p_c)
+        a_hjc = softmax over c of scale queries_h . W_k^h (m_jc + p_c)
 
     with chunks and their weights w as in `recall`. Either the projections are moved to the query's
     side, for a `recall` of probes W_k^h^T queries_h; or the chunks that any query keeps are
@@ -121,12 +121,13 @@ def attend(
 
     Args:
         route: [B, Q, D], as for `recall`.
-        queries: [B, Q, H, E], scaled.
+        queries: [B, Q, H, E].
         projections: [2, H, E, D], W_k and W_v.
         memory: as for `recall`, like `k`, `positions` and `chunk_mask`.
         k: see above.
         positions: see above.
         chunk_mask: see above.
+        scale: of the logits; default E^-1/2.
         impl: as for `recall`, or "projected" (the kept chunks once, by the compiled kernel).
 
     Returns:
@@ -134,6 +135,7 @@ def attend(
     """
     check_impl(impl, Impl)
     batch, length, heads, width = queries.shape
+    factor = float(width**-0.5) if scale is None else scale
     check_tensor("projections", projections, "P H E D", P=2, H=heads, E=width, D=memory.dim)
     if impl in ("auto", "projected") and _uses_kernel(impl, route):
         _check(route, None, memory, k, positions, chunk_mask)
@@ -141,14 +143,16 @@ def attend(
             picked, weights = native.pick(_exact(memory, route)[0], memory, k, chunk_mask)
         seen = (picked >= 0).any(-1)
         if impl == "projected" or projected.is_cheaper(queries, memory, picked):
-            attended = projected.attend(queries, projections, memory, positions, picked, weights)
+            attended = projected.attend(
+                queries, projections, memory, positions, picked, weights, factor
+            )
             return attended.to(queries.dtype), seen
-        probe = _absorb(queries, projections)
+        probe = _absorb(queries * factor, projections)
         with _no_autocast(route.device.type):
             exact, places = _exact(memory, probe, positions)
             context = native.attend(exact, memory, places, picked, weights)
         return _read(context.to(probe.dtype), projections), seen
-    probe = _absorb(queries, projections)
+    probe = _absorb(queries * factor, projections)
     _check(route, probe, memory, k, positions, chunk_mask)
     context, picked = _recall(route, probe, memory, k, positions, chunk_mask, impl)
     return _read(context, projections), picked.kept.any(-1)
@@ -163,9 +167,11 @@ def attend_with_weights(
     *,
     positions: Tensor | None = None,
     chunk_mask: Tensor | None = None,
+    scale: float | None = None,
 ) -> tuple[Tensor, Recall]:
     """Do what `attend` does and return what was recalled, computed plainly."""
-    probe = _absorb(queries, projections)
+    factor = float(queries.shape[-1] ** -0.5) if scale is None else scale
+    probe = _absorb(queries * factor, projections)
     context, recalled = recall_with_weights(
         route, probe, memory, k, positions=positions, chunk_mask=chunk_mask
     )
@@ -203,18 +209,10 @@ def _recall(
             picked, weights = native.pick(exact_route, memory, k, chunk_mask)
             context = native.attend(exact_probe, memory, places, picked, weights)
             return context.to(probe.dtype), reference.Selection(picked, picked >= 0)
-        match impl:
-            case "reference":
-                engine = reference.recall
-            case "dense":
-                engine = dense.recall
-            case "blocked":
-                _refuse_transforms(impl)
-                engine = blocked.recall
-            case _ if _prefers_dense(probe, memory, k):
-                engine = dense.recall
-            case _:
-                engine = reference.recall if is_transformed() else blocked.recall
+        if impl == "blocked":
+            _refuse_transforms(impl)
+        plain = impl == "reference" or is_transformed()
+        engine = reference.recall if plain else blocked.recall
         chunked = memory.chunked() if isinstance(memory, Steps) else memory
         context, picked, *_ = engine(exact_route, exact_probe, chunked, k, places, chunk_mask)
         return context.to(probe.dtype), picked
@@ -235,8 +233,7 @@ def _uses_kernel(impl: str, route: Tensor) -> bool:
 def _refuse_transforms(impl: str) -> None:
     if is_transformed():
         raise ValueError(
-            f"impl: expected 'auto', 'reference' or 'dense' under a torch.func transform, "
-            f"got {impl!r}"
+            f"impl: expected 'auto' or 'reference' under a torch.func transform, got {impl!r}"
         )
 
 
@@ -283,8 +280,3 @@ def _no_autocast(device: str) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
-
-
-def _prefers_dense(probe: Tensor, memory: ChunkedMemory | Steps, k: int) -> bool:
-    """Whether reading every chunk once is cheaper than gathering k chunks a query."""
-    return memory.chunks * memory.chunk_size <= 1024 and 2 * memory.chunks <= k * probe.shape[1]

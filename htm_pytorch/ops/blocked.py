@@ -1,17 +1,16 @@
 """`recall` in blocks of queries: one reused buffer that stays in cache, a backward that recomputes.
 
 Picked chunks are gathered a few queries at a time, so extra memory grows neither with the memory
-nor with Q * k * C * D. Plain torch operations, on any device; also registered as an operator, so
-that compilers see one node.
+nor with Q * k * C * D. Plain torch operations, on any device, in one operator.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from htm_pytorch.memory import ChunkedMemory
+from htm_pytorch.ops import operators
 from htm_pytorch.ops.reference import Selection, masked_softmax
 
 BUFFER_BYTES = 4 * 2**20
@@ -29,9 +28,7 @@ def recall(
     chunk_mask: Tensor | None,
 ) -> tuple[Tensor, Selection, Tensor, None]:
     """Compute what `reference.recall` computes, but for the step weights."""
-    # An operator's first call loads the compiler, seconds that nobody else should wait for.
-    run = _forward_operator if torch.compiler.is_compiling() else _Function.apply
-    context, chunks, weights = run(
+    context, chunks, weights = torch.ops.htm_pytorch.blocked_recall(
         route,
         probe,
         memory.contents,
@@ -182,9 +179,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(route, probe, contents, summaries, step_mask, positions, chunks, weights)
 
 
-def _differentiate(backward: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
-    grads = backward(grad.contiguous(), *ctx.saved_tensors, needs[2], needs[3])
+    grads = torch.ops.htm_pytorch.blocked_recall_backward(
+        grad.contiguous(), *ctx.saved_tensors, needs[2], needs[3]
+    )
     route, probe, contents, summaries, positions = grads
     return (
         route,
@@ -199,30 +198,21 @@ def _differentiate(backward: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None
     )
 
 
-class _Function(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    # The decorator's own annotation hides the name of `ctx`.
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Any
-    ) -> tuple[Tensor | None, ...]:
-        return _differentiate(_backward, ctx, grads[0])
-
-
-_forward_operator = custom_op("htm_pytorch::blocked_recall", _forward, mutates_args=())
-_backward_operator = custom_op("htm_pytorch::blocked_recall_backward", _backward, mutates_args=())
-_forward_operator.register_fake(_forward_shapes)
-_backward_operator.register_fake(_backward_shapes)
-_forward_operator.register_autograd(
-    lambda ctx, grad, *_: _differentiate(_backward_operator, ctx, grad),
-    setup_context=_setup_context,
+operators.register(
+    "blocked_recall(Tensor route, Tensor probe, Tensor contents, Tensor summaries, Tensor valid, "
+    "Tensor? step_mask, Tensor? positions, Tensor? chunk_mask, SymInt k) "
+    "-> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_shapes,
 )
+operators.register(
+    "blocked_recall_backward(Tensor grad, Tensor route, Tensor probe, Tensor contents, "
+    "Tensor summaries, Tensor? step_mask, Tensor? positions, Tensor chunks, Tensor weights, "
+    "bool to_contents, bool to_summaries) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_shapes,
+)
+operators.differentiate("blocked_recall", _differentiate, _setup_context)
 
 
 class _Blocks:

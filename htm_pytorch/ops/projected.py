@@ -1,22 +1,38 @@
 """`attend` with the kept chunks projected once: for queries so many that they share chunks."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from htm_pytorch.memory import ChunkedMemory, Steps
-from htm_pytorch.ops import native
+from htm_pytorch.ops import kernels, operators
 
-# Seconds a floating point operation takes here, over what it takes in a large matrix product:
-# measured over the grid of benchmarks/paths.py.
-ABSORBED, SHARED = 1.0, 1.0
+# What a floating point operation costs inside chunks, where one in a large matrix product costs 1:
+# absorbed into the queries, and projected. Fitted to benchmarks/paths.py, see docs/math.md.
+ABSORBED, PROJECTED = 1.6, 3.0
 
 
 def is_cheaper(queries: Tensor, memory: ChunkedMemory | Steps, picked: Tensor) -> bool:
-    """Whether projecting the chunks that are kept costs less than moving projections to queries."""
-    return False
+    """Whether projecting the picked chunks costs less than moving the projections to the queries.
+
+    It costs more the more chunks there are. They are counted, unless even the fewest would be too
+    many; a compiler, which cannot count, reckons with all.
+    """
+    batch, length, heads, width = queries.shape
+    k = picked.shape[2]
+    project = 4 * memory.dim * heads * width
+    inside = 4 * heads * k * memory.chunk_size
+    absorbed = batch * length * (project + ABSORBED * inside * memory.dim)
+
+    def pays(chunks: int) -> bool:
+        once = chunks * memory.chunk_size * project
+        return once + batch * length * PROJECTED * inside * width < absorbed
+
+    if torch.compiler.is_compiling():
+        return pays(memory.batch * memory.chunks)
+    return pays(memory.batch * k) and pays(int(_find(memory, picked)[1].sum()))
 
 
 def attend(
@@ -26,6 +42,7 @@ def attend(
     positions: Tensor | None,
     picked: Tensor,
     weights: Tensor,
+    scale: float,
 ) -> Tensor:
     """Return the attended values [B, Q, H, E] of the picked chunks [B, Q, K]."""
     kept = _kept(memory, picked)
@@ -35,14 +52,15 @@ def attend(
     # [U * C, 2 * H * E], as one matrix product.
     projected = linear(rows.flatten(0, 1), projections.flatten(0, 2))
     exact = torch.promote_types(queries.dtype, torch.float32)
-    return native.attend_rows(
+    return torch.ops.htm_pytorch.attend_projected(
         queries.to(exact),
-        projected.unflatten(-1, projections.shape[:3])[None],
-        None if kept.step_mask is None else kept.step_mask.flatten()[None],
-        None,
+        projected.unflatten(-1, projections.shape[:3]),
+        None if kept.step_mask is None else kept.step_mask.flatten(),
         kept.picked,
         weights.to(exact),
         memory.chunk_size,
+        memory.batch,
+        scale,
     )
 
 
@@ -54,18 +72,14 @@ class _Kept(NamedTuple):
 
 def _kept(memory: ChunkedMemory | Steps, picked: Tensor) -> _Kept:
     """Collect the chunks that any query picked. What others hold, NaN perhaps, is not touched."""
-    row = torch.arange(memory.batch, device=picked.device)[:, None, None]
-    total = memory.batch * memory.chunks
-    slots = torch.where(picked < 0, total, row * memory.chunks + picked)
-    is_kept = picked.new_zeros(total + 1, dtype=torch.bool)
-    is_kept[slots] = True
+    slots, is_kept = _find(memory, picked)
     if torch.compiler.is_compiling():
         # How many there are is not known then: all stay, blank where not kept.
-        chunks, picked = torch.arange(total, device=picked.device), slots
+        chunks, number = torch.arange(len(is_kept), device=picked.device), slots
     else:
-        chunks = is_kept[:-1].nonzero()[:, 0]
-        picked = (is_kept.cumsum(0) - 1)[slots]
-    picked = picked.masked_fill(slots == total, -1)
+        chunks = is_kept.nonzero()[:, 0]
+        number = (is_kept.cumsum(0) - 1)[slots]
+    picked = number.masked_fill(picked < 0, -1)
     if isinstance(memory, ChunkedMemory):
         rows = memory.contents.flatten(0, 1)[chunks]
         mask = None if memory.step_mask is None else memory.step_mask.flatten(0, 1)[chunks]
@@ -79,8 +93,119 @@ def _kept(memory: ChunkedMemory | Steps, picked: Tensor) -> _Kept:
         if length % memory.chunk_size:
             mask = step >= 0 if mask is None else mask & (step >= 0)
     if torch.compiler.is_compiling():
-        blank = ~is_kept[:-1, None]
-        mask = (~blank).expand(rows.shape[:2]) if mask is None else mask & ~blank
+        mask = is_kept[:, None].expand(rows.shape[:2]) if mask is None else mask & is_kept[:, None]
     if mask is not None:
         rows = rows.masked_fill(~mask[..., None], 0.0)
     return _Kept(rows, mask, picked)
+
+
+def _find(memory: ChunkedMemory | Steps, picked: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where the picks [B, Q, K] are among all chunks, and which of all are picked [M']."""
+    total = memory.batch * memory.chunks
+    row = torch.arange(memory.batch, device=picked.device)[:, None, None]
+    slots = torch.where(picked < 0, total, row * memory.chunks + picked)
+    is_picked = picked.new_zeros(total + 1, dtype=torch.bool)
+    is_picked[slots] = True
+    return slots.clamp(max=max(total - 1, 0)), is_picked[:-1]
+
+
+def _call(
+    queries: Tensor,
+    projected: Tensor,
+    step_mask: Tensor | None,
+    picked: Tensor,
+    weights: Tensor,
+    chunk_size: int,
+    owners: int,
+    scale: float,
+) -> dict[str, Any]:
+    sizes = kernels.sizes(picked, 1, len(projected), chunk_size)
+    total = picked.shape[0] * picked.shape[1]
+    return {
+        **sizes,
+        "rows": projected,
+        "rows_by_step": projected.stride(0),
+        "values_by": projected.stride(1),
+        "heads": queries.shape[2],
+        "width": queries.shape[3],
+        "probe": kernels.heads(queries),
+        "weights": weights,
+        "owners": owners,
+        "scale": scale,
+        "first": 0,
+        "last": total,
+        **kernels.sorting(sizes, total),
+        **kernels.step_mask(None if step_mask is None else step_mask[None], 0),
+    }
+
+
+def _attend(queries: Tensor, projected: Tensor, *others: Any) -> Tensor:
+    queries, picked = kernels.evenly(queries), others[1]
+    context = torch.empty(queries.shape, dtype=queries.dtype)
+    if not (context.numel() and picked.numel()):
+        return context.zero_()
+    arguments = _call(queries, projected, *others) | {"context": kernels.heads(context)}
+    kernels.run("attend_projected", queries, projected, arguments)
+    return context
+
+
+def _attend_backward(
+    grad: Tensor,
+    queries: Tensor,
+    projected: Tensor,
+    step_mask: Tensor | None,
+    picked: Tensor,
+    weights: Tensor,
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, projected and weights."""
+    grad_queries = torch.zeros(queries.shape, dtype=queries.dtype)
+    grad_projected = torch.zeros(projected.shape, dtype=queries.dtype)
+    by_head = torch.zeros(queries.shape[2], *weights.shape, dtype=queries.dtype)
+    if grad_queries.numel() and picked.numel():
+        queries, grad = kernels.evenly(queries), kernels.evenly(grad)
+        arguments = _call(queries, projected, step_mask, picked, weights, *others) | {
+            "grad": kernels.heads(grad),
+            "grad_probe": kernels.heads(grad_queries),
+            "grad_weights": by_head,
+            "grad_rows": grad_projected,
+            "grad_by_step": grad_projected.stride(0),
+        }
+        kernels.run("attend_projected_backward", queries, projected, arguments)
+    return grad_queries, grad_projected.to(projected.dtype), by_head.sum(0)
+
+
+operators.register(
+    "attend_projected(Tensor queries, Tensor projected, Tensor? step_mask, Tensor picked, "
+    "Tensor weights, SymInt chunk_size, SymInt owners, float scale) -> Tensor",
+    _attend,
+    lambda queries, *others: queries.new_empty(queries.shape),
+    device="CPU",
+)
+operators.register(
+    "attend_projected_backward(Tensor grad, Tensor queries, Tensor projected, Tensor? step_mask, "
+    "Tensor picked, Tensor weights, SymInt chunk_size, SymInt owners, float scale) "
+    "-> (Tensor, Tensor, Tensor)",
+    _attend_backward,
+    lambda grad, queries, projected, step_mask, picked, weights, *others: (
+        queries.new_empty(queries.shape),
+        projected.new_empty(projected.shape),
+        weights.new_empty(weights.shape),
+    ),
+    device="CPU",
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.chunk_size, ctx.owners, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    queries, projected, weights = torch.ops.htm_pytorch.attend_projected_backward(
+        grad, *ctx.saved_tensors, ctx.chunk_size, ctx.owners, ctx.scale
+    )
+    return queries, projected, None, None, weights, None, None, None
+
+
+operators.differentiate("attend_projected", _differentiate, _setup_context)

@@ -135,7 +135,7 @@ def test_transformer_over_episodes(steps: int) -> None:
     assert_compiles(model, [(x, later, is_first)])
 
 
-@pytest.mark.parametrize(("kind", "impl"), [(HTMAttention, "reference"), (HTMBlock, "dense")])
+@pytest.mark.parametrize(("kind", "impl"), [(HTMAttention, "reference"), (HTMBlock, "native")])
 def test_export_of_a_tensor_memory_with_any_number_of_queries(kind: Any, impl: Any) -> None:
     # "auto" chooses by the number of queries, which must be known then.
     layer = layer_of(kind, impl=impl)

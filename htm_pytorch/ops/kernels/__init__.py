@@ -1,4 +1,4 @@
-"""The compiled kernel of `native`: found, loaded and called; no torch operator yet."""
+"""The compiled kernel: found, loaded, and called with tensors."""
 
 import ctypes
 import functools
@@ -60,6 +60,8 @@ def _torch_threads() -> int:
 
 
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
+
+
 class Heads(ctypes.Structure):
     """Rows [X, R, W] of one width, for every query and head."""
 
@@ -69,16 +71,16 @@ class Heads(ctypes.Structure):
 # The struct of the kernel, field by field; a star marks an array.
 _FIELDS = (
     "parallel* threads batch queries chunks chunk_size k memory_batch missing "
-    "keys* values* rows_by_batch rows_by_step rows_by_group step_mask* step_mask_by_batch "
-    "groups heads width route* summaries* summaries_by_batch summaries_by_chunk dim eps "
+    "rows* rows_by_batch rows_by_step step_mask* step_mask_by_batch heads width "
+    "route* summaries* summaries_by_batch summaries_by_chunk dim eps "
     "valid* valid_by_batch chunk_mask* chunk_mask_by_batch chunk_mask_by_query picked* weights* "
     "probe positions* context grad_picks* grad_scores* grad_route* grad_summaries* "
-    "grad grad_probe grad_weights* grad_keys* grad_values* "
-    "grad_by_batch grad_by_step grad_by_group position_weights* "
-    "first last block_weights* starts* pairs* failed"
+    "grad grad_probe grad_weights* grad_rows* grad_by_batch grad_by_step position_weights* "
+    "first last block_weights* starts* pairs* values_by owners scale failed"
 )
 _SPECIAL = {
     "eps": ctypes.c_double,
+    "scale": ctypes.c_double,
     "failed": ctypes.c_int32,
     **dict.fromkeys(("probe", "context", "grad", "grad_probe"), Heads),
 }
@@ -114,3 +116,55 @@ def run(name: str, exact: Tensor, stored: Tensor | None, arguments: dict[str, An
     getattr(library, function)(ctypes.byref(call))
     if call.failed:
         raise MemoryError(f"{function}: not enough memory for scratch")
+
+
+def sizes(picked: Tensor, memory_batch: int, length: int, chunk_size: int) -> dict[str, Any]:
+    """Name the sizes of a call over `length` steps a row."""
+    return {
+        "batch": picked.shape[0],
+        "queries": picked.shape[1],
+        "k": picked.shape[2],
+        "memory_batch": memory_batch,
+        "chunks": -(-length // chunk_size),
+        "chunk_size": chunk_size,
+        "missing": -length % chunk_size,
+        "picked": picked,
+    }
+
+
+def by_last(tensor: Tensor) -> Tensor:
+    """Return the tensor with its last axis unbroken."""
+    return tensor if tensor.stride(-1) == 1 or not tensor.numel() else tensor.contiguous()
+
+
+def by_head(like: Tensor) -> Tensor:
+    """Return an unwritten [B, Q, R, W] with heads apart, as batched matrix products want it."""
+    batch, queries, heads, width = like.shape
+    return like.new_empty(heads, batch, queries, width).permute(1, 2, 0, 3)
+
+
+def evenly(rows: Tensor) -> Tensor:
+    """Return `rows` [B, Q, R, W] with all queries as far apart, whatever their row of the batch."""
+    even = len(rows) == 1 or rows.stride(0) == rows.shape[1] * rows.stride(1)
+    return rows if even and rows.stride(-1) == 1 else rows.contiguous()
+
+
+def heads(rows: Tensor) -> Heads:
+    """Say where the rows [B, Q, R, W] of `evenly` or `by_head` lie."""
+    return Heads(rows.data_ptr(), rows.stride(1), rows.stride(2))
+
+
+def step_mask(mask: Tensor | None, missing: int) -> dict[str, Any]:
+    """Name the mask [B, N], `missing` steps into the oldest chunk."""
+    if mask is None:
+        return {}
+    return {"step_mask": mask.data_ptr() - missing, "step_mask_by_batch": mask.stride(0)}
+
+
+def sorting(arguments: dict[str, Any], queries: int) -> dict[str, Any]:
+    """Room to sort the picks of `queries` by their chunk."""
+    slots = arguments["memory_batch"] * arguments["chunks"]
+    return {
+        "starts": torch.empty(slots + 1, dtype=torch.int64),
+        "pairs": torch.empty(queries * arguments["k"], dtype=torch.int64),
+    }

@@ -4,41 +4,9 @@
 
 #include "call.h"
 #include "products.h"
+#include "softmax.h"
 
 namespace {
-
-// Softmax over `count` of each row, the lanes behind them used as room; then scaled.
-template <class T>
-void softmax(T* logits, int64_t rows, int64_t stride, int64_t count, T scale) {
-    const T lowest = static_cast<T>(-__builtin_inf());
-    for (int64_t r = 0; r < rows; ++r) {
-        T* row = logits + r * stride;
-        int64_t end = count;
-        for (; end % lanes<T>; ++end) row[end] = lowest;
-        Vector<T> most = load<T>(row);
-        for (int64_t c = lanes<T>; c < end; c += lanes<T>) {
-            most = larger<T>(most, load<T>(row + c));
-        }
-        const T top = largest<T>(most);
-        Vector<T> total = {};
-        for (int64_t c = 0; c < end; c += lanes<T>) {
-            const Vector<T> value = exponential<T>(load<T>(row + c) - top);
-            total += value;
-            store(row + c, value);
-        }
-        const T factor = scale / sum<T>(total);
-        for (int64_t c = 0; c < end; c += lanes<T>) store(row + c, load<T>(row + c) * factor);
-    }
-}
-
-template <class T>
-inline T dot(const T* a, const T* b, int64_t count) {
-    Vector<T> total = {};
-    int64_t c = 0;
-    for (; c + lanes<T> <= count; c += lanes<T>) total += load<T>(a + c) * load<T>(b + c);
-    if (c < count) total += load<T>(a + c, count - c) * load<T>(b + c, count - c);
-    return sum<T>(total);
-}
 
 // to[number[c]] += from[c], or the other way round: a whole chunk is in order.
 template <class T>
@@ -86,20 +54,19 @@ void point_to_positions(const Call& call, const T** places) {
 template <class T, class S>
 void attend(Call& call) {
     const int64_t C = call.chunk_size, W = call.width, H = call.heads, k = call.k;
-    const int64_t R = call.groups * H, stride = padded(C);
-    const auto apart = static_cast<const S*>(call.values) - static_cast<const S*>(call.keys);
+    const int64_t stride = padded(C);
     parallel(call, call.batch * call.queries, [&](int64_t begin, int64_t end) {
         Scratch<const S*> rows(stride);
         Scratch<const T*> places(stride);
         Scratch<int32_t> number(stride);
-        Scratch<T> logits(H * stride), by_position(2 * H * stride), mine(2 * R * W);
+        Scratch<T> logits(H * stride), by_position(2 * H * stride), mine(2 * H * W);
         if (!got(call, rows, places, number, logits, by_position, mine)) return;
-        T *probe = mine, *context = mine + R * W, *at_position = by_position + H * stride;
+        T *probe = mine, *context = mine + H * W, *at_position = by_position + H * stride;
         point_to_positions<T>(call, places);
         for (int64_t x = begin; x < end; ++x) {
             const int64_t row = call.memory_batch == 1 ? 0 : x / call.queries;
-            collect(call.probe, x, R, W, probe);
-            memset(context, 0, R * W * sizeof(T));
+            collect(call.probe, x, H, W, probe);
+            memset(context, 0, H * W * sizeof(T));
             if (call.positions) {
                 products<T, T>(probe, W, H, places, 0, C, W, by_position, stride);
                 memset(at_position, 0, H * stride * sizeof(T));
@@ -109,25 +76,20 @@ void attend(Call& call) {
                 if (m < 0) continue;
                 const T weight = static_cast<const T*>(call.weights)[x * k + j];
                 const int64_t count = steps_of<S>(call, row, m, rows, number);
-                for (int64_t g = 0; count && g < call.groups; ++g) {
-                    const int64_t offset = g * call.rows_by_group;
-                    products<T, S>(probe + g * H * W, W, H, rows, offset, count, W, logits, stride);
-                    for (int64_t h = 0; call.positions && h < H; ++h) {
-                        gather_add(logits + h * stride, by_position + h * stride, number, count, C);
-                    }
-                    softmax<T>(logits, H, stride, count, weight);
-                    for (int64_t h = 0; call.positions && h < H; ++h) {
-                        scatter_add(at_position + h * stride, logits + h * stride, number, count,
-                                    C);
-                    }
-                    combine<T, S>(context + g * H * W, W, H, logits, stride, 1, rows,
-                                  offset + apart, count, W);
+                products<T, S>(probe, W, H, rows, 0, count, W, logits, stride);
+                for (int64_t h = 0; call.positions && h < H; ++h) {
+                    gather_add(logits + h * stride, by_position + h * stride, number, count, C);
                 }
+                softmax<T>(logits, H, stride, count, weight);
+                for (int64_t h = 0; call.positions && h < H; ++h) {
+                    scatter_add(at_position + h * stride, logits + h * stride, number, count, C);
+                }
+                combine<T, S>(context, W, H, logits, stride, 1, rows, 0, count, W);
             }
             if (call.positions) {
                 combine<T, T>(context, W, H, at_position, stride, 1, places, 0, C, W);
             }
-            spread(context, x, R, W, call.context);
+            spread(context, x, H, W, call.context);
         }
     });
 }
@@ -135,23 +97,22 @@ void attend(Call& call) {
 template <class T, class S>
 void attend_backward(Call& call) {
     const int64_t C = call.chunk_size, W = call.width, H = call.heads, k = call.k;
-    const int64_t R = call.groups * H, stride = padded(C), tile = H * stride;
-    const auto apart = static_cast<const S*>(call.values) - static_cast<const S*>(call.keys);
+    const int64_t stride = padded(C), tile = H * stride;
     parallel(call, call.last - call.first, [&](int64_t begin, int64_t end) {
         Scratch<const S*> rows(stride);
         Scratch<const T*> places(stride);
         Scratch<int32_t> number(stride);
-        Scratch<T> room(6 * tile), mine(3 * R * W);
+        Scratch<T> room(6 * tile), mine(3 * H * W);
         if (!got(call, rows, places, number, room, mine)) return;
         T *inside = room, *gained = room + tile, *probe_at = room + 2 * tile;
         T *grad_at = room + 3 * tile, *earned = room + 4 * tile, *attended = room + 5 * tile;
-        T *probe = mine, *grad = mine + R * W, *grad_probe = mine + 2 * R * W;
+        T *probe = mine, *grad = mine + H * W, *grad_probe = mine + 2 * H * W;
         point_to_positions<T>(call, places);
         for (int64_t x = call.first + begin; x < call.first + end; ++x) {
             const int64_t row = call.memory_batch == 1 ? 0 : x / call.queries;
-            collect(call.probe, x, R, W, probe);
-            collect(call.grad, x, R, W, grad);
-            memset(grad_probe, 0, R * W * sizeof(T));
+            collect(call.probe, x, H, W, probe);
+            collect(call.grad, x, H, W, grad);
+            memset(grad_probe, 0, H * W * sizeof(T));
             if (call.positions) {
                 products<T, T>(probe, W, H, places, 0, C, W, probe_at, stride);
                 products<T, T>(grad, W, H, places, 0, C, W, grad_at, stride);
@@ -161,48 +122,38 @@ void attend_backward(Call& call) {
                 const int64_t pair = x * k + j, m = call.picked[pair];
                 T* saved = static_cast<T*>(call.block_weights);
                 if (saved) {
-                    saved += (pair - call.first * k) * 2 * R * C;
-                    memset(saved, 0, 2 * R * C * sizeof(T));
+                    saved += (pair - call.first * k) * 2 * H * C;
+                    memset(saved, 0, 2 * H * C * sizeof(T));
                 }
                 T grad_weight = 0;
                 const T weight = static_cast<const T*>(call.weights)[pair];
                 const int64_t count = m < 0 ? 0 : steps_of<S>(call, row, m, rows, number);
-                for (int64_t g = 0; count && g < call.groups; ++g) {
-                    const int64_t offset = g * call.rows_by_group, from = g * H * W;
-                    products<T, S>(probe + from, W, H, rows, offset, count, W, inside, stride);
-                    products<T, S>(grad + from, W, H, rows, offset + apart, count, W, gained,
-                                   stride);
-                    for (int64_t h = 0; call.positions && h < H; ++h) {
-                        gather_add(inside + h * stride, probe_at + h * stride, number, count, C);
-                        gather_add(gained + h * stride, grad_at + h * stride, number, count, C);
-                    }
-                    softmax<T>(inside, H, stride, count, 1);
-                    for (int64_t h = 0; h < H; ++h) {
-                        T *a = inside + h * stride, *b = gained + h * stride;
-                        const T total = dot(a, b, count);
-                        grad_weight += total;
-                        for (int64_t c = 0; c < count; ++c) {
-                            b[c] = weight * a[c] * (b[c] - total);
-                            a[c] *= weight;
-                        }
-                        if (call.positions) {
-                            scatter_add(earned + h * stride, b, number, count, C);
-                            scatter_add(attended + h * stride, a, number, count, C);
-                        }
-                        if (saved) {
-                            scatter_add(saved + (2 * g * H + h) * C, b, number, count, C);
-                            scatter_add(saved + (2 * g * H + H + h) * C, a, number, count, C);
-                        }
-                    }
-                    combine<T, S>(grad_probe + from, W, H, gained, stride, 1, rows, offset, count,
-                                  W);
+                products<T, S>(probe, W, H, rows, 0, count, W, inside, stride);
+                products<T, S>(grad, W, H, rows, 0, count, W, gained, stride);
+                for (int64_t h = 0; call.positions && h < H; ++h) {
+                    gather_add(inside + h * stride, probe_at + h * stride, number, count, C);
+                    gather_add(gained + h * stride, grad_at + h * stride, number, count, C);
                 }
+                softmax<T>(inside, H, stride, count, 1);
+                for (int64_t h = 0; count && h < H; ++h) {
+                    T *a = inside + h * stride, *b = gained + h * stride;
+                    grad_weight += softmax_backward(a, b, count, weight);
+                    if (call.positions) {
+                        scatter_add(earned + h * stride, b, number, count, C);
+                        scatter_add(attended + h * stride, a, number, count, C);
+                    }
+                    if (saved) {
+                        scatter_add(saved + h * C, b, number, count, C);
+                        scatter_add(saved + (H + h) * C, a, number, count, C);
+                    }
+                }
+                combine<T, S>(grad_probe, W, H, gained, stride, 1, rows, 0, count, W);
                 static_cast<T*>(call.grad_weights)[pair] = grad_weight;
             }
             if (call.positions) {
                 combine<T, T>(grad_probe, W, H, earned, stride, 1, places, 0, C, W);
             }
-            spread(grad_probe, x, R, W, call.grad_probe);
+            spread(grad_probe, x, H, W, call.grad_probe);
             for (int64_t r = 0; call.position_weights && r < 2 * H; ++r) {
                 memcpy(static_cast<T*>(call.position_weights) + (x * 2 * H + r) * C,
                        earned + r * stride, C * sizeof(T));
@@ -214,35 +165,26 @@ void attend_backward(Call& call) {
 template <class T>
 void attend_backward_steps(Call& call) {
     const int64_t C = call.chunk_size, W = call.width, H = call.heads, k = call.k;
-    const bool together = call.grad_keys == call.grad_values;
     sort_pairs(call);
     parallel(call, call.memory_batch * call.chunks, [&](int64_t begin, int64_t end) {
         // What each step gets from the heads: their probes by the logits, their grads by the weights.
         Scratch<const T*> terms(2 * H);
         if (!got(call, terms)) return;
         for (int64_t slot = begin; slot < end; ++slot) {
-            const int64_t row = slot / call.chunks, m = slot % call.chunks;
-            const int64_t from = m ? 0 : call.missing;
-            const int64_t chunk = row * call.grad_by_batch + (m * C + from) * call.grad_by_step;
+            const int64_t m = slot % call.chunks, from = m ? 0 : call.missing;
+            T* out = static_cast<T*>(call.grad_rows) + slot / call.chunks * call.grad_by_batch +
+                     (m * C + from) * call.grad_by_step;
             for (int64_t i = call.starts[slot]; i < call.starts[slot + 1]; ++i) {
                 const int64_t x = call.pairs[i] / k;
                 const T* saved = static_cast<const T*>(call.block_weights) +
-                                 (call.pairs[i] - call.first * k) * 2 * call.groups * H * C + from;
-                const T* probe = static_cast<const T*>(call.probe.at) + x * call.probe.by_query;
-                const T* grad = static_cast<const T*>(call.grad.at) + x * call.grad.by_query;
-                for (int64_t g = 0; g < call.groups; ++g, saved += 2 * H * C) {
-                    for (int64_t h = 0; h < H; ++h) {
-                        terms[h] = probe + (g * H + h) * call.probe.by_head;
-                        terms[H + h] = grad + (g * H + h) * call.grad.by_head;
-                    }
-                    T* keys = static_cast<T*>(call.grad_keys) + chunk + g * call.grad_by_group;
-                    combine<T, T>(keys, call.grad_by_step, C - from, saved, 1, C, terms, 0,
-                                  together ? 2 * H : H, W);
-                    if (together) continue;
-                    T* values = static_cast<T*>(call.grad_values) + chunk + g * call.grad_by_group;
-                    combine<T, T>(values, call.grad_by_step, C - from, saved + H * C, 1, C,
-                                  terms + H, 0, H, W);
+                                 (call.pairs[i] - call.first * k) * 2 * H * C + from;
+                for (int64_t h = 0; h < H; ++h) {
+                    terms[h] = static_cast<const T*>(call.probe.at) + x * call.probe.by_query +
+                               h * call.probe.by_head;
+                    terms[H + h] = static_cast<const T*>(call.grad.at) + x * call.grad.by_query +
+                                   h * call.grad.by_head;
                 }
+                combine<T, T>(out, call.grad_by_step, C - from, saved, 1, C, terms, 0, 2 * H, W);
             }
         }
     });

@@ -25,15 +25,13 @@ struct Call {
     int64_t batch, queries, chunks, chunk_size, k;
     int64_t memory_batch;  // `batch`, or 1: shared by all rows
     int64_t missing;       // steps that the oldest chunk lacks, at its oldest end
-    // The steps: keys and values of `groups` groups, each read by `heads` heads. Addresses are
-    // those of the oldest chunk's step 0, whether or not it exists.
-    const void* keys;    // S [B, M, C, G, W]
-    const void* values;  // as the keys; may be the same
-    int64_t rows_by_batch, rows_by_step, rows_by_group;
+    // The steps. Addresses are those of the oldest chunk's step 0, whether or not it exists.
+    const void* rows;  // S [B, M, C, W]; projected: keys, S [B, M, C, H, W]
+    int64_t rows_by_batch, rows_by_step;
     const uint8_t* step_mask;  // [B, M, C]
     int64_t step_mask_by_batch;
-    int64_t groups, heads, width;
-    // Picking. Chunks are scored by their summaries; without any, by the means of their keys.
+    int64_t heads, width;
+    // Picking. Chunks are scored by their summaries; without any, by the means of their rows.
     const void* route;      // T [X, D]
     const void* summaries;  // S [B, M, D]
     int64_t summaries_by_batch, summaries_by_chunk;
@@ -46,27 +44,30 @@ struct Call {
     int64_t* picked;  // [X, K]; -1: none
     void* weights;    // T [X, K]
     // Attending.
-    Heads probe;            // T [X, G, H, W]
+    Heads probe;            // T [X, H, W]; projected: queries
     const void* positions;  // T [C, W], or null
-    Heads context;          // T [X, G, H, W]
+    Heads context;          // T [X, H, W]
     // Backward of picking.
     const void* grad_picks;  // T [X, K], of the weights
     void* grad_scores;       // T [X, K]
     void* grad_route;        // T [X, D]
     void* grad_summaries;    // T [B, M, D], or null; zeros at first
     // Backward of attending.
-    Heads grad;              // T [X, G, H, W]
-    Heads grad_probe;        // T [X, G, H, W]
-    void* grad_weights;      // T [X, K]
-    void* grad_keys;         // T [B, M, C, G, W]; zeros at first
-    void* grad_values;       // as grad_keys; may be the same
-    int64_t grad_by_batch, grad_by_step, grad_by_group;
+    Heads grad;              // T [X, H, W]
+    Heads grad_probe;        // T [X, H, W]
+    void* grad_weights;      // T [X, K]; projected: [H, X, K], a share of each head
+    void* grad_rows;         // T, as rows; zeros at first
+    int64_t grad_by_batch, grad_by_step;
     void* position_weights;  // T [X, 2, H, C], or null: as block_weights, over all chunks
-    // Backward to the memory: pairs (query, pick) of the X in [first, last).
+    // Backward to the steps: pairs (query, pick) of the X in [first, last).
     int64_t first, last;
-    void* block_weights;  // T [last - first, K, G, 2, H, C]: gradients of logits, then the weights
+    void* block_weights;  // T [last - first, K, 2, H, C]: gradients of logits, then the weights
     int64_t* starts;      // [B * M + 1] scratch
     int64_t* pairs;       // [(last - first) * K] scratch
+    // Projected: in the rows, values lie this far behind keys, and heads are W apart.
+    int64_t values_by;
+    int64_t owners;  // rows of the batch that share no chunk: B, or 1
+    double scale;    // of the queries
     int32_t failed;       // set when memory ran out
 };
 }
@@ -140,10 +141,10 @@ int64_t numbers_of(const Call& call, int64_t row, int64_t m, int32_t* number) {
     return count;
 }
 
-// The same, with pointers to their keys.
+// The same, with pointers to their rows.
 template <class S>
 int64_t steps_of(const Call& call, int64_t row, int64_t m, const S** rows, int32_t* number) {
-    const S* chunk = static_cast<const S*>(call.keys) + row * call.rows_by_batch +
+    const S* chunk = static_cast<const S*>(call.rows) + row * call.rows_by_batch +
                      m * call.chunk_size * call.rows_by_step;
     const int64_t count = numbers_of(call, row, m, number);
     for (int64_t i = 0; i < count; ++i) rows[i] = chunk + number[i] * call.rows_by_step;

@@ -253,7 +253,7 @@ void pick_backward_summaries(Call& call) {
             const T share = static_cast<T>(1.0 / (static_cast<double>(there) + call.eps));
             const T* source = total;
             for (int64_t c = 0; c < there; ++c) {
-                T* to = static_cast<T*>(call.grad_keys) + row * call.grad_by_batch +
+                T* to = static_cast<T*>(call.grad_rows) + row * call.grad_by_batch +
                         (m * call.chunk_size + numbers[c]) * call.grad_by_step;
                 combine<T, T>(to, 0, 1, &share, 0, 0, &source, 0, 1, dim);
             }

@@ -107,6 +107,8 @@ inline void mix_rows(T* out, int64_t out_stride, int64_t rows, const T* coeffici
                         by_term, terms, offset, count, partial...);
         r += R;
     };
+    // One vector of four rows would leave the adders waiting for each other.
+    while (V == 1 && r + 8 <= rows) sweep(int64_t());
     while (r + 4 <= rows) sweep(int32_t());
     if (r + 2 <= rows) sweep(int16_t());
     if (r < rows) sweep(int8_t());
@@ -127,6 +129,31 @@ void combine(T* out, int64_t out_stride, int64_t rows, const T* coefficients, in
     while (d + V * lanes<T> <= width) sweep(typename Packed<char, V>::type());
     while (d + lanes<T> <= width) sweep(char());
     if (d < width) sweep(char(), width - d);
+}
+
+// to[d * stride + c] = rows[c][offset + d] for d < width, c < count; zeros up to c < stride.
+template <class T, class S>
+void turn(const S* const* rows, int64_t offset, int64_t count, int64_t width, T* to,
+          int64_t stride) {
+    constexpr int n = lanes<T>;
+    for (int64_t c = 0; c < stride; c += n) {
+        for (int64_t d = 0; d < width; d += n) {
+            const int64_t some = width - d < n ? width - d : n;
+            Vector<T> part[n];
+#pragma unroll
+            for (int i = 0; i < n; ++i) {
+                if (c + i >= count) {
+                    part[i] = Vector<T>{};
+                } else if (some == n) {
+                    part[i] = load<T>(rows[c + i] + offset + d);
+                } else {
+                    part[i] = load<T>(rows[c + i] + offset + d, some);
+                }
+            }
+            transpose<T>(part);
+            for (int i = 0; i < some; ++i) store(to + (d + i) * stride + c, part[i]);
+        }
+    }
 }
 
 }  // namespace

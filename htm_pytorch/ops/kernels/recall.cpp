@@ -5,6 +5,7 @@
 
 #include "attend.h"
 #include "pick.h"
+#include "projected.h"
 
 #if defined(_WIN32)
 #define EXPORT extern "C" __declspec(dllexport)
@@ -25,6 +26,8 @@ FOR_TYPES(pick)
 FOR_TYPES(pick_backward)
 FOR_TYPES(attend)
 FOR_TYPES(attend_backward)
+FOR_TYPES(attend_projected)
+FOR_TYPES(attend_projected_backward)
 EXPORT void pick_backward_summaries_f32(Call* call) { pick_backward_summaries<float>(*call); }
 EXPORT void pick_backward_summaries_f64(Call* call) { pick_backward_summaries<double>(*call); }
 EXPORT void attend_backward_steps_f32(Call* call) { attend_backward_steps<float>(*call); }

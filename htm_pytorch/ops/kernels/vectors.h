@@ -128,6 +128,25 @@ inline Vector<T> choose(Mask<T> mask, Vector<T> yes, Vector<T> no) {
     return mask ? yes : no;
 }
 
+// Of two rows of blocks of `by` x `by`: those above the diagonal and below it change places.
+template <int by, class V, int... i>
+inline void exchange(V& x, V& y, Indices<i...>) {
+    constexpr int n = sizeof...(i);
+    V first = __builtin_shufflevector(x, y, (i & by ? n + i - by : i)...);
+    y = __builtin_shufflevector(x, y, (i & by ? n + i : i + by)...);
+    x = first;
+}
+
+// Lane i of parts[j] becomes lane j of parts[i].
+template <class T, int by = lanes<T> / 2>
+inline void transpose(Vector<T>* parts) {
+#pragma unroll
+    for (int i = 0; i < lanes<T>; ++i) {
+        if (!(i & by)) exchange<by>(parts[i], parts[i + by], Count<lanes<T>>{});
+    }
+    if constexpr (by > 1) transpose<T, by / 2>(parts);
+}
+
 // One number from all lanes, by halves.
 template <int by, class V, int... i>
 inline V rotated(V value, Indices<i...>) {
