@@ -43,8 +43,11 @@ class KernelBuildHook(BuildHookInterface[Any]):
     """Adds the kernel's libraries to a wheel; for an editable one they lie beside the source."""
 
     def dependencies(self) -> list[str]:
-        """Name what pip fetches for the build."""
-        return [] if self.platform() is None else ["ziglang==0.17.1"]
+        """Name what pip fetches for the build: the compiler, if there is something to compile."""
+        platform = self.platform()
+        if platform is None or self.is_built(*PLATFORMS[platform][1:]):
+            return []
+        return ["ziglang==0.17.1"]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called by hatchling before it packs the wheel."""
@@ -77,7 +80,9 @@ class KernelBuildHook(BuildHookInterface[Any]):
         # The compiler keeps the parts of its C library that it has built.
         os.environ.setdefault("ZIG_GLOBAL_CACHE_DIR", str(scratch / "zig"))
         source = Path(self.root, KERNELS, "recall.cpp")
-        libraries = [KERNELS / f"recall-{level}{ending}" for level in levels]
+        libraries = self.libraries(ending, levels)
+        if self.is_built(ending, levels):
+            return [f"/{library.as_posix()}" for library in libraries]
         with TemporaryDirectory(dir=scratch) as folder:
             for library, flags in zip(libraries, levels.values(), strict=True):
                 compiler = [sys.executable, "-m", "ziglang", "c++", "-target", target]
@@ -87,6 +92,20 @@ class KernelBuildHook(BuildHookInterface[Any]):
             for library in libraries:
                 os.replace(Path(folder, library.name), Path(self.root, library))
         return [f"/{library.as_posix()}" for library in libraries]
+
+    def libraries(self, ending: str, levels: dict[str, list[str]]) -> list[Path]:
+        """Return the paths of the libraries in the project, one for each level."""
+        return [KERNELS / f"recall-{level}{ending}" for level in levels]
+
+    def is_built(self, ending: str, levels: dict[str, list[str]]) -> bool:
+        """Whether the libraries are there and younger than all that they are made from."""
+        made = [Path(self.root, library) for library in self.libraries(ending, levels)]
+        folder = Path(self.root, KERNELS)
+        sources = [Path(__file__), *folder.glob("*.cpp"), *folder.glob("*.h")]
+        if not all(library.exists() for library in made):
+            return False
+        oldest = min(library.stat().st_mtime for library in made)
+        return oldest > max(source.stat().st_mtime for source in sources)
 
     def run(self, command: list[str], folder: str) -> None:
         """Run a command that reports its errors itself; if it fails, so does the build."""

@@ -272,6 +272,8 @@ def _check(
 def _exact(memory: ChunkedMemory | Steps, first: Tensor, *others: Tensor | None) -> list[Any]:
     """Return the tensors in the dtype of sums: at least float32, `first`'s and the memory's."""
     dtype = torch.promote_types(torch.promote_types(torch.float32, memory.dtype), first.dtype)
+    if isinstance(memory, ChunkedMemory):
+        dtype = torch.promote_types(dtype, memory.summaries.dtype)
     return [None if tensor is None else tensor.to(dtype) for tensor in (first, *others)]
 
 

@@ -43,7 +43,7 @@ def load() -> ctypes.CDLL:
             f"{torch.backends.cpu.get_cpu_capability()}) in {_FOLDER}; use impl='auto'"
         )
     library = ctypes.CDLL(str(_PATH))
-    library.call_bytes.restype = ctypes.c_int64
+    library.call_bytes.restype = library.scratch_peak.restype = ctypes.c_int64
     if library.call_bytes() != ctypes.sizeof(_Call):
         raise RuntimeError(f"{_PATH} is of another version of this package: install it again")
     return library
@@ -116,6 +116,11 @@ def run(name: str, exact: Tensor, stored: Tensor | None, arguments: dict[str, An
     getattr(library, function)(ctypes.byref(call))
     if call.failed:
         raise MemoryError(f"{function}: not enough memory for scratch")
+
+
+def scratch_peak(reset: bool = False) -> int:
+    """Return the most bytes the kernel has held beside tensors, since the last reset."""
+    return load().scratch_peak(int(reset))
 
 
 def sizes(picked: Tensor, memory_batch: int, length: int, chunk_size: int) -> dict[str, Any]:

@@ -51,6 +51,22 @@ void point_to_positions(const Call& call, const T** places) {
     }
 }
 
+// Touch each page of the chunk that comes next: the processor reads ahead within a page, but finds
+// no page by itself.
+template <class S>
+void look_ahead(const Call& call, int64_t pair) {
+    if (pair >= call.batch * call.queries * call.k || call.picked[pair] < 0) return;
+    const int64_t row = call.memory_batch == 1 ? 0 : pair / call.k / call.queries;
+    const auto* chunk = reinterpret_cast<const char*>(
+        static_cast<const S*>(call.rows) + row * call.rows_by_batch +
+        call.picked[pair] * call.chunk_size * call.rows_by_step);
+    const int64_t bytes = call.chunk_size * call.rows_by_step * sizeof(S);
+    for (int64_t i = 0; i < bytes; i += kPageBytes) {
+        __builtin_prefetch(chunk + i, 0, 2);
+        __builtin_prefetch(chunk + i + kLineBytes, 0, 2);
+    }
+}
+
 template <class T, class S>
 void attend(Call& call) {
     const int64_t C = call.chunk_size, W = call.width, H = call.heads, k = call.k;
@@ -68,7 +84,7 @@ void attend(Call& call) {
             collect(call.probe, x, H, W, probe);
             memset(context, 0, H * W * sizeof(T));
             if (call.positions) {
-                products<T, T>(probe, W, H, places, 0, C, W, by_position, stride);
+                products<T, T>(probe, W, H, places, C, W, by_position, stride);
                 memset(at_position, 0, H * stride * sizeof(T));
             }
             for (int64_t j = 0; j < k; ++j) {
@@ -76,7 +92,8 @@ void attend(Call& call) {
                 if (m < 0) continue;
                 const T weight = static_cast<const T*>(call.weights)[x * k + j];
                 const int64_t count = steps_of<S>(call, row, m, rows, number);
-                products<T, S>(probe, W, H, rows, 0, count, W, logits, stride);
+                look_ahead<S>(call, x * k + j + 1);
+                products<T, S>(probe, W, H, rows, count, W, logits, stride);
                 for (int64_t h = 0; call.positions && h < H; ++h) {
                     gather_add(logits + h * stride, by_position + h * stride, number, count, C);
                 }
@@ -114,8 +131,8 @@ void attend_backward(Call& call) {
             collect(call.grad, x, H, W, grad);
             memset(grad_probe, 0, H * W * sizeof(T));
             if (call.positions) {
-                products<T, T>(probe, W, H, places, 0, C, W, probe_at, stride);
-                products<T, T>(grad, W, H, places, 0, C, W, grad_at, stride);
+                products<T, T>(probe, W, H, places, C, W, probe_at, stride);
+                products<T, T>(grad, W, H, places, C, W, grad_at, stride);
                 memset(earned, 0, 2 * tile * sizeof(T));
             }
             for (int64_t j = 0; j < k; ++j) {
@@ -128,8 +145,9 @@ void attend_backward(Call& call) {
                 T grad_weight = 0;
                 const T weight = static_cast<const T*>(call.weights)[pair];
                 const int64_t count = m < 0 ? 0 : steps_of<S>(call, row, m, rows, number);
-                products<T, S>(probe, W, H, rows, 0, count, W, inside, stride);
-                products<T, S>(grad, W, H, rows, 0, count, W, gained, stride);
+                look_ahead<S>(call, pair + 1);
+                products<T, S>(probe, W, H, rows, count, W, inside, stride);
+                products<T, S>(grad, W, H, rows, count, W, gained, stride);
                 for (int64_t h = 0; call.positions && h < H; ++h) {
                     gather_add(inside + h * stride, probe_at + h * stride, number, count, C);
                     gather_add(gained + h * stride, grad_at + h * stride, number, count, C);

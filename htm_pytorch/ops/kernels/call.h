@@ -11,7 +11,7 @@ extern "C" {
 typedef void Body(int64_t begin, int64_t end, void* context);
 typedef int32_t Parallel(int64_t begin, int64_t end, int64_t grain, Body* body, void* context);
 
-// Rows of one width for every query and head: T [X, G * H, W].
+// Rows of one width for every query and head: T [X, H, W].
 struct Heads {
     void* at;
     int64_t by_query, by_head;
@@ -68,7 +68,7 @@ struct Call {
     int64_t values_by;
     int64_t owners;  // rows of the batch that share no chunk: B, or 1
     double scale;    // of the queries
-    int32_t failed;       // set when memory ran out
+    int32_t failed;  // set when memory ran out
 };
 }
 
@@ -79,13 +79,27 @@ int64_t padded(int64_t count) {
     return (count + 15) / 16 * 16;
 }
 
+// Bytes of scratch that are held, and the most there were.
+int64_t held_bytes = 0, most_bytes = 0;
+
 // Room that is given back at the end of the scope.
 template <class X>
 struct Scratch {
+    int64_t bytes;
     X* at;
-    explicit Scratch(int64_t count) : at(static_cast<X*>(malloc((count + 1) * sizeof(X)))) {}
+    explicit Scratch(int64_t count)
+        : bytes((count + 1) * sizeof(X)), at(static_cast<X*>(malloc(bytes))) {
+        const int64_t now = __atomic_add_fetch(&held_bytes, bytes, __ATOMIC_RELAXED);
+        int64_t most = __atomic_load_n(&most_bytes, __ATOMIC_RELAXED);
+        while (most < now && !__atomic_compare_exchange_n(&most_bytes, &most, now, true,
+                                                          __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+        }
+    }
     Scratch(const Scratch&) = delete;
-    ~Scratch() { free(at); }
+    ~Scratch() {
+        free(at);
+        __atomic_sub_fetch(&held_bytes, bytes, __ATOMIC_RELAXED);
+    }
     operator X*() const { return at; }
 };
 

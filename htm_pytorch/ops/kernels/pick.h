@@ -107,11 +107,11 @@ void pick_segment(Call& call, int64_t row, int64_t first, int64_t last, int64_t 
                 if (!any) continue;
             }
             if (means) {
-                products<T, T>(route + q * call.dim, call.dim, rows, mean_rows, 0, count, call.dim,
-                               scores, kBlock);
+                products<T, T>(route + q * call.dim, call.dim, rows, mean_rows, count, call.dim, scores,
+                               kBlock);
             } else {
-                products<T, S>(route + q * call.dim, call.dim, rows, held_rows, 0, count, call.dim,
-                               scores, kBlock);
+                products<T, S>(route + q * call.dim, call.dim, rows, held_rows, count, call.dim, scores,
+                               kBlock);
             }
             for (int64_t r = 0; r < rows; ++r) {
                 Best<T>& mine = best[q + r - first];
@@ -162,15 +162,20 @@ void pick(Call& call) {
     Scratch<int64_t> chunks(segments * pairs * k);
     Scratch<Best<T>> best(segments * pairs);
     if (!got(call, scores, chunks, best)) return;
-    parallel(call, call.batch * blocks * segments, [&](int64_t begin, int64_t end) {
-        for (int64_t item = begin; item < end; ++item) {
+    // A thread takes items far apart: where queries see the past only, the last ones see most.
+    const int64_t items = call.batch * blocks * segments;
+    const int64_t share = (items + call.threads - 1) / call.threads;
+    parallel(call, share * call.threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t item = i % share * call.threads + i / share;
+            if (item >= items) continue;
             const int64_t segment = item % segments;
             const int64_t row = item / segments / blocks;
             const int64_t first = item / segments % blocks * block;
             const int64_t last = first + block < queries ? first + block : queries;
             const int64_t start = segment * pairs + row * queries + first;
-            for (int64_t i = start; i < start + last - first; ++i) {
-                best[i] = {scores + i * k, chunks + i * k, 0, k};
+            for (int64_t x = start; x < start + last - first; ++x) {
+                best[x] = {scores + x * k, chunks + x * k, 0, k};
             }
             const int64_t from = segment * each;
             const int64_t to = from + each < call.chunks ? from + each : call.chunks;

@@ -8,8 +8,8 @@ namespace {
 
 // out[r, c] = left[r] . right[c] for R rows and C rows of `width`, all sums in registers.
 template <class T, class S, int R, int C>
-inline void dots(const T* left, int64_t left_stride, const S* const* right, int64_t offset,
-                 int64_t width, T* out, int64_t out_stride, int64_t columns) {
+inline void dots(const T* left, int64_t left_stride, const S* const* right, int64_t width, T* out,
+                 int64_t out_stride, int64_t columns) {
     Vector<T> total[R * C] = {};
     auto add = [&](auto... partial) __attribute__((always_inline)) {
         return [&, partial...](int64_t d) __attribute__((always_inline)) {
@@ -18,7 +18,7 @@ inline void dots(const T* left, int64_t left_stride, const S* const* right, int6
             for (int r = 0; r < R; ++r) rows[r] = load<T>(left + r * left_stride + d, partial...);
 #pragma unroll
             for (int c = 0; c < C; ++c) {
-                const Vector<T> column = load<T>(right[c] + offset + d, partial...);
+                const Vector<T> column = load<T>(right[c] + d, partial...);
 #pragma unroll
                 for (int r = 0; r < R; ++r) total[r * C + c] += rows[r] * column;
             }
@@ -39,18 +39,18 @@ inline void dots(const T* left, int64_t left_stride, const S* const* right, int6
 template <class T>
 constexpr int held = lanes<T> < 8 ? (kRegisters == 32 ? 16 : 8) : lanes<T>;
 
-// out[r, c] = left[r] . (right[c] + offset), r < rows, c < columns. `right` has room for
-// pointers up to the next multiple of held<T>, which this fills.
+// out[r, c] = left[r] . right[c] for r < rows, c < columns. `right` has room for pointers up to the
+// next multiple of held<T>, which this fills.
 template <class T, class S>
-void products(const T* left, int64_t left_stride, int64_t rows, const S** right, int64_t offset,
-              int64_t columns, int64_t width, T* out, int64_t out_stride) {
+void products(const T* left, int64_t left_stride, int64_t rows, const S** right, int64_t columns,
+              int64_t width, T* out, int64_t out_stride) {
     for (int64_t c = columns; c % held<T>; ++c) right[c] = right[columns - 1];
     // The rows on the right come from far: all that is on the left meets them while they are near.
     for (int64_t near = 0; near < columns; near += held<T>) {
         auto sweep = [&](auto count, int64_t r) __attribute__((always_inline)) {
             constexpr int R = sizeof(count), C = held<T> / R;
             for (int64_t c = near; c < near + held<T> && c < columns; c += C) {
-                dots<T, S, R, C>(left + r * left_stride, left_stride, right + c, offset, width,
+                dots<T, S, R, C>(left + r * left_stride, left_stride, right + c, width,
                                  out + r * out_stride + c, out_stride, columns - c);
             }
         };

@@ -33,3 +33,8 @@ EXPORT void pick_backward_summaries_f64(Call* call) { pick_backward_summaries<do
 EXPORT void attend_backward_steps_f32(Call* call) { attend_backward_steps<float>(*call); }
 EXPORT void attend_backward_steps_f64(Call* call) { attend_backward_steps<double>(*call); }
 EXPORT int64_t call_bytes() { return sizeof(Call); }
+EXPORT int64_t scratch_peak(int32_t reset) {
+    const int64_t most = __atomic_load_n(&most_bytes, __ATOMIC_RELAXED);
+    if (reset) __atomic_store_n(&most_bytes, held_bytes, __ATOMIC_RELAXED);
+    return most;
+}

@@ -18,6 +18,9 @@ constexpr int kRegisterBytes = 16;
 constexpr int kRegisters = 32;
 #endif
 
+constexpr int64_t kPageBytes = 4096;
+constexpr int64_t kLineBytes = 64;
+
 struct BFloat16 {
     uint16_t bits;
 };
