@@ -73,7 +73,8 @@ def recall(
         ValueError: names the argument, what came and what was expected.
     """
     check_impl(impl, RecallImpl)
-    _check(route, probe, memory, k, positions, chunk_mask)
+    _check(route, memory, k, positions, chunk_mask)
+    _check_beside(route, "probe", probe, "B Q H D", D=memory.dim)
     return _recall(route, probe, memory, k, positions, chunk_mask, impl)[0]
 
 
@@ -87,7 +88,8 @@ def recall_with_weights(
     chunk_mask: Tensor | None = None,
 ) -> tuple[Tensor, Recall]:
     """Do what `recall` does and also return what was recalled, computed plainly."""
-    _check(route, probe, memory, k, positions, chunk_mask)
+    _check(route, memory, k, positions, chunk_mask)
+    _check_beside(route, "probe", probe, "B Q H D", D=memory.dim)
     chunked = memory.chunked() if isinstance(memory, Steps) else memory
     with _no_autocast(route.device.type):
         exact_route, exact_probe, places = _exact(memory, route, probe, positions)
@@ -134,11 +136,8 @@ def attend(
         attended [B, Q, H, E], and [B, Q] bool, whether a query saw any chunk.
     """
     check_impl(impl, Impl)
-    batch, length, heads, width = queries.shape
-    factor = float(width**-0.5) if scale is None else scale
-    check_tensor("projections", projections, "P H E D", P=2, H=heads, E=width, D=memory.dim)
+    factor = _check_attend(route, queries, projections, memory, k, positions, chunk_mask, scale)
     if impl in ("auto", "projected") and _uses_kernel(impl, route):
-        _check(route, None, memory, k, positions, chunk_mask)
         with _no_autocast(route.device.type):
             picked, weights = native.pick(_exact(memory, route)[0], memory, k, chunk_mask)
         seen = (picked >= 0).any(-1)
@@ -153,7 +152,6 @@ def attend(
             context = native.attend(exact, memory, places, picked, weights)
         return _read(context.to(probe.dtype), projections), seen
     probe = _absorb(queries * factor, projections)
-    _check(route, probe, memory, k, positions, chunk_mask)
     context, picked = _recall(route, probe, memory, k, positions, chunk_mask, impl)
     return _read(context, projections), picked.kept.any(-1)
 
@@ -170,7 +168,7 @@ def attend_with_weights(
     scale: float | None = None,
 ) -> tuple[Tensor, Recall]:
     """Do what `attend` does and return what was recalled, computed plainly."""
-    factor = float(queries.shape[-1] ** -0.5) if scale is None else scale
+    factor = _check_attend(route, queries, projections, memory, k, positions, chunk_mask, scale)
     probe = _absorb(queries * factor, projections)
     context, recalled = recall_with_weights(
         route, probe, memory, k, positions=positions, chunk_mask=chunk_mask
@@ -226,7 +224,7 @@ def _uses_kernel(impl: str, route: Tensor) -> bool:
     if route.device.type != "cpu":
         raise ValueError(f"impl: {impl!r} expects tensors on the CPU, got {route.device}")
     if not kernels.IS_AVAILABLE:
-        kernels.load()
+        raise RuntimeError(f"impl: {impl!r} has {kernels.MISSING}; use impl='auto'")
     return True
 
 
@@ -237,9 +235,27 @@ def _refuse_transforms(impl: str) -> None:
         )
 
 
+def _check_attend(
+    route: Tensor,
+    queries: Tensor,
+    projections: Tensor,
+    memory: ChunkedMemory | Steps,
+    k: int,
+    positions: Tensor | None,
+    chunk_mask: Tensor | None,
+    scale: float | None,
+) -> float:
+    """Return the scale; E^-1/2 where none is given."""
+    _check(route, memory, k, positions, chunk_mask)
+    _check_beside(route, "queries", queries, "B Q H E")
+    heads, width = queries.shape[2:]
+    check_tensor("projections", projections, "P H E D", P=2, H=heads, E=width, D=memory.dim)
+    check_device("projections", projections, route.device)
+    return float(width**-0.5) if scale is None else scale
+
+
 def _check(
     route: Tensor,
-    probe: Tensor | None,
     memory: ChunkedMemory | Steps,
     k: int,
     positions: Tensor | None,
@@ -252,21 +268,23 @@ def _check(
     check_tensor("route", route, "B Q D", D=memory.dim)
     check_floating("route", route)
     batch, queries, dim = route.shape
-    data = memory.steps if isinstance(memory, Steps) else memory.contents
-    check_device("memory", data, route.device)
-    if probe is not None:
-        check_tensor("probe", probe, "B Q H D", B=batch, Q=queries, D=dim)
-        check_floating("probe", probe, route.dtype)
-        check_device("probe", probe, route.device)
     check_at_least("k", k, 1)
     if memory.batch not in (1, batch):
         raise ValueError(f"memory: expected batch 1 or {batch}, got {memory.batch}")
+    data = memory.steps if isinstance(memory, Steps) else memory.contents
+    check_device("memory", data, route.device)
     if positions is not None:
         check_tensor("positions", positions, "C D", C=memory.chunk_size, D=dim)
         check_floating("positions", positions)
         check_device("positions", positions, route.device)
     sizes = {"B": batch, "Q": queries, "M": memory.chunks}
     check_mask("chunk_mask", chunk_mask, "B Q M", route.device, **sizes)
+
+
+def _check_beside(route: Tensor, name: str, tensor: Tensor, axes: str, **sizes: int) -> None:
+    check_tensor(name, tensor, axes, B=route.shape[0], Q=route.shape[1], **sizes)
+    check_floating(name, tensor, route.dtype)
+    check_device(name, tensor, route.device)
 
 
 def _exact(memory: ChunkedMemory | Steps, first: Tensor, *others: Tensor | None) -> list[Any]:

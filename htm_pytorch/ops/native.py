@@ -134,6 +134,7 @@ def _pick_backward(
     if not picked.numel():
         return grad_route, grad_source.to(source.dtype)
     route, source, grad = route.contiguous(), kernels.by_last(source), grad.contiguous()
+    picked, weights = picked.contiguous(), weights.contiguous()
     step_mask = None if step_mask is None else kernels.by_last(step_mask)
     arguments = {
         **kernels.sizes(picked, source.shape[0], source.shape[1], chunk_size),
@@ -195,7 +196,8 @@ def _attend(
     context = kernels.by_head(probe)
     if not context.numel():
         return context
-    probe, steps, weights = kernels.evenly(probe), kernels.by_last(steps), weights.contiguous()
+    probe, steps = kernels.evenly(probe), kernels.by_last(steps)
+    picked, weights = picked.contiguous(), weights.contiguous()
     step_mask = None if step_mask is None else kernels.by_last(step_mask)
     positions = None if positions is None else positions.contiguous()
     arguments = {
@@ -229,6 +231,7 @@ def _attend_backward(
     if not (probe.numel() and picked.numel()):
         return grad_probe.zero_(), grad_weights, grad_steps.to(steps.dtype), grad_positions
     grad, probe, steps = kernels.evenly(grad), kernels.evenly(probe), kernels.by_last(steps)
+    picked, weights = picked.contiguous(), weights.contiguous()
     step_mask = None if step_mask is None else kernels.by_last(step_mask)
     positions = None if positions is None else positions.contiguous()
     batch, queries, heads, _ = probe.shape

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _library = torch.library.Library("htm_pytorch", "FRAGMENT")
 
@@ -32,7 +33,10 @@ def differentiate(
     backward: Callable[..., tuple[Tensor | None, ...]],
     setup_context: Callable[..., None],
 ) -> None:
-    """Give an operator its way back."""
+    """Give an operator its way back, which has no way back of its own and says so."""
     torch.library.register_autograd(
-        f"htm_pytorch::{name}", backward, setup_context=setup_context, lib=_library
+        f"htm_pytorch::{name}",
+        once_differentiable(backward),
+        setup_context=setup_context,
+        lib=_library,
     )

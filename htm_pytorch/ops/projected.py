@@ -139,13 +139,22 @@ def _call(
     }
 
 
-def _attend(queries: Tensor, projected: Tensor, *others: Any) -> Tensor:
-    queries, picked = kernels.evenly(queries), others[1]
-    context = torch.empty(queries.shape, dtype=queries.dtype)
-    if not (context.numel() and picked.numel()):
-        return context.zero_()
-    arguments = _call(queries, projected, *others) | {"context": kernels.heads(context)}
-    kernels.run("attend_projected", queries, projected, arguments)
+def _attend(
+    queries: Tensor,
+    projected: Tensor,
+    step_mask: Tensor | None,
+    picked: Tensor,
+    weights: Tensor,
+    *others: Any,
+) -> Tensor:
+    context = torch.zeros(queries.shape, dtype=queries.dtype)
+    if context.numel() and picked.numel():
+        queries, projected = kernels.evenly(queries), projected.contiguous()
+        picked, weights = picked.contiguous(), weights.contiguous()
+        step_mask = None if step_mask is None else step_mask.contiguous()
+        arguments = _call(queries, projected, step_mask, picked, weights, *others)
+        arguments["context"] = kernels.heads(context)
+        kernels.run("attend_projected", queries, projected, arguments)
     return context
 
 
@@ -164,6 +173,9 @@ def _attend_backward(
     by_head = torch.zeros(queries.shape[2], *weights.shape, dtype=queries.dtype)
     if grad_queries.numel() and picked.numel():
         queries, grad = kernels.evenly(queries), kernels.evenly(grad)
+        projected = projected.contiguous()
+        picked, weights = picked.contiguous(), weights.contiguous()
+        step_mask = None if step_mask is None else step_mask.contiguous()
         arguments = _call(queries, projected, step_mask, picked, weights, *others) | {
             "grad": kernels.heads(grad),
             "grad_probe": kernels.heads(grad_queries),

@@ -28,6 +28,11 @@ def _find() -> Path | None:
 _PATH = _find()
 IS_AVAILABLE = _PATH is not None
 """Whether this installation has the kernel and this processor can run it."""
+MISSING = (
+    f"no kernel for this machine ({platform.machine()}, "
+    f"{torch.backends.cpu.get_cpu_capability()}) in {_FOLDER}"
+)
+"""What is wrong if it is not."""
 
 
 @functools.cache
@@ -38,10 +43,7 @@ def load() -> ctypes.CDLL:
         RuntimeError: there is none for this machine.
     """
     if _PATH is None:
-        raise RuntimeError(
-            f"impl: 'native' has no kernel for this machine ({platform.machine()}, "
-            f"{torch.backends.cpu.get_cpu_capability()}) in {_FOLDER}; use impl='auto'"
-        )
+        raise RuntimeError(MISSING)
     library = ctypes.CDLL(str(_PATH))
     library.call_bytes.restype = library.scratch_peak.restype = ctypes.c_int64
     if library.call_bytes() != ctypes.sizeof(_Call):
@@ -150,13 +152,16 @@ def by_head(like: Tensor) -> Tensor:
 
 def evenly(rows: Tensor) -> Tensor:
     """Return `rows` [B, Q, R, W] with all queries as far apart, whatever their row of the batch."""
-    even = len(rows) == 1 or rows.stride(0) == rows.shape[1] * rows.stride(1)
+    batch, queries = rows.shape[:2]
+    even = 1 in (batch, queries) or rows.stride(0) == queries * rows.stride(1)
     return rows if even and rows.stride(-1) == 1 else rows.contiguous()
 
 
 def heads(rows: Tensor) -> Heads:
     """Say where the rows [B, Q, R, W] of `evenly` or `by_head` lie."""
-    return Heads(rows.data_ptr(), rows.stride(1), rows.stride(2))
+    # The stride of an axis of one may be anything.
+    by_query = rows.stride(0) if rows.shape[1] == 1 else rows.stride(1)
+    return Heads(rows.data_ptr(), by_query, rows.stride(2))
 
 
 def step_mask(mask: Tensor | None, missing: int) -> dict[str, Any]:

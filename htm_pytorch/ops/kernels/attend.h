@@ -187,22 +187,32 @@ void attend_backward_steps(Call& call) {
     parallel(call, call.memory_batch * call.chunks, [&](int64_t begin, int64_t end) {
         // What each step gets from the heads: their probes by the logits, their grads by the weights.
         Scratch<const T*> terms(2 * H);
-        if (!got(call, terms)) return;
+        Scratch<int32_t> number(C);
+        if (!got(call, terms, number)) return;
         for (int64_t slot = begin; slot < end; ++slot) {
-            const int64_t m = slot % call.chunks, from = m ? 0 : call.missing;
-            T* out = static_cast<T*>(call.grad_rows) + slot / call.chunks * call.grad_by_batch +
-                     (m * C + from) * call.grad_by_step;
+            const int64_t row = slot / call.chunks, m = slot % call.chunks;
+            if (call.starts[slot] == call.starts[slot + 1]) continue;
+            T* out = static_cast<T*>(call.grad_rows) + row * call.grad_by_batch +
+                     m * C * call.grad_by_step;
+            const int64_t there = numbers_of(call, row, m, number);
             for (int64_t i = call.starts[slot]; i < call.starts[slot + 1]; ++i) {
                 const int64_t x = call.pairs[i] / k;
                 const T* saved = static_cast<const T*>(call.block_weights) +
-                                 (call.pairs[i] - call.first * k) * 2 * H * C + from;
+                                 (call.pairs[i] - call.first * k) * 2 * H * C;
                 for (int64_t h = 0; h < H; ++h) {
                     terms[h] = static_cast<const T*>(call.probe.at) + x * call.probe.by_query +
                                h * call.probe.by_head;
                     terms[H + h] = static_cast<const T*>(call.grad.at) + x * call.grad.by_query +
                                    h * call.grad.by_head;
                 }
-                combine<T, T>(out, call.grad_by_step, C - from, saved, 1, C, terms, 0, 2 * H, W);
+                // Runs of steps that are there: the others get nothing, not even 0 times NaN.
+                for (int64_t c = 0; c < there;) {
+                    int64_t many = 1;
+                    while (c + many < there && number[c + many] == number[c] + many) ++many;
+                    combine<T, T>(out + number[c] * call.grad_by_step, call.grad_by_step, many,
+                                  saved + number[c], 1, C, terms, 0, 2 * H, W);
+                    c += many;
+                }
             }
         }
     });
