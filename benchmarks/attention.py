@@ -1,198 +1,148 @@
 """The layer against its peers on the CPU: forward, forward + backward, peak extra memory.
 
-Peers: the published package htm-pytorch 0.0.4 (its wheel is fetched once; it imports under our
-name, so its one file is loaded under another), and dense attention over all steps, with keys and
-values cached or projected. Every result is compared with the reference before it is timed.
+Peers: the published package htm-pytorch 0.0.4 (its wheel is fetched once), DeepMind's module in JAX
+(where jax is installed), and dense attention over all steps, with keys and values cached or
+projected. Every result is compared with the reference before it is timed. First come the targets
+(targets.py), then a grid of sizes.
 """
 
 import argparse
 import importlib.util
-import subprocess
-import sys
-import zipfile
+import itertools
+import json
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import torch
-from harness import (
-    RESULTS,
-    describe_machine,
-    gemm_flops,
-    medians,
-    peak_allocation,
-    read_bandwidth,
-    write,
-)
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from cells import Cell, Past, bytes_of_inputs, rivals
+from contest import FORWARD, MEASURES, Limits, contest
+from growth import plot
+from harness import RESULTS, Rates, describe_machine, memory_bytes, write
+from peers import load_published, verify_original
+from targets import targets
 
-from htm_pytorch import ChunkedMemory, HTMAttention
-from htm_pytorch.nn.attention import sinusoid
-from htm_pytorch.ops.reference import htm_attention
+PLOT = Path(__file__).parents[1] / "docs" / "growth.png"
 
-HEADS, DIM_HEAD, TOPK, CHUNK = 8, 64, 8, 32
-PEERS = Path(__file__).parent / ".peers"
+Rows = Iterator[dict[str, Any]]
 
 
-def load_published() -> ModuleType:
-    """Return the published package's one module; needs `einops` and, the first time, a network."""
-    source = PEERS / "published.py"
-    if not source.exists():
-        PEERS.mkdir(exist_ok=True)
-        fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(PEERS)]
-        subprocess.run([*fetch, "htm-pytorch==0.0.4"], check=True)
-        with zipfile.ZipFile(next(PEERS.glob("*.whl"))) as wheel:
-            source.write_bytes(wheel.read("htm_pytorch/htm_pytorch.py"))
-    spec = importlib.util.spec_from_file_location("published", source)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def target_rows(options: argparse.Namespace, limits: Limits, rates: Rates) -> Rows:
+    """Measure the targets; print each and whether it is reached."""
+    reached = []
+    for target in targets(load_published(), rates, limits, options.shrink):
+        reached.append(target.is_reached)
+        print(target, flush=True)
+        yield target.as_json()
+    print(f"{sum(reached)} of {len(reached)} targets reached")
 
 
-class Case:
-    """One setting: inputs, the layers of equal weights, and the runs to time."""
+def grid_rows(options: argparse.Namespace, limits: Limits, rates: Rates) -> Rows:
+    """Measure the grid; print a table for each cell."""
+    has_jax = importlib.util.find_spec("jax") is not None
+    if has_jax:
+        verify_original()
+    else:
+        print("DeepMind's module is left out: jax is not installed")
+    published = load_published()
 
-    def __init__(
-        self, batch: int, queries: int, steps: int, dim: int, published: ModuleType | None
-    ):
-        torch.manual_seed(0)
-        sizes = {"dim": dim, "heads": HEADS, "dim_head": DIM_HEAD}
-        sizes |= {"topk_mems": TOPK, "mem_chunk_size": CHUNK}
-        if steps % CHUNK:
-            raise SystemExit(f"--steps: expected multiples of {CHUNK}, got {steps}")
-        self.name = f"B{batch} Q{queries} N{steps:,} D{dim}"
-        self.shape = {"B": batch, "Q": queries, "N": steps, "D": dim}
-        self.queries = torch.randn(batch, queries, dim)
-        self.steps = torch.randn(batch, steps, dim)
-        self.mask = torch.ones(batch, steps, dtype=torch.bool)
-        self.memory = ChunkedMemory.from_steps(self.steps, CHUNK)
-        self.ours = HTMAttention(**sizes)
-        self.published = published and published.HTMAttention(**sizes)
-        if self.published is not None:
-            self.published.load_state_dict(self.ours.state_dict(), strict=False)
+    def measure(past: Past, queries: int) -> dict[str, Any]:
+        cell = Cell(past, queries)
+        runs = rivals(cell, published, with_original=has_jax)
+        return contest(runs, rates, limits, bytes_of_inputs(**cell.shape))
 
-    def check(self) -> None:
-        """Stop unless all agree with the reference within its own single-precision error."""
-        weights = dict(self.ours.named_parameters())
-        positions = sinusoid(CHUNK, self.shape["D"], torch.float32, self.queries.device)
-        arguments: dict[str, Any] = {"heads": HEADS, "k": TOPK, "positions": positions}
-        some = slice(0, 4)
-        expected = htm_attention(self.queries[:, some], self.memory, weights, **arguments)
-        results = {"tensor": self.ours(self.queries, self.steps)[:, some]}
-        results["memory"] = self.ours(self.queries, self.memory)[:, some]
-        if self.published is not None:
-            results["published"] = self.published(self.queries[:, some], self.steps, self.mask)
-        for name, result in results.items():
-            error = ((result - expected).abs().max() / expected.abs().max()).item()
-            if error > 2e-5:
-                raise SystemExit(f"{self.name}: {name} is off by {error:.1e} of the largest value")
-
-    def runs(self, backward: bool) -> dict[str, Any]:
-        """Return what to time, by name."""
-        runs: dict[str, Any] = {
-            "ours, tensor": lambda: self.ours(self.input(), self.steps),
-            "ours, memory": lambda: self.ours(self.input(), self.memory),
-        }
-        if self.published is not None:
-            runs["published"] = lambda: self.published(self.input(), self.steps, self.mask)
-        shape = self.queries.shape[0], HEADS, -1, DIM_HEAD
-        query, key, value = (torch.randn(*shape[:2], n, DIM_HEAD) for n in self.lengths())
-        project = torch.nn.Linear(self.shape["D"], 2 * HEADS * DIM_HEAD)
-
-        def dense() -> Tensor:
-            keys, values = project(self.steps).chunk(2, -1)
-            split = [part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in (keys, values)]
-            return scaled_dot_product_attention(query, *split)
-
-        runs["dense, projected"] = dense
-        if not backward:
-            runs["dense, cached"] = lambda: scaled_dot_product_attention(query, key, value)
-            return {name: _forward(run) for name, run in runs.items()}
-        return {name: _backward(run) for name, run in runs.items()}
-
-    def lengths(self) -> tuple[int, int, int]:
-        """Return how many queries, keys and values dense attention has."""
-        return self.shape["Q"], self.shape["N"], self.shape["N"]
-
-    def input(self) -> Tensor:
-        """Return the queries, as an input that needs a gradient."""
-        return self.queries.detach().requires_grad_()
+    for batch, dim, length in itertools.product(options.batches, options.dims, options.steps):
+        past = None
+        for queries in options.queries:
+            row: dict[str, Any] = {"B": batch, "Q": queries, "N": length, "D": dim}
+            needed = bytes_of_inputs(**row)
+            if needed > limits.bytes:
+                row["skipped"] = f"the inputs alone are {needed / 1e9:.0f} GB"
+            else:
+                past = past or Past(batch, length, dim)
+                row |= measure(past, queries)
+            print_row(row)
+            yield row
 
 
-def _forward(run: Any) -> Any:
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return run()
+def print_row(row: dict[str, Any]) -> None:
+    """Print who takes what in a cell."""
+    print(f"\nB{row['B']} Q{row['Q']} N{row['N']:,} D{row['D']}", end="")
+    if "skipped" in row:
+        print(f": skipped, {row['skipped']}", flush=True)
+        return
+    rates = row["rates"][FORWARD]
+    print(
+        f" ({rates['gemm_flops'] / 1e9:.0f} GFLOP/s, {rates['read_bandwidth'] / 1e9:.1f} GB/s)\n"
+        f"  {'':18}" + "".join(f"{measure + ', ms':>24}{'MiB':>10}" for measure in MEASURES)
+    )
+    for name, entry in row["rivals"].items():
+        print(f"  {name:18}" + "".join(columns(entry[measure]) for measure in MEASURES), flush=True)
+        for measure in MEASURES:
+            if "skipped" in entry[measure]:
+                print(f"  {'':18}  {measure}: {entry[measure]['skipped']}")
 
-    return forward
+
+def columns(found: dict[str, Any]) -> str:
+    """Return milliseconds, how often they were measured, and MiB; dashes where left out."""
+    if "skipped" in found:
+        return f"{'-':>24}{'-':>10}"
+    times = f"({found['repeats']}x)"
+    peak = "-" if found["peak_bytes"] is None else f"{found['peak_bytes'] / 2**20:.1f}"
+    return f"{found['ms']:>18,.2f} {times:>5}{peak:>10}"
 
 
-def _backward(run: Any) -> Any:
-    return lambda: run().sum().backward()
+PARTS = {"targets": target_rows, "grid": grid_rows}
 
 
-def limit(case: Case, flops: float, bandwidth: float) -> float:
-    """Return the milliseconds that the formula's FLOPs, or one read of the summaries, must take."""
-    shape = case.shape
-    chunks = shape["N"] // CHUNK
-    picked = min(TOPK, chunks) * CHUNK * HEADS * shape["D"] * 4
-    work = shape["B"] * shape["Q"] * (picked + 2 * chunks * shape["D"]) / flops
-    reading = shape["B"] * chunks * shape["D"] * 4 / bandwidth
-    return 1e3 * max(work, reading)
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS / "attention.json")
+    parser.add_argument("--only", choices=PARTS, help="and leave the other's results as they are")
+    parser.add_argument("--plot", action="store_true", help=f"measure nothing, draw {PLOT.name}")
+    sizes = {
+        "--queries": [1, 16, 128, 1024],
+        "--steps": [2_048, 20_000, 200_000, 2_000_000],
+        "--dims": [64, 512],
+        "--batches": [1, 32],
+    }
+    for name, default in sizes.items():
+        parser.add_argument(name, type=int, nargs="+", default=default, help="of the grid")
+    parser.add_argument(
+        "--shrink", type=int, default=1, help="divide the targets' lengths, to try them out"
+    )
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--patience", type=float, default=5.0, help="seconds, then a run is not repeated again"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="leave out calls estimated to take longer"
+    )
+    parser.add_argument(
+        "--gigabytes", type=float, default=0.8e-9 * memory_bytes(), help="leave out who needs more"
+    )
+    return parser.parse_args()
 
 
 def main() -> None:
-    """Check, measure, print the table and write it as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS / "attention.json")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--queries", type=int, nargs="*", default=[1, 16, 128, 1024])
-    parser.add_argument("--steps", type=int, nargs="*", default=[2_048, 20_000, 200_000])
-    parser.add_argument("--dims", type=int, nargs="*", default=[64, 512])
-    parser.add_argument("--batches", type=int, nargs="*", default=[1])
-    parser.add_argument("--published-bytes", type=float, default=3e9)
-    options = parser.parse_args()
-    published = load_published()
-    machine = describe_machine("torch")
-    flops, bandwidth = gemm_flops(), read_bandwidth()
-    print(f"GEMM {flops / 1e9:.0f} GFLOP/s, reading {bandwidth / 1e9:.1f} GB/s")
-    rows = []
-    grid = [
-        (batch, queries, steps, dim)
-        for batch in options.batches
-        for dim in options.dims
-        for steps in options.steps
-        for queries in options.queries
-    ]
-    for batch, queries, steps, dim in grid:
-        # The published package repeats the memory's index for every query: it runs out first.
-        needs = batch * queries * TOPK * CHUNK * (dim + 2 * HEADS * DIM_HEAD) * 4
-        case = Case(
-            batch, queries, steps, dim, published if needs < options.published_bytes else None
-        )
-        case.check()
-        row: dict[str, Any] = dict(case.shape)
-        row["forward"] = medians(case.runs(backward=False), options.repeats)
-        row["forward + backward"] = medians(case.runs(backward=True), options.repeats)
-        row["limit"] = limit(case, flops, bandwidth)
-        runs = case.runs(backward=False)
-        row["peak bytes"] = {name: peak_allocation(run) for name, run in runs.items()}
-        rows.append(row)
-        print(f"\n{case.name}: at least {row['limit']:.2f} ms")
-        for name, forward in row["forward"].items():
-            both = row["forward + backward"].get(name)
-            peak = row["peak bytes"][name] / 2**20
-            print(
-                f"  {name:18}{forward:10.2f} ms forward"
-                + (f"{both:10.2f} ms with backward" if both else " " * 27)
-                + f"{peak:10.1f} MiB"
-            )
-        write(
-            options.out,
-            {"machine": machine, "gemm_flops": flops, "read_bandwidth": bandwidth, "rows": rows},
-        )
+    """Check, measure, print, and write JSON."""
+    options = parse()
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    results = {part: results[part] for part in PARTS if part in results}
+    if options.plot:
+        if "grid" not in results:
+            raise SystemExit(f"{options.out}: no grid has been measured")
+        plot(results["grid"]["rows"], PLOT)
+        return
+    limits = Limits(options.repeats, options.patience, options.seconds, 1e9 * options.gigabytes)
+    packages = [name for name in ("torch", "numpy", "jax") if importlib.util.find_spec(name)]
+    about = {"machine": describe_machine(*packages), "limits": limits._asdict()}
+    for part in [options.only] if options.only else PARTS:
+        rates, rows = Rates(), []
+        for row in PARTS[part](options, limits, rates):
+            rows.append(row)
+            results[part] = {**about, "rates": rates.medians(), "rows": rows}
+            # Now, so that an end before the end loses nothing.
+            write(options.out, results)
 
 
 if __name__ == "__main__":

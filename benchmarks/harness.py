@@ -1,39 +1,131 @@
-"""How the benchmarks measure: interleaved medians, peak allocations, and what machine it was."""
+"""How the benchmarks measure: timed in turn, peak memory, and what machine it was."""
 
+import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from htm_pytorch.ops import kernels
+
 RESULTS = Path(__file__).parent / "results"
 
+SETTLE = 0.02
+"""Seconds between turns, for threads that wait by spinning to fall asleep."""
 
-def medians(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Return the median milliseconds of each, timed in turn so that noise meets all alike."""
+
+class Timing(NamedTuple):
+    """Milliseconds of one run: the median of its turns, the extremes, and how many turns."""
+
+    ms: float
+    low: float
+    high: float
+    repeats: int
+
+
+def in_turn(
+    runs: dict[str, Callable[[], Any]], repeats: int, patience: float = math.inf
+) -> dict[str, Timing]:
+    """Time each in turn, so that noise meets all alike.
+
+    A run that has taken more than `patience` seconds gets no further turn.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
+    for _ in range(repeats + 1):
+        time.sleep(SETTLE)
         for name, run in runs.items():
+            if sum(times[name]) > 1e3 * patience:
+                continue
             start = time.perf_counter()
             run()
-            # The first round warms caches and buffers.
-            if repeat:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+            times[name].append(1e3 * (time.perf_counter() - start))
+    # The first turn warms caches and buffers; beside seconds that is nothing.
+    counted = {name: all_turns[1:] or all_turns for name, all_turns in times.items()}
+    return {
+        name: Timing(statistics.median(turns), min(turns), max(turns), len(turns))
+        for name, turns in counted.items()
+    }
+
+
+class Rate(NamedTuple):
+    """How fast a machine is: FLOP/s in a large fp32 matrix product, bytes/s read from memory."""
+
+    gemm_flops: float
+    read_bandwidth: float
+
+
+class Rates:
+    """The machine's rates. They drift, so they are measured in turn with what is timed."""
+
+    def __init__(self) -> None:
+        self.seen: list[Rate] = []
+        self._factors = torch.randn(2, 1024, 1024)
+        # Far larger than any cache.
+        self._matrix, self._vector = torch.randn(2**16, 512), torch.randn(512)
+
+    def in_turn(
+        self, runs: dict[str, Callable[[], Any]], repeats: int, patience: float = math.inf
+    ) -> dict[str, Timing]:
+        """Time the runs and, in the same turns, the rates, which are then the latest."""
+        a, b = self._factors
+        probes = {
+            # Torch's threads have slept.
+            "(wake)": lambda: a @ b,
+            "(gemm)": lambda: a @ b,
+            "(read)": lambda: self._matrix @ self._vector,
+        }
+        timings = in_turn(probes | runs, repeats, patience)
+        _, gemm, read = (1e-3 * timings.pop(name).ms for name in probes)
+        self.seen.append(Rate(2 * 1024**3 / gemm, self._matrix.nbytes / read))
+        return timings
+
+    @property
+    def latest(self) -> Rate:
+        """Of the last turns."""
+        return self.seen[-1]
+
+    def medians(self) -> dict[str, float]:
+        """Return each rate's median of all turns; nothing before the first."""
+        columns = zip(Rate._fields, zip(*self.seen, strict=True), strict=False)
+        return {name: statistics.median(rates) for name, rates in columns}
+
+
+def peak_memory(run: Callable[[], Any]) -> tuple[int, Any]:
+    """Return the most bytes that `run` held at once, its results among them, and the results.
+
+    That is `peak_allocation` and the most that our kernel allocated itself, at whatever moment.
+    """
+    results = None
+
+    def keep_results() -> None:
+        nonlocal results
+        results = run()
+
+    if not kernels.IS_AVAILABLE:
+        return peak_allocation(keep_results), results
+    kernels.scratch_peak(reset=True)
+    peak = peak_allocation(keep_results)
+    return peak + kernels.scratch_peak(), results
 
 
 def peak_allocation(run: Callable[[], Any]) -> int:
     """Return the most bytes that `run` held on the CPU at once, as its allocator saw it."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with (
+        _quiet_stderr(),
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile,
+    ):
         run()
     assert profile.profiler is not None
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -44,17 +136,18 @@ def peak_allocation(run: Callable[[], Any]) -> int:
     return peak
 
 
-def gemm_flops() -> float:
-    """Return this machine's FLOP/s on a large fp32 matrix product."""
-    a, b = torch.randn(2, 1024, 1024)
-    return 2 * 1024**3 / (1e-3 * medians({"gemm": lambda: a @ b}, 15)["gemm"])
-
-
-def read_bandwidth() -> float:
-    """Return this machine's bytes/s when reading memory far larger than its caches."""
-    matrix, vector = torch.randn(2**16, 512), torch.randn(512)
-    milliseconds = medians({"read": lambda: matrix @ vector}, 15)["read"]
-    return matrix.numel() * 4 / (1e-3 * milliseconds)
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Keep the profiler from reporting that it starts and stops."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def describe_machine(*packages: str) -> dict[str, Any]:
@@ -71,10 +164,17 @@ def describe_machine(*packages: str) -> dict[str, Any]:
     return {
         "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": memory_bytes(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
         "commit": commit.stdout.strip() if commit.returncode == 0 else None,
     }
+
+
+def memory_bytes() -> int:
+    """Return how much memory this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

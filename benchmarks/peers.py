@@ -125,7 +125,8 @@ def original(
         cotangent = queries.new_ones(*queries.shape[:2], layer.dim_features)
 
     def to_jax(tensor: Tensor | None) -> jax.Array | None:
-        return None if tensor is None else jnp.asarray(tensor.detach().numpy())
+        # Without a copy, of a memory above all.
+        return None if tensor is None else jnp.from_dlpack(tensor.detach())
 
     attend = _original_function(layer.attn.heads, min(layer.topk_mems, memory.chunks))
 

@@ -10,6 +10,7 @@ def main() -> None:
     try:
         import tyro
 
+        from htm_pytorch.nn.check import CheckConfig
         from htm_pytorch.rl import TrainConfig
     except ImportError as error:
         sys.exit(f"htm: needs the extra `rl`, pip install '.[rl]' in the checkout ({error})")
@@ -21,17 +22,26 @@ def main() -> None:
         train(config)
         evaluate(config.run_dir)
 
+    def check(config: Annotated[CheckConfig, tyro.conf.arg(name="")]) -> None:
+        """Compare the layer on this machine with the plain reference: output and gradients."""
+        from htm_pytorch.nn.check import check
+
+        report = check(config)
+        print(report)
+        if not report.ok:
+            sys.exit(1)
+
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "eval": evaluate},
+            {"train": train, "eval": evaluate, "check": check},
             prog="htm",
-            description="Train and judge agents that remember.",
+            description="Train and judge agents that remember; check the layer.",
             config=(tyro.conf.FlagCreatePairsOff,),
         )
     except (ValueError, OSError) as error:
         sys.exit(f"htm: {error}")
     except KeyboardInterrupt:
-        sys.exit("htm: stopped; --resume goes on from the last checkpoint")
+        sys.exit("htm: stopped; htm train --resume goes on from the last checkpoint")
 
 
 def evaluate(run_dir: Path, episodes: int | None = None, seed: int | None = None) -> None:

@@ -5,10 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from htm_pytorch import cli
+from htm_pytorch.nn.check import CheckConfig
+from htm_pytorch.ops import blocked
 from htm_pytorch.rl import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,6 +24,8 @@ TINY = [
     "--episodes=16",
     "--eval-episodes=8",
 ]
+
+SMALL = ["--queries=5", "--steps=50", "--dim=16", "--heads=2", "--dim-head=8", "--topk-mems=2"]
 
 
 def htm(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
@@ -48,7 +53,7 @@ def test_help_names_the_commands(
     assert htm(monkeypatch, "--help") == 0
     printed = capsys.readouterr().out
     assert printed.startswith("usage: htm ")
-    assert "train" in printed and "eval" in printed
+    assert "train" in printed and "eval" in printed and "check" in printed
 
 
 def test_help_of_train_lists_the_config(
@@ -64,6 +69,46 @@ def test_help_of_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert htm(monkeypatch, "eval", "--help") == 0
     printed = capsys.readouterr().out.split()
     assert {"--run-dir", "--episodes", "--seed"} <= set(printed)
+
+
+def test_help_of_check_lists_the_config(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert htm(monkeypatch, "check", "--help") == 0
+    printed = capsys.readouterr().out.split()
+    on = {"add_pos_enc", "detach_memories"}
+    for field in dataclasses.fields(CheckConfig):
+        name = f"no_{field.name}" if field.name in on else field.name
+        assert f"--{name.replace('_', '-')}" in printed
+
+
+def test_check_prints_a_table_and_exits_by_what_it_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["check", "--impl=blocked", "--masked", "--no-detach-memories", *SMALL]
+    assert htm(monkeypatch, *arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("blocked, float32 on cpu, torch ")
+    assert lines[1] == (
+        "1 x 5 queries, 50 steps, dim 16, 2 heads of 8, 2 chunks of 32, "
+        "masked, gradients into the memory"
+    )
+    quantities = ["output", "gradient of queries", "gradient of memories"]
+    assert [line.split("  ")[0] for line in lines[4:7]] == quantities
+    assert all(line.endswith("  yes") for line in lines[4:-2])
+    assert lines[-1] == "passed"
+
+    right = blocked.recall
+
+    def wrong(*arguments: Any) -> tuple[Any, ...]:
+        context, *rest = right(*arguments)
+        return context * 1.001, *rest
+
+    monkeypatch.setattr(blocked, "recall", wrong)
+    assert htm(monkeypatch, *arguments) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[4].startswith("output ") and lines[4].endswith("  NO")
+    assert lines[-1] == "FAILED"
 
 
 def test_train_then_eval(
@@ -111,6 +156,8 @@ def assert_one_line(left_with: object, message: str) -> None:
         (["train", "--run-dir={tmp}/file/run"], "Not a directory"),
         (["train", "--run-dir={tmp}/file"], "exists"),
         (["eval", "--run-dir={tmp}/nothing"], "run_dir: expected a run"),
+        (["check", "--steps=0"], "steps: expected an integer >= 1, got 0"),
+        (["check", "--device=abacus"], "device: expected one of this machine that knows float64"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
