@@ -6,7 +6,10 @@ WORKERS ?= auto
 # More arguments for pytest: make test ARGS='-k recall -x'
 ARGS ?=
 DEMO_ARGS ?=
-BENCHMARKS ?= $(sort $(wildcard benchmarks/*.py))
+# Those that run; the others are what they share.
+BENCHMARKS ?= $(sort $(shell grep -l __main__ benchmarks/*.py))
+# More arguments for them: make bench BENCHMARKS=benchmarks/attention.py BENCH_ARGS='--only targets'
+BENCH_ARGS ?=
 
 # What an installation is made from; the kernel is compiled on the way.
 INSTALLED_FROM := pyproject.toml constraints.txt hatch_build.py \
@@ -62,8 +65,16 @@ test-minimal: .venv-minimal/.installed ## tests of shapes, memory, ops and nn wi
 	.venv-minimal/bin/python $(INSTALL) -e . pytest hypothesis
 	@touch $@
 
-bench: .venv/.installed ## run every benchmark (BENCHMARKS=path for one)
-	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file; done
+bench: .venv-bench/.installed ## run every benchmark (BENCHMARKS=path for one, BENCH_ARGS=...)
+	@set -e; for file in $(BENCHMARKS); do \
+		echo "== $$file"; .venv-bench/bin/python $$file $(BENCH_ARGS); \
+	done
+
+.venv-bench/.installed: $(INSTALLED_FROM)
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python $(INSTALL) "$(TORCH)"
+	.venv-bench/bin/python $(INSTALL) -e '.[bench,rl]'
+	@touch $@
 
 # On a busy machine, threads that wait by spinning make each other 10 times slower.
 demo: export GOMP_SPINCOUNT ?= 1000
@@ -77,7 +88,7 @@ demo: .venv-demo/.installed ## train a small agent and watch it learn to remembe
 	@touch $@
 
 clean: ## remove environments, caches and build products; keeps runs/
-	rm -rf .venv .venv-demo .venv-minimal build dist *.egg-info
+	rm -rf .venv .venv-bench .venv-demo .venv-minimal build dist *.egg-info
 	rm -f htm_pytorch/ops/kernels/recall-*
 	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

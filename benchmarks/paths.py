@@ -159,10 +159,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
     limits = Limits(options.repeats, 10.0, 60.0, 0.8 * memory_bytes())
-    machine, rates, rows = describe_machine("torch"), Rates(), []
+    about = {"machine": describe_machine("torch"), "limits": limits._asdict()}
+    rates, rows = Rates(), []
     for row in measure(options.only, rates, limits):
         rows.append(row)
-        write(options.out, {"machine": machine, "rates": rates.medians(), "rows": rows})
+        write(options.out, {**about, "rates": rates.medians(), "rows": rows})
+    ratios = [ratio for row in rows for ratio in row["ratio"].values()]
+    slow = sum(ratio > TOO_SLOW for ratio in ratios)
+    print(f"auto takes more than {TOO_SLOW} x the best in {slow} of {len(ratios)} cells (!)")
 
 
 if __name__ == "__main__":

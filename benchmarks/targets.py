@@ -100,6 +100,10 @@ class _Result:
             raise SystemExit(f"targets: {name}, {measure} {entry['skipped']}")
         return entry[what]
 
+    def gflops(self, measure: str) -> float:
+        """Return the rate of the matrix product then: a low one means that others were at work."""
+        return self._rates[measure]["gemm_flops"] / 1e9
+
     def limit(self, flops: float) -> float:
         """Return the milliseconds that these FLOPs take, in a matrix product, in a forward."""
         return 1e3 * flops / self._rates[FORWARD]["gemm_flops"]
@@ -117,7 +121,7 @@ def _against(
     result: _Result, cell: Cell, other: str, name: str, measure: str, bar: float
 ) -> Target:
     theirs, mine = result.get(other, measure), result.get(name, measure)
-    details = {f"{other} ms": theirs, f"{name} ms": mine}
+    details = {f"{other} ms": theirs, f"{name} ms": mine, "GFLOP/s": result.gflops(measure)}
     title = f"{cell.name} {measure}, {other} / {name}"
     return Target(title, theirs / mine, bar, True, details)
 
@@ -141,6 +145,7 @@ def _limits(result: _Result, cell: Cell) -> Iterator[Target]:
     for name, flops in ("recall", inside), (MEMORY, inside + around):
         ms, limit = result.get(name, FORWARD), result.limit(queries * flops)
         details = {f"{name} ms": ms, "limit ms": limit, "GFLOP": queries * flops / 1e9}
+        details["GFLOP/s"] = result.gflops(FORWARD)
         details["reading summaries and picked rows once, ms"] = result.reading(size)
         yield Target(f"{cell.name} {FORWARD}, {name} / limit", ms / limit, 1.5, False, details)
 
@@ -184,6 +189,7 @@ def _one_query(cell: Cell, rates: Rates, limits: Limits) -> Target:
     size = cell.past.memory.summaries.nbytes
     ms, limit = result.get(MEMORY, FORWARD), result.reading(size)
     details = {f"{MEMORY} ms": ms, "limit ms": limit, "MB": size / 1e6}
+    details["GB/s"] = size / limit / 1e6
     name = f"{cell.name} {FORWARD}, {MEMORY} / limit"
     return Target(name, ms / limit, 1.5, False, details)
 
@@ -227,6 +233,7 @@ def _causal(length: int, bar: float, rates: Rates, limits: Limits) -> Target:
     }
     result = _Result(contest(runs, rates, limits))
     theirs, mine = result.get("dense", BOTH), result.get("ours", BOTH)
-    details = {"dense ms": theirs, "ours ms": mine, "repeats": result.get("dense", BOTH, "repeats")}
+    details = {"dense ms": theirs, "ours ms": mine, "GFLOP/s": result.gflops(BOTH)}
+    details["repeats of dense"] = result.get("dense", BOTH, "repeats")
     name = f"B{batch} Q = T {length:,} D{dim} C{chunk} {BOTH}, dense / ours"
     return Target(name, theirs / mine, bar, True, details)

@@ -13,6 +13,7 @@ Axes always come in the order B, T or Q, H, K or M, C, D or E.
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def check_tensor(name: str, value: Tensor, axes: str, **sizes: int) -> None:
@@ -71,8 +72,11 @@ def check_at_least(name: str, value: int, least: int) -> None:
 
 
 def is_transformed() -> bool:
-    """Whether a `torch.func` transform is at work, which custom backward passes do not support."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether a `torch.func` transform or forward-mode differentiation is at work.
+
+    Custom backward passes support neither.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def may_look_at(tensor: Tensor) -> bool:

@@ -29,8 +29,16 @@ def pick(
     else:
         source, valid, mask, size = memory.summaries, memory.valid, None, 1
         eps = 0.0
-    k = min(k, memory.chunks)
-    return torch.ops.htm_pytorch.pick(route, source, valid, mask, chunk_mask, k, size, eps)
+    batch, queries, dim = route.shape
+    if memory.batch == 1 < batch:
+        # As one row of queries, so that the memory is read once for all.
+        route = route.reshape(1, batch * queries, dim)
+        chunk_mask = None if chunk_mask is None else chunk_mask.flatten(0, 1)[None]
+    picked, weights = torch.ops.htm_pytorch.pick(
+        route, source, valid, mask, chunk_mask, min(k, memory.chunks), size, eps
+    )
+    kept = (batch, queries, picked.shape[2])
+    return picked.view(kept), weights.view(kept)
 
 
 def attend(

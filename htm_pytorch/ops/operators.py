@@ -33,10 +33,18 @@ def differentiate(
     backward: Callable[..., tuple[Tensor | None, ...]],
     setup_context: Callable[..., None],
 ) -> None:
-    """Give an operator its way back, which has no way back of its own and says so."""
+    """Give an operator its way back, which has no way back of its own and says so.
+
+    It computes in the dtypes it is given, also inside `torch.autocast`.
+    """
+
+    def plainly(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grads[-1].device.type, enabled=False):
+            return backward(ctx, *grads)
+
     torch.library.register_autograd(
         f"htm_pytorch::{name}",
-        once_differentiable(backward),
+        once_differentiable(plainly),
         setup_context=setup_context,
         lib=_library,
     )

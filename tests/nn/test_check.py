@@ -199,7 +199,7 @@ def test_a_reference_that_is_right_by_luck_is_run_again(monkeypatch: pytest.Monk
         return self.truth() if generator is None else measured(self, generator)
 
     monkeypatch.setattr(_Problem, "reference_values", lucky)
-    # Less than that rounding explains, so that the luck would matter.
+    # So strict that luck matters.
     monkeypatch.setattr(module, "MULTIPLE", 1.5)
     report = check(small())
     assert report.ok, f"\n{report}"

@@ -60,8 +60,9 @@ void look_ahead(const Call& call, int64_t pair) {
     const auto* chunk = reinterpret_cast<const char*>(
         static_cast<const S*>(call.rows) + row * call.rows_by_batch +
         call.picked[pair] * call.chunk_size * call.rows_by_step);
-    const int64_t bytes = call.chunk_size * call.rows_by_step * sizeof(S);
-    for (int64_t i = 0; i < bytes; i += kPageBytes) {
+    const int64_t step = call.rows_by_step * sizeof(S);
+    const int64_t bytes = call.chunk_size * step, apart = step > kPageBytes ? step : kPageBytes;
+    for (int64_t i = 0; i < bytes; i += apart) {
         __builtin_prefetch(chunk + i, 0, 2);
         __builtin_prefetch(chunk + i + kLineBytes, 0, 2);
     }

@@ -195,6 +195,7 @@ void attend_projected_backward(Call& call) {
                 static_cast<T*>(call.grad_weights) + h * call.batch * call.queries * call.k;
             int64_t held = -1, there = 0;
             auto leave = [&] {
+                if (!there) return;
                 T* out = static_cast<T*>(call.grad_rows) + held * C * call.grad_by_step + h * W;
                 for (int64_t i = 0; i < there; ++i) {
                     T* to = out + number[i] * call.grad_by_step;
