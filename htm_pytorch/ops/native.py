@@ -68,14 +68,19 @@ def _source(source: Tensor, mask: Tensor | None, size: int, eps: float) -> dict[
             "summaries_by_chunk": source.stride(1),
             "dim": source.shape[2],
         }
-    missing = -source.shape[1] % size
-    step = source.stride(1)
     return {
-        "rows": source.data_ptr() - missing * step * source.itemsize,
-        "rows_by_batch": source.stride(0),
-        "rows_by_step": step,
+        **_rows(source, mask, size),
         "dim": source.shape[2],
         "eps": 0.0 if mask is None else eps,
+    }
+
+
+def _rows(steps: Tensor, mask: Tensor | None, chunk_size: int) -> dict[str, Any]:
+    missing = -steps.shape[1] % chunk_size
+    return {
+        "rows": steps.data_ptr() - missing * steps.stride(1) * steps.itemsize,
+        "rows_by_batch": steps.stride(0),
+        "rows_by_step": steps.stride(1),
         **kernels.step_mask(mask, missing),
     }
 
@@ -179,16 +184,12 @@ def _pick_backward_shapes(
 def _steps(
     probe: Tensor, steps: Tensor, step_mask: Tensor | None, picked: Tensor, chunk_size: int
 ) -> dict[str, Any]:
-    missing = -steps.shape[1] % chunk_size
     return {
         **kernels.sizes(picked, steps.shape[0], steps.shape[1], chunk_size),
-        "rows": steps.data_ptr() - missing * steps.stride(1) * steps.itemsize,
-        "rows_by_batch": steps.stride(0),
-        "rows_by_step": steps.stride(1),
+        **_rows(steps, step_mask, chunk_size),
         "heads": probe.shape[2],
         "width": probe.shape[3],
         "probe": kernels.heads(probe),
-        **kernels.step_mask(step_mask, missing),
     }
 
 

@@ -10,7 +10,7 @@ from htm_pytorch.memory import ChunkedMemory, Steps
 from htm_pytorch.ops import kernels, operators
 
 # What a floating point operation costs inside chunks, where one in a large matrix product costs 1:
-# absorbed into the queries, and projected. Fitted to benchmarks/paths.py, see docs/math.md.
+# absorbed into the queries, and projected; see docs/math.md.
 ABSORBED, PROJECTED = 1.6, 3.0
 
 
