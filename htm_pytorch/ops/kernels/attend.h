@@ -51,21 +51,24 @@ void point_to_positions(const Call& call, const T** places) {
     }
 }
 
-// Touch each page of the chunk that comes next: the processor reads ahead within a page, but finds
-// no page by itself.
-template <class S>
-void look_ahead(const Call& call, int64_t pair) {
-    if (pair >= call.batch * call.queries * call.k || call.picked[pair] < 0) return;
+// The chunk that comes next, for `passes` over the present one to read ahead. Its pages are touched
+// at once, since a processor that finds none in its table waits for each in turn.
+template <class T, class S>
+Ahead look_ahead(const Call& call, int64_t pair, int64_t passes) {
+    static const char nothing[kLineBytes] = {};
+    const Ahead none = {nothing, nothing, 0};
+    if (pair >= call.batch * call.queries * call.k || call.picked[pair] < 0) return none;
     const int64_t row = call.memory_batch == 1 ? 0 : pair / call.k / call.queries;
     const auto* chunk = reinterpret_cast<const char*>(
         static_cast<const S*>(call.rows) + row * call.rows_by_batch +
         call.picked[pair] * call.chunk_size * call.rows_by_step);
     const int64_t step = call.rows_by_step * sizeof(S);
     const int64_t bytes = call.chunk_size * step, apart = step > kPageBytes ? step : kPageBytes;
-    for (int64_t i = 0; i < bytes; i += apart) {
-        __builtin_prefetch(chunk + i, 0, 2);
-        __builtin_prefetch(chunk + i + kLineBytes, 0, 2);
-    }
+    for (int64_t i = 0; i < bytes; i += apart) __builtin_prefetch(chunk + i, 0, 2);
+    if (call.rows_by_step != call.width) return none;
+    const int64_t times = passes * call.heads * call.chunk_size * call.width / (held<T> * lanes<T>);
+    const int64_t lines = bytes / kLineBytes;
+    return {chunk, chunk + bytes - kLineBytes, (lines / (times + 1) + 1) * kLineBytes};
 }
 
 template <class T, class S>
@@ -93,8 +96,8 @@ void attend(Call& call) {
                 if (m < 0) continue;
                 const T weight = static_cast<const T*>(call.weights)[x * k + j];
                 const int64_t count = steps_of<S>(call, row, m, rows, number);
-                look_ahead<S>(call, x * k + j + 1);
-                products<T, S>(probe, W, H, rows, count, W, logits, stride);
+                Ahead ahead = look_ahead<T, S>(call, x * k + j + 1, 2);
+                products<T, S>(probe, W, H, rows, count, W, logits, stride, ahead);
                 for (int64_t h = 0; call.positions && h < H; ++h) {
                     gather_add(logits + h * stride, by_position + h * stride, number, count, C);
                 }
@@ -102,7 +105,7 @@ void attend(Call& call) {
                 for (int64_t h = 0; call.positions && h < H; ++h) {
                     scatter_add(at_position + h * stride, logits + h * stride, number, count, C);
                 }
-                combine<T, S>(context, W, H, logits, stride, 1, rows, 0, count, W);
+                combine<T, S>(context, W, H, logits, stride, 1, rows, 0, count, W, ahead);
             }
             if (call.positions) {
                 combine<T, T>(context, W, H, at_position, stride, 1, places, 0, C, W);
@@ -146,9 +149,9 @@ void attend_backward(Call& call) {
                 T grad_weight = 0;
                 const T weight = static_cast<const T*>(call.weights)[pair];
                 const int64_t count = m < 0 ? 0 : steps_of<S>(call, row, m, rows, number);
-                look_ahead<S>(call, pair + 1);
-                products<T, S>(probe, W, H, rows, count, W, inside, stride);
-                products<T, S>(grad, W, H, rows, count, W, gained, stride);
+                Ahead ahead = look_ahead<T, S>(call, pair + 1, 3);
+                products<T, S>(probe, W, H, rows, count, W, inside, stride, ahead);
+                products<T, S>(grad, W, H, rows, count, W, gained, stride, ahead);
                 for (int64_t h = 0; call.positions && h < H; ++h) {
                     gather_add(inside + h * stride, probe_at + h * stride, number, count, C);
                     gather_add(gained + h * stride, grad_at + h * stride, number, count, C);

@@ -6,10 +6,25 @@
 
 namespace {
 
+// What the products ask for on the way, a line of the cache at each of their innermost steps:
+// requests that come all at once wait for each other.
+struct Ahead {
+    const char *at, *end;
+    int64_t by;
+    inline void operator()() {
+        __builtin_prefetch(at, 0, 2);
+        at += at < end ? by : 0;
+    }
+};
+struct Nothing {
+    inline void operator()() {}
+};
+
 // out[r, c] = left[r] . right[c] for R rows and C rows of `width`, all sums in registers.
-template <class T, class S, int R, int C>
+template <class T, class S, int R, int C, class Hint>
 inline void dots(const T* left, int64_t left_stride, const S* const* right, int64_t width, T* out,
-                 int64_t out_stride, int64_t columns) {
+                 int64_t out_stride, int64_t columns, Hint& hint) {
+    Hint mine = hint;
     Vector<T> total[R * C] = {};
     auto add = [&](auto... partial) __attribute__((always_inline)) {
         return [&, partial...](int64_t d) __attribute__((always_inline)) {
@@ -25,7 +40,11 @@ inline void dots(const T* left, int64_t left_stride, const S* const* right, int6
         };
     };
     int64_t d = 0;
-    for (; d + lanes<T> <= width; d += lanes<T>) add()(d);
+    for (; d + lanes<T> <= width; d += lanes<T>) {
+        mine();
+        add()(d);
+    }
+    hint = mine;
     if (d < width) add(width - d)(d);
     T result[R * C];
 #pragma unroll
@@ -41,9 +60,9 @@ constexpr int held = lanes<T> < 8 ? (kRegisters == 32 ? 16 : 8) : lanes<T>;
 
 // out[r, c] = left[r] . right[c] for r < rows, c < columns. `right` has room for pointers up to the
 // next multiple of held<T>, which this fills.
-template <class T, class S>
+template <class T, class S, class Hint = Nothing>
 void products(const T* left, int64_t left_stride, int64_t rows, const S** right, int64_t columns,
-              int64_t width, T* out, int64_t out_stride) {
+              int64_t width, T* out, int64_t out_stride, Hint&& hint = Hint()) {
     for (int64_t c = columns; c % held<T>; ++c) right[c] = right[columns - 1];
     // The rows on the right come from far: all that is on the left meets them while they are near.
     for (int64_t near = 0; near < columns; near += held<T>) {
@@ -51,7 +70,7 @@ void products(const T* left, int64_t left_stride, int64_t rows, const S** right,
             constexpr int R = sizeof(count), C = held<T> / R;
             for (int64_t c = near; c < near + held<T> && c < columns; c += C) {
                 dots<T, S, R, C>(left + r * left_stride, left_stride, right + c, width,
-                                 out + r * out_stride + c, out_stride, columns - c);
+                                 out + r * out_stride + c, out_stride, columns - c, hint);
             }
         };
         int64_t r = 0;
@@ -63,9 +82,11 @@ void products(const T* left, int64_t left_stride, int64_t rows, const S** right,
 
 // out[r, d] += sum_i coefficients[r * by_row + i * by_term] * terms[i][offset + d], for R rows and
 // V vectors of d, or for the last few d of a row.
-template <class T, class S, int R, int V, class... Partial>
+template <class T, class S, int R, int V, class Hint, class... Partial>
 inline void mix(T* out, int64_t out_stride, const T* coefficients, int64_t by_row, int64_t by_term,
-                const S* const* terms, int64_t offset, int64_t count, Partial... partial) {
+                const S* const* terms, int64_t offset, int64_t count, Hint& hint,
+                Partial... partial) {
+    Hint mine = hint;
     Vector<T> total[R][V];
 #pragma unroll
     for (int r = 0; r < R; ++r) {
@@ -75,6 +96,7 @@ inline void mix(T* out, int64_t out_stride, const T* coefficients, int64_t by_ro
         }
     }
     for (int64_t i = 0; i < count; ++i) {
+        mine();
         Vector<T> term[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) {
@@ -87,6 +109,7 @@ inline void mix(T* out, int64_t out_stride, const T* coefficients, int64_t by_ro
             for (int v = 0; v < V; ++v) total[r][v] += coefficient * term[v];
         }
     }
+    hint = mine;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
 #pragma unroll
@@ -96,15 +119,15 @@ inline void mix(T* out, int64_t out_stride, const T* coefficients, int64_t by_ro
     }
 }
 
-template <class T, class S, int V, class... Partial>
+template <class T, class S, int V, class Hint, class... Partial>
 inline void mix_rows(T* out, int64_t out_stride, int64_t rows, const T* coefficients,
                      int64_t by_row, int64_t by_term, const S* const* terms, int64_t offset,
-                     int64_t count, Partial... partial) {
+                     int64_t count, Hint& hint, Partial... partial) {
     int64_t r = 0;
     auto sweep = [&](auto number) __attribute__((always_inline)) {
         constexpr int R = sizeof(number);
         mix<T, S, R, V>(out + r * out_stride, out_stride, coefficients + r * by_row, by_row,
-                        by_term, terms, offset, count, partial...);
+                        by_term, terms, offset, count, hint, partial...);
         r += R;
     };
     // One vector of four rows would leave the adders waiting for each other.
@@ -115,15 +138,15 @@ inline void mix_rows(T* out, int64_t out_stride, int64_t rows, const T* coeffici
 }
 
 // out[r, d] += sum_i coefficients[r, i] * terms[i][offset + d] for r < rows, d < width.
-template <class T, class S>
+template <class T, class S, class Hint = Nothing>
 void combine(T* out, int64_t out_stride, int64_t rows, const T* coefficients, int64_t by_row,
              int64_t by_term, const S* const* terms, int64_t offset, int64_t count,
-             int64_t width) {
+             int64_t width, Hint&& hint = Hint()) {
     constexpr int V = kRegisters == 32 ? 4 : 2;
     int64_t d = 0;
     auto sweep = [&](auto many, auto... partial) __attribute__((always_inline)) {
         mix_rows<T, S, sizeof(many)>(out + d, out_stride, rows, coefficients, by_row, by_term,
-                                     terms, offset + d, count, partial...);
+                                     terms, offset + d, count, hint, partial...);
         d += sizeof(many) * lanes<T>;
     };
     while (d + V * lanes<T> <= width) sweep(typename Packed<char, V>::type());
