@@ -1,7 +1,18 @@
-"""Memory over time: a value that is written step by step and read chunk by chunk."""
+"""Memory over time: a value that is written step by step and read chunk by chunk; its homes."""
 
 from htm_pytorch.memory.chunked import ChunkedMemory, Unrolled
 from htm_pytorch.memory.files import MemoryFileError
+from htm_pytorch.memory.home import Home
 from htm_pytorch.memory.steps import Steps
+from htm_pytorch.memory.stored import StoredMemory
+from htm_pytorch.memory.stored import open_memory as open
 
-__all__ = ["ChunkedMemory", "MemoryFileError", "Steps", "Unrolled"]
+__all__ = [
+    "ChunkedMemory",
+    "Home",
+    "MemoryFileError",
+    "Steps",
+    "StoredMemory",
+    "Unrolled",
+    "open",
+]

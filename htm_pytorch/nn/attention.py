@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from htm_pytorch.memory import ChunkedMemory, Steps
+from htm_pytorch.memory import ChunkedMemory, Home, Steps
 from htm_pytorch.ops import Impl, Recall, attend, attend_with_weights, check_impl
 from htm_pytorch.shapes import (
     check_at_least,
@@ -92,7 +92,7 @@ class HTMAttention(nn.Module):
     def forward(
         self,
         queries: Tensor,
-        memories: Tensor | ChunkedMemory,
+        memories: Tensor | ChunkedMemory | Home,
         mask: Tensor | None = None,
         chunk_attn_mask: Tensor | None = None,
         *,
@@ -103,7 +103,7 @@ class HTMAttention(nn.Module):
     def forward(
         self,
         queries: Tensor,
-        memories: Tensor | ChunkedMemory,
+        memories: Tensor | ChunkedMemory | Home,
         mask: Tensor | None = None,
         chunk_attn_mask: Tensor | None = None,
         *,
@@ -113,7 +113,7 @@ class HTMAttention(nn.Module):
     def forward(
         self,
         queries: Tensor,
-        memories: Tensor | ChunkedMemory,
+        memories: Tensor | ChunkedMemory | Home,
         mask: Tensor | None = None,
         chunk_attn_mask: Tensor | None = None,
         *,
@@ -124,7 +124,7 @@ class HTMAttention(nn.Module):
         Args:
             queries: [B, Q, D].
             memories: [B, N, D], oldest first, any N, cut into chunks from the newest end; or a
-                `ChunkedMemory`. Batch 1 is shared by all queries without a copy.
+                memory, in RAM or elsewhere. Batch 1 is shared by all queries without a copy.
             mask: [B, N] bool, False for steps of a tensor that do not exist.
             chunk_attn_mask: [B, Q, M] bool, the chunks that each query may see.
             return_recall: also return which chunks and steps were recalled.
@@ -167,23 +167,28 @@ class HTMAttention(nn.Module):
         check_beside("queries", queries, self.to_summary_queries.weight)
 
     def _memory(
-        self, queries: Tensor, memories: Tensor | ChunkedMemory, mask: Tensor | None
-    ) -> ChunkedMemory | Steps:
+        self, queries: Tensor, memories: Tensor | ChunkedMemory | Home, mask: Tensor | None
+    ) -> ChunkedMemory | Home | Steps:
         batch = queries.shape[0]
-        if isinstance(memories, ChunkedMemory):
+        if not isinstance(memories, Tensor):
             if mask is not None:
-                raise ValueError("mask: expected None beside a ChunkedMemory, which holds its own")
-            check_tensor("memories.contents", memories.contents, "B M C D", D=self.dim_memory)
+                raise ValueError(f"mask: expected None beside a {type(memories).__name__}")
+            if not isinstance(memories, Home):
+                kind = type(memories).__name__
+                raise ValueError(f"memories: expected a tensor or a memory, got {kind}")
+            if memories.dim != self.dim_memory:
+                raise ValueError(f"memories: expected width {self.dim_memory}, got {memories.dim}")
+            if memories.batch not in (1, batch):
+                raise ValueError(f"memories: expected batch 1 or {batch}, got {memories.batch}")
+            if not isinstance(memories, ChunkedMemory):
+                return memories
             check_device("memories", memories.contents, queries.device)
-        else:
-            check_tensor("memories", memories, "B N D", D=self.dim_memory)
-            check_floating("memories", memories)
-            check_device("memories", memories, queries.device)
-        rows = memories.batch if isinstance(memories, ChunkedMemory) else memories.shape[0]
-        if rows not in (1, batch):
-            raise ValueError(f"memories: expected batch 1 or {batch}, got {rows}")
-        if isinstance(memories, ChunkedMemory):
             return memories.detach() if self.detach_memories else memories
+        check_tensor("memories", memories, "B N D", D=self.dim_memory)
+        check_floating("memories", memories)
+        check_device("memories", memories, queries.device)
+        if memories.shape[0] not in (1, batch):
+            raise ValueError(f"memories: expected batch 1 or {batch}, got {memories.shape[0]}")
         steps = memories.detach() if self.detach_memories else memories
         return Steps(steps, self.mem_chunk_size, mask, self.eps)
 
@@ -254,7 +259,7 @@ class HTMBlock(nn.Module):
     def forward(
         self,
         queries: Tensor,
-        memories: Tensor | ChunkedMemory,
+        memories: Tensor | ChunkedMemory | Home,
         mask: Tensor | None = None,
         chunk_attn_mask: Tensor | None = None,
         *,
@@ -265,7 +270,7 @@ class HTMBlock(nn.Module):
     def forward(
         self,
         queries: Tensor,
-        memories: Tensor | ChunkedMemory,
+        memories: Tensor | ChunkedMemory | Home,
         mask: Tensor | None = None,
         chunk_attn_mask: Tensor | None = None,
         *,
@@ -275,7 +280,7 @@ class HTMBlock(nn.Module):
     def forward(
         self,
         queries: Tensor,
-        memories: Tensor | ChunkedMemory,
+        memories: Tensor | ChunkedMemory | Home,
         mask: Tensor | None = None,
         chunk_attn_mask: Tensor | None = None,
         *,

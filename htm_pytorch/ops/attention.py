@@ -6,8 +6,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory import ChunkedMemory, Steps
-from htm_pytorch.ops import blocked, kernels, native, projected, reference
+from htm_pytorch.memory import ChunkedMemory, Home, Steps
+from htm_pytorch.ops import blocked, homes, kernels, native, projected, reference
 from htm_pytorch.shapes import (
     check_at_least,
     check_device,
@@ -19,6 +19,8 @@ from htm_pytorch.shapes import (
 
 RecallImpl = Literal["auto", "reference", "blocked", "native"]
 Impl = Literal["auto", "reference", "blocked", "native", "projected"]
+Memory = ChunkedMemory | Steps | Home
+"""What can be recalled from."""
 
 
 class Recall(NamedTuple):
@@ -35,7 +37,7 @@ class Recall(NamedTuple):
 def recall(
     route: Tensor,
     probe: Tensor,
-    memory: ChunkedMemory | Steps,
+    memory: Memory,
     k: int,
     *,
     positions: Tensor | None = None,
@@ -55,7 +57,8 @@ def recall(
     Args:
         route: [B, Q, D].
         probe: [B, Q, H, D], of the dtype of `route`.
-        memory: of batch B, or 1 to be shared. Its dtype may differ.
+        memory: of batch B, or 1 to be shared. Its dtype may differ. From one that lies elsewhere
+            only the chunks that are kept are fetched; no gradient reaches it.
         k: how many chunks a query keeps, >= 1; all there are where there are fewer.
         positions: [C, D], added to the steps of every chunk.
         chunk_mask: [B, Q, M] bool, the chunks each query may see (of those that are valid).
@@ -75,13 +78,14 @@ def recall(
     check_impl(impl, RecallImpl)
     _check(route, memory, k, positions, chunk_mask)
     _check_beside(route, "probe", probe, "B Q H D", D=memory.dim)
-    return _recall(route, probe, memory, k, positions, chunk_mask, impl)[0]
+    at_hand, chunk_mask, _ = _at_hand(route, memory, k, chunk_mask)
+    return _recall(route, probe, at_hand, k, positions, chunk_mask, impl)[0]
 
 
 def recall_with_weights(
     route: Tensor,
     probe: Tensor,
-    memory: ChunkedMemory | Steps,
+    memory: Memory,
     k: int,
     *,
     positions: Tensor | None = None,
@@ -90,13 +94,15 @@ def recall_with_weights(
     """Do what `recall` does and also return what was recalled, computed plainly."""
     _check(route, memory, k, positions, chunk_mask)
     _check_beside(route, "probe", probe, "B Q H D", D=memory.dim)
-    chunked = memory.chunked() if isinstance(memory, Steps) else memory
+    at_hand, chunk_mask, numbers = _at_hand(route, memory, k, chunk_mask)
+    chunked = at_hand.chunked() if isinstance(at_hand, Steps) else at_hand
     with _no_autocast(route.device.type):
-        exact_route, exact_probe, places = _exact(memory, route, probe, positions)
+        exact_route, exact_probe, places = _exact(at_hand, route, probe, positions)
         context, picked, weights, step_weights = reference.recall(
             exact_route, exact_probe, chunked, k, places, chunk_mask
         )
-    chunks = picked.chunks.masked_fill(~picked.kept, -1)
+    chunks = picked.chunks if numbers is None else numbers[picked.chunks]
+    chunks = chunks.masked_fill(~picked.kept, -1)
     return context.to(probe.dtype), Recall(chunks, weights, step_weights)
 
 
@@ -104,7 +110,7 @@ def attend(
     route: Tensor,
     queries: Tensor,
     projections: Tensor,
-    memory: ChunkedMemory | Steps,
+    memory: Memory,
     k: int,
     *,
     positions: Tensor | None = None,
@@ -137,6 +143,7 @@ def attend(
     """
     check_impl(impl, Impl)
     factor = _check_attend(route, queries, projections, memory, k, positions, chunk_mask, scale)
+    memory, chunk_mask, _ = _at_hand(route, memory, k, chunk_mask)
     if impl in ("auto", "projected") and _uses_kernel(impl, route):
         with _no_autocast(route.device.type):
             picked, weights = native.pick(_exact(memory, route)[0], memory, k, chunk_mask)
@@ -160,7 +167,7 @@ def attend_with_weights(
     route: Tensor,
     queries: Tensor,
     projections: Tensor,
-    memory: ChunkedMemory | Steps,
+    memory: Memory,
     k: int,
     *,
     positions: Tensor | None = None,
@@ -174,6 +181,16 @@ def attend_with_weights(
         route, probe, memory, k, positions=positions, chunk_mask=chunk_mask
     )
     return _read(context, projections), recalled
+
+
+def _at_hand(
+    route: Tensor, memory: Memory, k: int, chunk_mask: Tensor | None
+) -> tuple[ChunkedMemory | Steps, Tensor | None, Tensor | None]:
+    """Return a memory in RAM, the mask of its chunks, and their numbers if they are others."""
+    if isinstance(memory, ChunkedMemory | Steps):
+        return memory, chunk_mask, None
+    fetched = homes.fetch(route, memory, k, chunk_mask)
+    return fetched.memory, fetched.chunk_mask, fetched.numbers
 
 
 def _absorb(queries: Tensor, projections: Tensor) -> Tensor:
@@ -239,7 +256,7 @@ def _check_attend(
     route: Tensor,
     queries: Tensor,
     projections: Tensor,
-    memory: ChunkedMemory | Steps,
+    memory: Memory,
     k: int,
     positions: Tensor | None,
     chunk_mask: Tensor | None,
@@ -256,13 +273,13 @@ def _check_attend(
 
 def _check(
     route: Tensor,
-    memory: ChunkedMemory | Steps,
+    memory: Memory,
     k: int,
     positions: Tensor | None,
     chunk_mask: Tensor | None,
 ) -> None:
-    if not isinstance(memory, ChunkedMemory | Steps):
-        raise ValueError(f"memory: expected a ChunkedMemory or Steps, got {type(memory).__name__}")
+    if not isinstance(memory, ChunkedMemory | Steps | Home):
+        raise ValueError(f"memory: expected a ChunkedMemory, got {type(memory).__name__}")
     if isinstance(memory, Steps):
         memory.check()
     check_tensor("route", route, "B Q D", D=memory.dim)
@@ -271,8 +288,8 @@ def _check(
     check_at_least("k", k, 1)
     if memory.batch not in (1, batch):
         raise ValueError(f"memory: expected batch 1 or {batch}, got {memory.batch}")
-    data = memory.steps if isinstance(memory, Steps) else memory.contents
-    check_device("memory", data, route.device)
+    if isinstance(memory, ChunkedMemory | Steps) and memory.device != route.device:
+        raise ValueError(f"memory: expected device {route.device}, got {memory.device}")
     if positions is not None:
         check_tensor("positions", positions, "C D", C=memory.chunk_size, D=dim)
         check_floating("positions", positions)
