@@ -279,7 +279,9 @@ def _check(
     chunk_mask: Tensor | None,
 ) -> None:
     if not isinstance(memory, ChunkedMemory | Steps | Home):
-        raise ValueError(f"memory: expected a ChunkedMemory, got {type(memory).__name__}")
+        raise ValueError(
+            f"memory: expected a ChunkedMemory, Steps or another Home, got {type(memory).__name__}"
+        )
     if isinstance(memory, Steps):
         memory.check()
     check_tensor("route", route, "B Q D", D=memory.dim)

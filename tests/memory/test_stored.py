@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -337,17 +338,18 @@ def unprivileged(path: Path, pipe: Connection) -> None:
     pipe.send("read")
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    make(tmp_path / "m").append(steps_from(0, 10)).flush().close()
-    for folder in (tmp_path, *tmp_path.parents):
-        if os.geteuid() == 0 and folder.is_relative_to("/tmp") and folder != Path("/tmp"):
-            folder.chmod(0o755)
-    if os.geteuid() != 0:
-        for entry in ((tmp_path / "m"), *(tmp_path / "m").rglob("*")):
+def test_a_folder_that_cannot_be_written() -> None:
+    # Not in tmp_path, which nobody else may enter.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m"
+        make(path).append(steps_from(0, 10)).flush().close()
+        for entry in (Path(folder), path, *path.rglob("*")):
             entry.chmod(0o555 if entry.is_dir() else 0o444)
-    with child(unprivileged, tmp_path / "m") as (process, pipe):
-        assert "read_only=True" in pipe.recv()
-        assert pipe.recv() == "read"
+        with child(unprivileged, path) as (_, pipe):
+            assert "read_only=True" in pipe.recv()
+            assert pipe.recv() == "read"
+        for entry in (Path(folder), path, *path.rglob("*")):
+            entry.chmod(0o755)
 
 
 def write_until_killed(path: Path, pipe: Connection, seed: int = 0, at: str = "") -> None:
