@@ -173,7 +173,7 @@ class HTMAttention(nn.Module):
         if not isinstance(memories, Tensor):
             if mask is not None:
                 raise ValueError(f"mask: expected None beside a {type(memories).__name__}")
-            if not isinstance(memories, Home):
+            if not isinstance(memories, ChunkedMemory | Home):
                 kind = type(memories).__name__
                 raise ValueError(f"memories: expected a tensor or a memory, got {kind}")
             if memories.dim != self.dim_memory:
