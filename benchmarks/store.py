@@ -35,6 +35,8 @@ BLOCK = 2**26
 COMPARED = 1_000_000
 """Steps, at most, of a memory that is also held in RAM."""
 BATCHES = 7
+PEER = "memorizing-transformers-pytorch"
+PLOT = Path(__file__).parents[1] / "docs" / "store.png"
 
 
 def piece(number: int) -> Tensor:
@@ -217,8 +219,34 @@ def peer(folder: Path, sizes: list[int], most_seconds: float) -> Iterator[dict[s
         yield {"steps": size, "add_s": add, "ask_ms": statistics.median(asked)}
 
 
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Draw how long a batch of queries takes while the memory grows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = result["rows"]
+    steps = [row["steps"] for row in rows]
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    limit = [row["scan_ms"] + row["random_reads_ms"] for row in rows]
+    axes.loglog(steps, [row["cold_ms"] for row in rows], "o-", label="nothing in RAM but summaries")
+    axes.loglog(steps, limit, "o:", color="C0", label="its limit: scan + random reads")
+    axes.loglog(steps, [row["warm_ms"] for row in rows], "s-", label="chunks cached")
+    axes.loglog(steps, [row["scan_ms"] for row in rows], "s:", color="C1", label="its limit: scan")
+    theirs = [row for row in result[PEER] if "ask_ms" in row]
+    if theirs:
+        x, y = [row["steps"] for row in theirs], [row["ask_ms"] for row in theirs]
+        axes.loglog(x, y, "^-", label="neighbours by FAISS, memory map")
+    axes.set(xlabel="steps stored", ylabel="ms for 16 queries")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main() -> None:
-    """Measure, print, and write JSON."""
+    """Measure, print, write JSON, and draw."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
     parser.add_argument("--folder", type=Path, default=Path("runs/store"), help="emptied first")
@@ -238,11 +266,10 @@ def main() -> None:
             write(options.out, result)
             print(json.dumps(row), flush=True)
         shutil.rmtree(options.folder / "memory")
-        result["memorizing-transformers-pytorch"] = list(
-            peer(options.folder, options.steps, options.peer_seconds)
-        )
+        result[PEER] = list(peer(options.folder, options.steps, options.peer_seconds))
         write(options.out, result)
-        print(json.dumps(result["memorizing-transformers-pytorch"]))
+        print(json.dumps(result[PEER]))
+        plot(result, PLOT)
     finally:
         shutil.rmtree(options.folder, ignore_errors=True)
 
