@@ -328,7 +328,7 @@ def _schema(form: Format, generation: bytes) -> Any:
         "dtype": str(form.dtype).removeprefix("torch."),
     }
     fields = {
-        "contents": pa.list_(pa.uint8(), form.chunk_bytes),
+        "contents": pa.binary(form.chunk_bytes),
         "summary": pa.list_(pa.float32(), form.dim),
         "steps": pa.int32(),
         "episode": pa.int64(),
@@ -347,8 +347,8 @@ def _batches(chunks: Chunks, form: Format, generation: bytes) -> Iterator[Any]:
         part = Chunks(*(column[start : start + size] for column in chunks))
         stored = part.stored.contiguous()
         columns = [
-            _lists(stored, pa.uint8(), form.chunk_bytes),
-            _lists(part.summaries, pa.float32(), form.dim),
+            _array(stored, pa.binary(form.chunk_bytes), part.length),
+            pa.FixedSizeListArray.from_arrays(_array(part.summaries, pa.float32()), form.dim),
             _array(part.counts, pa.int32()),
             _array(part.episodes, pa.int64()),
             _array(part.first_steps, pa.int64()),
@@ -357,23 +357,24 @@ def _batches(chunks: Chunks, form: Format, generation: bytes) -> Iterator[Any]:
         yield pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def _array(tensor: Tensor, kind: Any) -> Any:
+def _array(tensor: Tensor, kind: Any, length: int | None = None) -> Any:
     import pyarrow as pa
 
     flat = tensor.contiguous().flatten()
-    return pa.Array.from_buffers(kind, len(flat), [None, pa.py_buffer(flat.numpy())])
-
-
-def _lists(tensor: Tensor, kind: Any, width: int) -> Any:
-    import pyarrow as pa
-
-    return pa.FixedSizeListArray.from_arrays(_array(tensor, kind), width)
+    count = flat.numel() if length is None else length
+    return pa.Array.from_buffers(kind, count, [None, pa.py_buffer(flat.numpy())])
 
 
 def _tensor(column: Any) -> Tensor:
-    """The numbers of an Arrow column, flat; nothing is copied, so nothing may be written."""
-    while hasattr(column.type, "value_type"):
+    """Return the numbers or bytes of an Arrow column, flat: not a copy, so not to be written."""
+    import pyarrow as pa
+
+    if isinstance(column.type, pa.FixedSizeListType):
         column = column.flatten()
+    elif isinstance(column.type, pa.FixedSizeBinaryType):
+        width = column.type.byte_width
+        bounds = len(column) * width, [None, column.buffers()[1]]
+        column = pa.Array.from_buffers(pa.uint8(), *bounds, offset=column.offset * width)
     return torch.from_dlpack(column) if len(column) else torch.empty(0)
 
 
