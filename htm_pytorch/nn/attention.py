@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from htm_pytorch.memory import ChunkedMemory, Steps
+from htm_pytorch.memory import ChunkedMemory, ShardedMemory, Steps
 from htm_pytorch.ops import Impl, Recall, attend, attend_with_weights, check_impl
 from htm_pytorch.shapes import (
     check_at_least,
@@ -17,6 +17,9 @@ from htm_pytorch.shapes import (
     check_mask,
     check_tensor,
 )
+
+Memories = Tensor | ChunkedMemory | ShardedMemory
+"""What a layer attends to."""
 
 
 class HTMAttention(nn.Module):
@@ -92,7 +95,7 @@ class HTMAttention(nn.Module):
     def forward(
         self,
         queries: Tensor,
-        memories: Tensor | ChunkedMemory,
+        memories: Memories,
         mask: Tensor | None = None,
         chunk_attn_mask: Tensor | None = None,
         *,
@@ -103,7 +106,7 @@ class HTMAttention(nn.Module):
     def forward(
         self,
         queries: Tensor,
-        memories: Tensor | ChunkedMemory,
+        memories: Memories,
         mask: Tensor | None = None,
         chunk_attn_mask: Tensor | None = None,
         *,
@@ -113,7 +116,7 @@ class HTMAttention(nn.Module):
     def forward(
         self,
         queries: Tensor,
-        memories: Tensor | ChunkedMemory,
+        memories: Memories,
         mask: Tensor | None = None,
         chunk_attn_mask: Tensor | None = None,
         *,
@@ -124,7 +127,8 @@ class HTMAttention(nn.Module):
         Args:
             queries: [B, Q, D].
             memories: [B, N, D], oldest first, any N, cut into chunks from the newest end; or a
-                `ChunkedMemory`. Batch 1 is shared by all queries without a copy.
+                `ChunkedMemory`; or, on all ranks, a `ShardedMemory`. Batch 1 is shared by all
+                queries without a copy.
             mask: [B, N] bool, False for steps of a tensor that do not exist.
             chunk_attn_mask: [B, Q, M] bool, the chunks that each query may see.
             return_recall: also return which chunks and steps were recalled.
@@ -167,23 +171,25 @@ class HTMAttention(nn.Module):
         check_beside("queries", queries, self.to_summary_queries.weight)
 
     def _memory(
-        self, queries: Tensor, memories: Tensor | ChunkedMemory, mask: Tensor | None
-    ) -> ChunkedMemory | Steps:
+        self, queries: Tensor, memories: Memories, mask: Tensor | None
+    ) -> ChunkedMemory | ShardedMemory | Steps:
         batch = queries.shape[0]
-        if isinstance(memories, ChunkedMemory):
+        if isinstance(memories, ChunkedMemory | ShardedMemory):
             if mask is not None:
-                raise ValueError("mask: expected None beside a ChunkedMemory, which holds its own")
-            check_tensor("memories.contents", memories.contents, "B M C D", D=self.dim_memory)
-            check_device("memories", memories.contents, queries.device)
-        else:
-            check_tensor("memories", memories, "B N D", D=self.dim_memory)
-            check_floating("memories", memories)
-            check_device("memories", memories, queries.device)
-        rows = memories.batch if isinstance(memories, ChunkedMemory) else memories.shape[0]
-        if rows not in (1, batch):
-            raise ValueError(f"memories: expected batch 1 or {batch}, got {rows}")
-        if isinstance(memories, ChunkedMemory):
+                kind = type(memories).__name__
+                raise ValueError(f"mask: expected None beside a {kind}, which holds its own")
+            if memories.dim != self.dim_memory:
+                raise ValueError(f"memories: expected D = {self.dim_memory}, got {memories.dim}")
+            if memories.device != queries.device:
+                raise ValueError(
+                    f"memories: expected device {queries.device}, got {memories.device}"
+                )
+            _check_rows(memories.batch, batch)
             return memories.detach() if self.detach_memories else memories
+        check_tensor("memories", memories, "B N D", D=self.dim_memory)
+        check_floating("memories", memories)
+        check_device("memories", memories, queries.device)
+        _check_rows(memories.shape[0], batch)
         steps = memories.detach() if self.detach_memories else memories
         return Steps(steps, self.mem_chunk_size, mask, self.eps)
 
@@ -191,6 +197,11 @@ class HTMAttention(nn.Module):
         """Zero, in the graph: key biases cancel in the softmax, but DDP wants their gradients."""
         biases = [b for b in (self.to_summary_keys.bias, self.attn.key_bias()) if b is not None]
         return sum((0.0 * b.sum() for b in biases), 0.0)
+
+
+def _check_rows(rows: int, batch: int) -> None:
+    if rows not in (1, batch):
+        raise ValueError(f"memories: expected batch 1 or {batch}, got {rows}")
 
 
 class _StepProjections(nn.Module):
@@ -254,7 +265,7 @@ class HTMBlock(nn.Module):
     def forward(
         self,
         queries: Tensor,
-        memories: Tensor | ChunkedMemory,
+        memories: Memories,
         mask: Tensor | None = None,
         chunk_attn_mask: Tensor | None = None,
         *,
@@ -265,7 +276,7 @@ class HTMBlock(nn.Module):
     def forward(
         self,
         queries: Tensor,
-        memories: Tensor | ChunkedMemory,
+        memories: Memories,
         mask: Tensor | None = None,
         chunk_attn_mask: Tensor | None = None,
         *,
@@ -275,7 +286,7 @@ class HTMBlock(nn.Module):
     def forward(
         self,
         queries: Tensor,
-        memories: Tensor | ChunkedMemory,
+        memories: Memories,
         mask: Tensor | None = None,
         chunk_attn_mask: Tensor | None = None,
         *,

@@ -6,8 +6,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory import ChunkedMemory, Steps
-from htm_pytorch.ops import blocked, kernels, native, projected, reference
+from htm_pytorch.memory import ChunkedMemory, ShardedMemory, Steps
+from htm_pytorch.ops import blocked, kernels, native, projected, reference, sharded
 from htm_pytorch.shapes import (
     check_at_least,
     check_device,
@@ -17,6 +17,7 @@ from htm_pytorch.shapes import (
     is_transformed,
 )
 
+Memory = ChunkedMemory | ShardedMemory | Steps
 RecallImpl = Literal["auto", "reference", "blocked", "native"]
 Impl = Literal["auto", "reference", "blocked", "native", "projected"]
 
@@ -35,7 +36,7 @@ class Recall(NamedTuple):
 def recall(
     route: Tensor,
     probe: Tensor,
-    memory: ChunkedMemory | Steps,
+    memory: Memory,
     k: int,
     *,
     positions: Tensor | None = None,
@@ -55,13 +56,16 @@ def recall(
     Args:
         route: [B, Q, D].
         probe: [B, Q, H, D], of the dtype of `route`.
-        memory: of batch B, or 1 to be shared. Its dtype may differ.
+        memory: of batch B, or 1 to be shared. Its dtype may differ. A `ShardedMemory` is
+            given on all ranks, beside arguments that are the same on all.
         k: how many chunks a query keeps, >= 1; all there are where there are fewer.
         positions: [C, D], added to the steps of every chunk.
         chunk_mask: [B, Q, M] bool, the chunks each query may see (of those that are valid).
         impl: "native" (a compiled kernel, on the CPU), "blocked" (plain PyTorch on any device, a
             few queries at a time), "reference" (gathers all kept steps) or "auto". A named one
             never falls back. Only "reference" has second derivatives and works under `torch.func`.
+            Over a `ShardedMemory` it says how a rank does its part: not "blocked", and neither
+            second derivatives nor `torch.func`.
 
     Returns:
         context [B, Q, H, D] in the dtype of `probe`; scores and softmaxes are at least float32.
@@ -71,25 +75,36 @@ def recall(
 
     Raises:
         ValueError: names the argument, what came and what was expected.
+        ShardError: a rank of a `ShardedMemory` is gone or did not come in time.
     """
-    check_impl(impl, RecallImpl)
-    _check(route, memory, k, positions, chunk_mask)
-    _check_beside(route, "probe", probe, "B Q H D", D=memory.dim)
+    with _together(memory):
+        check_impl(impl, RecallImpl)
+        _check(route, memory, k, positions, chunk_mask)
+        _check_beside(route, "probe", probe, "B Q H D", D=memory.dim)
+        _check_sharded(memory, impl, route)
     return _recall(route, probe, memory, k, positions, chunk_mask, impl)[0]
 
 
 def recall_with_weights(
     route: Tensor,
     probe: Tensor,
-    memory: ChunkedMemory | Steps,
+    memory: Memory,
     k: int,
     *,
     positions: Tensor | None = None,
     chunk_mask: Tensor | None = None,
 ) -> tuple[Tensor, Recall]:
     """Do what `recall` does and also return what was recalled, computed plainly."""
-    _check(route, memory, k, positions, chunk_mask)
-    _check_beside(route, "probe", probe, "B Q H D", D=memory.dim)
+    with _together(memory):
+        _check(route, memory, k, positions, chunk_mask)
+        _check_beside(route, "probe", probe, "B Q H D", D=memory.dim)
+        _check_sharded(memory, "reference", route)
+    if isinstance(memory, ShardedMemory):
+        shared = _recall_sharded(
+            route, probe, memory, k, positions, chunk_mask, "reference", with_weights=True
+        )
+        assert shared.step_weights is not None
+        return shared.context, Recall(shared.chunks, shared.chunk_weights, shared.step_weights)
     chunked = memory.chunked() if isinstance(memory, Steps) else memory
     with _no_autocast(route.device.type):
         exact_route, exact_probe, places = _exact(memory, route, probe, positions)
@@ -104,7 +119,7 @@ def attend(
     route: Tensor,
     queries: Tensor,
     projections: Tensor,
-    memory: ChunkedMemory | Steps,
+    memory: Memory,
     k: int,
     *,
     positions: Tensor | None = None,
@@ -130,13 +145,20 @@ def attend(
         positions: see above.
         chunk_mask: see above.
         scale: of the logits; default E^-1/2.
-        impl: as for `recall`, or "projected" (the kept chunks once, by the compiled kernel).
+        impl: as for `recall`, or "projected" (the kept chunks once, by the compiled kernel; not
+            over a `ShardedMemory`).
 
     Returns:
         attended [B, Q, H, E], and [B, Q] bool, whether a query saw any chunk.
     """
-    check_impl(impl, Impl)
-    factor = _check_attend(route, queries, projections, memory, k, positions, chunk_mask, scale)
+    with _together(memory):
+        check_impl(impl, Impl)
+        factor = _check_attend(route, queries, projections, memory, k, positions, chunk_mask, scale)
+        _check_sharded(memory, impl, route)
+    if isinstance(memory, ShardedMemory):
+        probe = _absorb(queries * factor, projections)
+        context, picked = _recall(route, probe, memory, k, positions, chunk_mask, impl)
+        return _read(context, projections), picked.kept.any(-1)
     if impl in ("auto", "projected") and _uses_kernel(impl, route):
         with _no_autocast(route.device.type):
             picked, weights = native.pick(_exact(memory, route)[0], memory, k, chunk_mask)
@@ -160,7 +182,7 @@ def attend_with_weights(
     route: Tensor,
     queries: Tensor,
     projections: Tensor,
-    memory: ChunkedMemory | Steps,
+    memory: Memory,
     k: int,
     *,
     positions: Tensor | None = None,
@@ -168,7 +190,8 @@ def attend_with_weights(
     scale: float | None = None,
 ) -> tuple[Tensor, Recall]:
     """Do what `attend` does and return what was recalled, computed plainly."""
-    factor = _check_attend(route, queries, projections, memory, k, positions, chunk_mask, scale)
+    with _together(memory):
+        factor = _check_attend(route, queries, projections, memory, k, positions, chunk_mask, scale)
     probe = _absorb(queries * factor, projections)
     context, recalled = recall_with_weights(
         route, probe, memory, k, positions=positions, chunk_mask=chunk_mask
@@ -195,12 +218,17 @@ def check_impl(impl: str, known: Any = Impl) -> None:
 def _recall(
     route: Tensor,
     probe: Tensor,
-    memory: ChunkedMemory | Steps,
+    memory: Memory,
     k: int,
     positions: Tensor | None,
     chunk_mask: Tensor | None,
     impl: Impl,
 ) -> tuple[Tensor, reference.Selection]:
+    if isinstance(memory, ShardedMemory):
+        context, chunks, *_ = _recall_sharded(
+            route, probe, memory, k, positions, chunk_mask, impl, with_weights=False
+        )
+        return context, reference.Selection(chunks.clamp(min=0), chunks >= 0)
     with _no_autocast(route.device.type):
         exact_route, exact_probe, places = _exact(memory, route, probe, positions)
         if impl in ("auto", "native") and _uses_kernel(impl, route):
@@ -214,6 +242,31 @@ def _recall(
         chunked = memory.chunked() if isinstance(memory, Steps) else memory
         context, picked, *_ = engine(exact_route, exact_probe, chunked, k, places, chunk_mask)
         return context.to(probe.dtype), picked
+
+
+def _recall_sharded(
+    route: Tensor,
+    probe: Tensor,
+    memory: ShardedMemory,
+    k: int,
+    positions: Tensor | None,
+    chunk_mask: Tensor | None,
+    impl: str,
+    with_weights: bool,
+) -> sharded.Recalled:
+    with_kernel = impl != "reference" and _uses_kernel(impl, route)
+    with _no_autocast(route.device.type):
+        recalled = sharded.recall(
+            route,
+            probe,
+            memory,
+            k,
+            positions,
+            chunk_mask,
+            with_kernel=with_kernel,
+            with_weights=with_weights,
+        )
+    return recalled._replace(context=recalled.context.to(probe.dtype))
 
 
 def _uses_kernel(impl: str, route: Tensor) -> bool:
@@ -239,7 +292,7 @@ def _check_attend(
     route: Tensor,
     queries: Tensor,
     projections: Tensor,
-    memory: ChunkedMemory | Steps,
+    memory: Memory,
     k: int,
     positions: Tensor | None,
     chunk_mask: Tensor | None,
@@ -254,15 +307,37 @@ def _check_attend(
     return float(width**-0.5) if scale is None else scale
 
 
+def _together(memory: Memory) -> AbstractContextManager[object]:
+    """Where the ranks of a memory tell each other of arguments that they refuse."""
+    if isinstance(memory, ShardedMemory):
+        return memory.peers.refusing(memory.device)
+    return nullcontext()
+
+
+def _check_sharded(memory: Memory, impl: str, route: Tensor) -> None:
+    if not isinstance(memory, ShardedMemory):
+        return
+    if impl not in ("auto", "native", "reference"):
+        raise ValueError(
+            f"impl: expected 'auto', 'native' or 'reference' over a ShardedMemory, got {impl!r}"
+        )
+    if is_transformed():
+        raise ValueError("memory: expected no ShardedMemory under a torch.func transform, got one")
+    if impl == "native":
+        _uses_kernel(impl, route)
+
+
 def _check(
     route: Tensor,
-    memory: ChunkedMemory | Steps,
+    memory: Memory,
     k: int,
     positions: Tensor | None,
     chunk_mask: Tensor | None,
 ) -> None:
-    if not isinstance(memory, ChunkedMemory | Steps):
-        raise ValueError(f"memory: expected a ChunkedMemory or Steps, got {type(memory).__name__}")
+    if not isinstance(memory, Memory):
+        raise ValueError(
+            f"memory: expected a ChunkedMemory, ShardedMemory or Steps, got {type(memory).__name__}"
+        )
     if isinstance(memory, Steps):
         memory.check()
     check_tensor("route", route, "B Q D", D=memory.dim)
@@ -271,8 +346,8 @@ def _check(
     check_at_least("k", k, 1)
     if memory.batch not in (1, batch):
         raise ValueError(f"memory: expected batch 1 or {batch}, got {memory.batch}")
-    data = memory.steps if isinstance(memory, Steps) else memory.contents
-    check_device("memory", data, route.device)
+    if memory.device != route.device:
+        raise ValueError(f"memory: expected device {route.device}, got {memory.device}")
     if positions is not None:
         check_tensor("positions", positions, "C D", C=memory.chunk_size, D=dim)
         check_floating("positions", positions)
