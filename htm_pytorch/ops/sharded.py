@@ -116,14 +116,16 @@ def recall(
     (route,) = _to_ranks(peers, (route, needs & _ROUTE))
     picked = _pick(route, local, min(k, local.chunks), memory.own_columns(chunk_mask), with_kernel)
     scores = _score(route, local, picked)
+    in_order = order(scores.detach(), picked, picked.shape[2])
+    picked, scores = picked.gather(2, in_order), scores.gather(2, in_order)
     missing = (0, min(k, max(memory.sizes)) - picked.shape[2])
     scores, chunks = _Gather.apply(
         peers, pad(scores, missing, value=-torch.inf), pad(picked, missing, value=-1)
     )
     best = choose(scores.detach(), chunks, min(k, memory.chunks))
-    chunks = chunks.gather(2, best)
+    chunks = chunks.flatten(2).gather(2, best)
     kept = chunks >= 0
-    weights = reference.masked_softmax(scores.gather(2, best), kept)
+    weights = reference.masked_softmax(scores.flatten(2).gather(2, best), kept)
 
     mine = kept & (chunks % peers.size == peers.rank)
     picked = torch.where(mine, chunks // peers.size, -1)
@@ -142,22 +144,34 @@ def recall(
 
 
 def choose(scores: Tensor, chunks: Tensor, k: int) -> Tensor:
-    """Return where the k best of the gathered [B, Q, X] are, best first; ties to the older chunk.
+    """Return where the k best of all ranks' lists [B, Q, R, S] are in [B, Q, R * S], best first.
 
-    Older is the one of the lower number, as in one process. Where `chunks` is -1 there is none.
+    Each list is in order itself, as `order` makes it: falling scores, of equals the lower number
+    first, as in one process; last the places with no chunk, of number -1.
     """
-    last = torch.iinfo(chunks.dtype).max
-    number = chunks.masked_fill(chunks < 0, last)
-    # NaN counts as best, as in topk. In time linear in X: all above the k-th, then of its equals
-    # the lowest numbers.
+    ranks, width = scores.shape[2:]
+    if not 0 < k < ranks:
+        return order(scores.flatten(2), chunks.flatten(2), k)
+    # The best k are with those k ranks whose best one is best: of many ranks few are looked at.
+    first = order(scores[..., 0], chunks[..., 0], k)[..., None] * width
+    at = (first + torch.arange(width, device=scores.device)).flatten(2)
+    best = order(scores.flatten(2).gather(2, at), chunks.flatten(2).gather(2, at), k)
+    return at.gather(2, best)
+
+
+def order(scores: Tensor, numbers: Tensor, k: int) -> Tensor:
+    """Return where the k best of [B, Q, X] are, best first; see `choose`."""
+    last = torch.iinfo(numbers.dtype).max
+    numbers = numbers.masked_fill(numbers < 0, last)
+    # NaN counts as best, as in topk.
     scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     border = scores.topk(k).values[..., -1:] if k else scores[..., :0]
-    rank = number.masked_fill(scores > border, -1).masked_fill(scores < border, last)
+    # All above the border, then of those on it the lowest numbers.
+    rank = numbers.masked_fill(scores > border, -1).masked_fill(scores < border, last)
     chosen = rank.topk(k, largest=False).indices
-    order = number.gather(2, chosen).argsort(-1)
-    chosen = chosen.gather(2, order)
-    order = scores.gather(2, chosen).argsort(dim=-1, descending=True, stable=True)
-    return chosen.gather(2, order)
+    chosen = chosen.gather(2, numbers.gather(2, chosen).argsort(dim=-1))
+    by_score = scores.gather(2, chosen).argsort(dim=-1, descending=True, stable=True)
+    return chosen.gather(2, by_score)
 
 
 def _agree(
@@ -302,32 +316,32 @@ class _ToRanks(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """The scores of all ranks, and the numbers of their chunks; a rank's own have the gradient.
+    """The scores [B, Q, R, S] of all ranks, and the numbers of their chunks.
 
-    What is made of them is the same on all ranks, so gradients are whole already.
+    What is made of them is the same on all ranks, so its gradient is whole already, and a rank
+    takes that of its own scores.
     """
 
     @staticmethod
     def forward(ctx: Any, peers: Peers, scores: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.peers, ctx.shape = peers, scores.shape
+        ctx.rank = peers.rank
         # One message: a number takes as many bits as a score.
         bits = torch.int32 if scores.dtype == torch.float32 else torch.int64
         message = torch.stack([scores.contiguous().view(bits), picked.to(bits)])
         gathered = peers.all_gather("scores", message)
-        # [R, 2, B, Q, S] -> [B, Q, R * S]
-        every, chunks = gathered.permute(1, 2, 3, 0, 4).flatten(3).unbind()
-        rank = torch.arange(peers.size, device=picked.device).repeat_interleave(picked.shape[2])
+        # [R, 2, B, Q, S] -> [B, Q, R, S]
+        every, chunks = gathered.permute(1, 2, 3, 0, 4).contiguous().unbind()
+        rank = torch.arange(peers.size, device=picked.device)[:, None]
         chunks = torch.where(chunks >= 0, chunks.long() * peers.size + rank, -1)
         ctx.mark_non_differentiable(chunks)
-        return every.contiguous().view(scores.dtype), chunks
+        return every.view(scores.dtype), chunks
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
-        own = grad.unflatten(2, (ctx.peers.size, ctx.shape[2]))[:, :, ctx.peers.rank]
-        return None, own, None
+        return None, grad[:, :, ctx.rank], None
 
 
 class _Sum(torch.autograd.Function):
