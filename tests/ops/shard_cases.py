@@ -238,10 +238,12 @@ def append_equals(group: Any, writing: Writing) -> None:
     once = ShardedMemory.split(empty, group).append(steps, is_first)
     assert_holds(once.local, whole, own)
 
-    # A memory made around what a rank holds goes on where the other stopped.
+    # Dealt out later, or made anew around what a rank holds, it goes on where the other stopped.
+    longer = whole.append(steps[:, :20])
+    assert_holds(ShardedMemory.split(whole, group).append(steps[:, :20]).local, longer, own)
     if chunks >= 2 * group.size():
         again = ShardedMemory(pieces.local, group).append(steps[:, :20])
-        assert_holds(again.local, whole.append(steps[:, :20]), own)
+        assert_holds(again.local, longer, own)
     route = torch.randn(batch, 4, 6, generator=generator, dtype=torch.float64)
     probe = route[:, :, None]
     assert_near(recall(route, probe, pieces, 3), recall(route, probe, whole, 3), EXACT)

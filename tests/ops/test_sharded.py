@@ -13,6 +13,7 @@ from torch import distributed as dist
 from htm_pytorch import ChunkedMemory
 from htm_pytorch.memory import ShardedMemory
 from htm_pytorch.ops import kernels
+from htm_pytorch.ops.sharded import choose, order
 from tests.ops import shard_cases
 from tests.ops.shard_cases import Writing
 from tests.ops.test_recall import Sizes
@@ -202,6 +203,29 @@ def test_a_lost_rank_ends_in_an_error_in_time(losing: World) -> None:
             assert seconds < TIMEOUT + 1
             assert error.startswith(f"all_gather of the header: rank {rank} of 3 did not"), error
             assert "within 2 s, or one of them is gone" in error
+
+
+@pytest.mark.parametrize("absent", [0.0, 0.3])
+def test_the_best_of_many_lists(absent: float) -> None:
+    """Against sorting by hand, with many ties; lists as ranks send them, and k of any size."""
+    for _ in range(100):
+        ranks, width = (int(torch.randint(1, most, ())) for most in (12, 5))
+        k = int(torch.randint(1, ranks * width + 1, ()))
+        scores = torch.randint(-2, 3, (2, 3, ranks, width)).double()
+        scores[torch.rand_like(scores) < 0.1] = -torch.inf
+        numbers = torch.stack([torch.randperm(ranks * width) for _ in range(6)]).view(scores.shape)
+        missing = torch.rand_like(scores) < absent
+        scores, numbers = scores.masked_fill(missing, -torch.inf), numbers.masked_fill(missing, -1)
+        places = order(scores.flatten(0, 1), numbers.flatten(0, 1), width).view(scores.shape)
+        scores, numbers = scores.gather(3, places), numbers.gather(3, places)
+        best = choose(scores, numbers, k).flatten(0, 1).tolist()
+        pairs = zip(scores.view(6, -1).tolist(), numbers.view(6, -1).tolist(), best, strict=True)
+        for score, number, got in pairs:
+            there = [i for i, chunk in enumerate(number) if chunk >= 0]
+            expected = sorted(there, key=lambda i: (-score[i], number[i]))[:k]
+            assert got[: len(expected)] == expected
+            assert all(number[i] < 0 for i in got[len(expected) :])
+            assert len(set(got)) == k
 
 
 def test_without_a_process_group() -> None:
