@@ -31,7 +31,7 @@ help: ## list the targets
 .venv/.installed: $(INSTALLED_FROM)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python $(INSTALL) "$(TORCH)"
-	$(BIN)/python $(INSTALL) -e '.[rl,dev]'
+	$(BIN)/python $(INSTALL) -e '.[rl,store,dev]'
 	@touch $@
 
 check: .venv/.installed ## lint, formatting and types; changes no file

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -34,16 +35,24 @@ class Timing(NamedTuple):
 
 
 def in_turn(
-    runs: dict[str, Callable[[], Any]], repeats: int, patience: float = math.inf
+    runs: dict[str, Callable[[], Any]],
+    repeats: int,
+    patience: float = math.inf,
+    lead: dict[str, Callable[[], Any]] | None = None,
 ) -> dict[str, Timing]:
     """Time each in turn, so that noise meets all alike.
 
-    A run that has taken more than `patience` seconds gets no further turn.
+    The order changes from turn to turn, since a run finds the caches as the one before left them;
+    those of `lead` always come first. A run that has taken more than `patience` seconds gets no
+    further turn.
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    lead, order = lead or {}, list(runs.items())
+    times: dict[str, list[float]] = {name: [] for name in lead | runs}
+    shuffle = random.Random(0).shuffle
     for _ in range(repeats + 1):
         time.sleep(SETTLE)
-        for name, run in runs.items():
+        shuffle(order)
+        for name, run in [*lead.items(), *order]:
             if sum(times[name]) > 1e3 * patience:
                 continue
             start = time.perf_counter()
@@ -84,7 +93,7 @@ class Rates:
             "(gemm)": lambda: a @ b,
             "(read)": lambda: self._matrix @ self._vector,
         }
-        timings = in_turn(probes | runs, repeats, patience)
+        timings = in_turn(runs, repeats, patience, lead=probes)
         _, gemm, read = (1e-3 * timings.pop(name).ms for name in probes)
         self.seen.append(Rate(2 * 1024**3 / gemm, self._matrix.nbytes / read))
         return timings

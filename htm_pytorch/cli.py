@@ -1,26 +1,18 @@
 """`htm`: parses, calls, prints."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 
 def main() -> None:
     """Run the command line."""
     try:
         import tyro
-
-        from htm_pytorch.nn.check import CheckConfig
-        from htm_pytorch.rl import TrainConfig
     except ImportError as error:
-        sys.exit(f"htm: needs the extra `rl`, pip install '.[rl]' in the checkout ({error})")
-
-    def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
-        """Train an agent on Ballet, then judge it on unseen episodes."""
-        from htm_pytorch.rl import train
-
-        train(config)
-        evaluate(config.run_dir)
+        sys.exit(f"htm: needs the extra `rl` or `store`, pip install '.[rl]' ({error})")
+    from htm_pytorch.nn.check import CheckConfig
 
     def check(config: Annotated[CheckConfig, tyro.conf.arg(name="")]) -> None:
         """Compare the layer on this machine with the plain reference: output and gradients."""
@@ -31,17 +23,64 @@ def main() -> None:
         if not report.ok:
             sys.exit(1)
 
+    def memory(
+        action: tyro.conf.Positional[Literal["info", "verify", "compact"]],
+        path: tyro.conf.Positional[str],
+    ) -> None:
+        """Look after a memory on disk.
+
+        Args:
+            action: info: what it holds; verify: read everything and compare it with its checksums;
+                compact: join small files and delete what has not been needed for an hour.
+            path: its folder, or its place in an object store.
+        """
+        look_after(action, path)
+
+    commands: dict[str, Callable[..., None]] = {"check": check, "memory": memory}
+    try:
+        from htm_pytorch.rl import TrainConfig
+    except ImportError as error:
+        missing = f" (No train and eval: they need the extra `rl`; {error}.)"
+    else:
+        missing = ""
+
+        def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
+            """Train an agent on Ballet, then judge it on unseen episodes."""
+            from htm_pytorch.rl import train
+
+            train(config)
+            evaluate(config.run_dir)
+
+        commands = {"train": train, "eval": evaluate} | commands
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "eval": evaluate, "check": check},
+            commands,
             prog="htm",
-            description="Train and judge agents that remember; check the layer.",
+            description=f"Agents that remember, the layer, and memories on disk.{missing}",
             config=(tyro.conf.FlagCreatePairsOff,),
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"htm: {error}")
     except KeyboardInterrupt:
         sys.exit("htm: stopped; htm train --resume goes on from the last checkpoint")
+
+
+def look_after(action: str, path: str) -> None:
+    """Print what a memory on disk holds, verify it, or compact it."""
+    from htm_pytorch import memory
+
+    with memory.open(path, read_only=action != "compact") as stored:
+        if action == "verify":
+            problems = stored.verify()
+            print(*problems, sep="\n", end="\n" if problems else "")
+            if problems:
+                sys.exit(1)
+            print(f"{stored.chunks:,} chunks are as they were stored")
+            return
+        if action == "compact":
+            stored.compact()
+        for name, value in stored.info().items():
+            print(f"{name:24} {value:,}" if isinstance(value, int) else f"{name:24} {value}")
 
 
 def evaluate(run_dir: Path, episodes: int | None = None, seed: int | None = None) -> None:

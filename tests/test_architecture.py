@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"shapes", "memory", "ops", "nn"},
     "envs": set(),
     "rl": {"shapes", "memory", "ops", "nn", "__init__", "envs"},
-    "cli": {"nn", "rl"},
+    "cli": {"memory", "nn", "rl"},
 }
 
 
@@ -65,7 +65,7 @@ def test_imports_go_one_way(path: Path) -> None:
         ("nn", "from htm_pytorch import rl", {"rl"}),
         ("nn", "from htm_pytorch import HTMAttention", {"__init__"}),
         ("envs", "def reset():\n    from htm_pytorch.rl import agent", {"rl"}),
-        ("cli", "from htm_pytorch import ops, rl", {"ops"}),
+        ("cli", "from htm_pytorch import memory, ops, rl", {"ops"}),
         ("rl", "from htm_pytorch.envs import ballet\nimport htm_pytorch_extra", set()),
     ],
 )

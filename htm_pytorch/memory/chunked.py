@@ -261,6 +261,14 @@ class ChunkedMemory(NamedTuple):
             next_slot=self.next_slot.masked_fill(rows, 0),
         )
 
+    def fetch(self, chunks: Tensor) -> Self:
+        """Return the chunks numbered [U] int64, of every row, as a memory of U chunks."""
+        check_tensor("chunks", chunks, "U")
+        step_mask = None if self.step_mask is None else self.step_mask[:, chunks]
+        return self._closed(
+            self.contents[:, chunks], self.summaries[:, chunks], self.valid[:, chunks], step_mask
+        )
+
     def detach(self) -> Self:
         """Return the memory cut from the graph that its steps came from."""
         return self._replace(

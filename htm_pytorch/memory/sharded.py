@@ -1,66 +1,15 @@
 """`ShardedMemory`: one memory of which every rank of a process group holds a part."""
 
 import copy
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from htm_pytorch.memory.chunked import ChunkedMemory, _Plan
+from htm_pytorch.memory.home import Home
 from htm_pytorch.memory.peers import Peers
-
-
-class Shard(Protocol):
-    """What is asked of a rank's part that is not a `ChunkedMemory`, a store on disk for one."""
-
-    @property
-    def batch(self) -> int:
-        """B."""
-        ...
-
-    @property
-    def chunks(self) -> int:
-        """M, the chunks this shard holds."""
-        ...
-
-    @property
-    def chunk_size(self) -> int:
-        """C."""
-        ...
-
-    @property
-    def dim(self) -> int:
-        """D."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the steps."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Of what `fetch` returns, of summaries and of valid."""
-        ...
-
-    @property
-    def summaries(self) -> Tensor:
-        """[B, M, D]."""
-        ...
-
-    @property
-    def valid(self) -> Tensor:
-        """[B, M] bool."""
-        ...
-
-    def append(self, steps: Tensor, is_first: Tensor | None = None) -> Self:
-        """Return the shard after whole chunks [B, T, D]: each adds one to `chunks`."""
-        ...
-
-    def fetch(self, ids: Tensor) -> ChunkedMemory:
-        """Return the chunks `ids` [U] int64, row * M + chunk, as a memory of batch 1."""
-        ...
 
 
 class ShardedMemory:
@@ -76,7 +25,8 @@ class ShardedMemory:
 
     Args:
         local: this rank's part, of the same batch, chunk size, width and dtype on every rank; a
-            `ChunkedMemory`, or another `Shard`.
+            `ChunkedMemory`, or another `Home` that keeps all whole chunks appended to it. One that
+            changes in place is not a value: use only the newest memory around it.
         group: the process group (gloo for the CPU, NCCL for CUDA); None: the default one.
         timeout: seconds that any exchange with the other ranks may take.
 
@@ -87,14 +37,15 @@ class ShardedMemory:
 
     def __init__(
         self,
-        local: ChunkedMemory | Shard,
+        local: ChunkedMemory | Home,
         group: "dist.ProcessGroup | None" = None,
         *,
         timeout: float = 60.0,
     ):
         self.peers = Peers(group, timeout)
-        if not (isinstance(local, ChunkedMemory) or hasattr(local, "fetch")):
-            raise ValueError(f"local: expected a ChunkedMemory, got {type(local).__name__}")
+        if not isinstance(local, ChunkedMemory | Home):
+            kind = type(local).__name__
+            raise ValueError(f"local: expected a ChunkedMemory or another Home, got {kind}")
         self.local = local
         in_memory = isinstance(local, ChunkedMemory)
         same = {
@@ -183,7 +134,9 @@ class ShardedMemory:
 
         Nothing is sent. Every rank holds the open chunk, of less than C steps a row, and so knows
         which chunks close and whose they are; only the owner keeps a closed chunk. Slots are those
-        of a `ChunkedMemory` with the chunks of all ranks, whose ring forgets its oldest chunk.
+        of a `ChunkedMemory` with the chunks of all ranks, whose ring forgets its oldest chunk. In
+        another `Home`, which should begin with no open chunk, nothing is forgotten; steps that are
+        not yet a whole chunk are in RAM alone.
 
         Args:
             steps: as for `ChunkedMemory.append`. Gradients flow to them from the chunks that this

@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from htm_pytorch.memory import ChunkedMemory, ShardedMemory, Steps
+from htm_pytorch.memory import ChunkedMemory, Home, ShardedMemory, Steps
 from htm_pytorch.ops import Impl, Recall, attend, attend_with_weights, check_impl
 from htm_pytorch.shapes import (
     check_at_least,
@@ -18,7 +18,7 @@ from htm_pytorch.shapes import (
     check_tensor,
 )
 
-Memories = Tensor | ChunkedMemory | ShardedMemory
+Memories = Tensor | ChunkedMemory | ShardedMemory | Home
 """What a layer attends to."""
 
 
@@ -127,8 +127,8 @@ class HTMAttention(nn.Module):
         Args:
             queries: [B, Q, D].
             memories: [B, N, D], oldest first, any N, cut into chunks from the newest end; or a
-                `ChunkedMemory`; or, on all ranks, a `ShardedMemory`. Batch 1 is shared by all
-                queries without a copy.
+                memory, in RAM or elsewhere; or, on all ranks, a `ShardedMemory`. Batch 1 is shared
+                by all queries without a copy.
             mask: [B, N] bool, False for steps of a tensor that do not exist.
             chunk_attn_mask: [B, Q, M] bool, the chunks that each query may see.
             return_recall: also return which chunks and steps were recalled.
@@ -172,24 +172,30 @@ class HTMAttention(nn.Module):
 
     def _memory(
         self, queries: Tensor, memories: Memories, mask: Tensor | None
-    ) -> ChunkedMemory | ShardedMemory | Steps:
+    ) -> ChunkedMemory | ShardedMemory | Home | Steps:
         batch = queries.shape[0]
-        if isinstance(memories, ChunkedMemory | ShardedMemory):
+        if not isinstance(memories, Tensor):
             if mask is not None:
+                raise ValueError(f"mask: expected None beside a {type(memories).__name__}")
+            if not isinstance(memories, ChunkedMemory | ShardedMemory | Home):
                 kind = type(memories).__name__
-                raise ValueError(f"mask: expected None beside a {kind}, which holds its own")
+                raise ValueError(f"memories: expected a tensor or a memory, got {kind}")
             if memories.dim != self.dim_memory:
-                raise ValueError(f"memories: expected D = {self.dim_memory}, got {memories.dim}")
+                raise ValueError(f"memories: expected width {self.dim_memory}, got {memories.dim}")
+            if memories.batch not in (1, batch):
+                raise ValueError(f"memories: expected batch 1 or {batch}, got {memories.batch}")
+            if not isinstance(memories, ChunkedMemory | ShardedMemory):
+                return memories
             if memories.device != queries.device:
                 raise ValueError(
                     f"memories: expected device {queries.device}, got {memories.device}"
                 )
-            _check_rows(memories.batch, batch)
             return memories.detach() if self.detach_memories else memories
         check_tensor("memories", memories, "B N D", D=self.dim_memory)
         check_floating("memories", memories)
         check_device("memories", memories, queries.device)
-        _check_rows(memories.shape[0], batch)
+        if memories.shape[0] not in (1, batch):
+            raise ValueError(f"memories: expected batch 1 or {batch}, got {memories.shape[0]}")
         steps = memories.detach() if self.detach_memories else memories
         return Steps(steps, self.mem_chunk_size, mask, self.eps)
 
@@ -197,11 +203,6 @@ class HTMAttention(nn.Module):
         """Zero, in the graph: key biases cancel in the softmax, but DDP wants their gradients."""
         biases = [b for b in (self.to_summary_keys.bias, self.attn.key_bias()) if b is not None]
         return sum((0.0 * b.sum() for b in biases), 0.0)
-
-
-def _check_rows(rows: int, batch: int) -> None:
-    if rows not in (1, batch):
-        raise ValueError(f"memories: expected batch 1 or {batch}, got {rows}")
 
 
 class _StepProjections(nn.Module):

@@ -6,8 +6,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory import ChunkedMemory, ShardedMemory, Steps
-from htm_pytorch.ops import blocked, kernels, native, projected, reference, sharded
+from htm_pytorch.memory import ChunkedMemory, Home, ShardedMemory, Steps
+from htm_pytorch.ops import blocked, homes, kernels, native, projected, reference, sharded
 from htm_pytorch.shapes import (
     check_at_least,
     check_device,
@@ -17,9 +17,10 @@ from htm_pytorch.shapes import (
     is_transformed,
 )
 
-Memory = ChunkedMemory | ShardedMemory | Steps
 RecallImpl = Literal["auto", "reference", "blocked", "native"]
 Impl = Literal["auto", "reference", "blocked", "native", "projected"]
+Memory = ChunkedMemory | ShardedMemory | Steps | Home
+"""What can be recalled from."""
 
 
 class Recall(NamedTuple):
@@ -56,7 +57,8 @@ def recall(
     Args:
         route: [B, Q, D].
         probe: [B, Q, H, D], of the dtype of `route`.
-        memory: of batch B, or 1 to be shared. Its dtype may differ. A `ShardedMemory` is
+        memory: of batch B, or 1 to be shared. Its dtype may differ. From one that lies elsewhere
+            only the chunks that are kept are fetched; no gradient reaches it. A `ShardedMemory` is
             given on all ranks, beside arguments that are the same on all.
         k: how many chunks a query keeps, >= 1; all there are where there are fewer.
         positions: [C, D], added to the steps of every chunk.
@@ -82,7 +84,10 @@ def recall(
         _check(route, memory, k, positions, chunk_mask)
         _check_beside(route, "probe", probe, "B Q H D", D=memory.dim)
         _check_sharded(memory, impl, route)
-    return _recall(route, probe, memory, k, positions, chunk_mask, impl)[0]
+    if isinstance(memory, ShardedMemory):
+        return _recall_sharded(route, probe, memory, k, positions, chunk_mask, impl).context
+    at_hand, chunk_mask, _ = _at_hand(route, memory, k, chunk_mask)
+    return _recall(route, probe, at_hand, k, positions, chunk_mask, impl)[0]
 
 
 def recall_with_weights(
@@ -105,13 +110,15 @@ def recall_with_weights(
         )
         assert shared.step_weights is not None
         return shared.context, Recall(shared.chunks, shared.chunk_weights, shared.step_weights)
-    chunked = memory.chunked() if isinstance(memory, Steps) else memory
+    at_hand, chunk_mask, numbers = _at_hand(route, memory, k, chunk_mask)
+    chunked = at_hand.chunked() if isinstance(at_hand, Steps) else at_hand
     with _no_autocast(route.device.type):
-        exact_route, exact_probe, places = _exact(memory, route, probe, positions)
+        exact_route, exact_probe, places = _exact(chunked, route, probe, positions)
         context, picked, weights, step_weights = reference.recall(
             exact_route, exact_probe, chunked, k, places, chunk_mask
         )
-    chunks = picked.chunks.masked_fill(~picked.kept, -1)
+    chunks = picked.chunks if numbers is None else numbers[picked.chunks]
+    chunks = chunks.masked_fill(~picked.kept, -1)
     return context.to(probe.dtype), Recall(chunks, weights, step_weights)
 
 
@@ -157,8 +164,9 @@ def attend(
         _check_sharded(memory, impl, route)
     if isinstance(memory, ShardedMemory):
         probe = _absorb(queries * factor, projections)
-        context, picked = _recall(route, probe, memory, k, positions, chunk_mask, impl)
-        return _read(context, projections), picked.kept.any(-1)
+        shared = _recall_sharded(route, probe, memory, k, positions, chunk_mask, impl)
+        return _read(shared.context, projections), (shared.chunks >= 0).any(-1)
+    memory, chunk_mask, _ = _at_hand(route, memory, k, chunk_mask)
     if impl in ("auto", "projected") and _uses_kernel(impl, route):
         with _no_autocast(route.device.type):
             picked, weights = native.pick(_exact(memory, route)[0], memory, k, chunk_mask)
@@ -199,6 +207,16 @@ def attend_with_weights(
     return _read(context, projections), recalled
 
 
+def _at_hand(
+    route: Tensor, memory: ChunkedMemory | Steps | Home, k: int, chunk_mask: Tensor | None
+) -> tuple[ChunkedMemory | Steps, Tensor | None, Tensor | None]:
+    """Return a memory in RAM, the mask of its chunks, and their numbers if they are others."""
+    if isinstance(memory, ChunkedMemory | Steps):
+        return memory, chunk_mask, None
+    fetched = homes.fetch(route, memory, k, chunk_mask)
+    return fetched.memory, fetched.chunk_mask, fetched.numbers
+
+
 def _absorb(queries: Tensor, projections: Tensor) -> Tensor:
     """u_h = W_k^h^T queries_h: [B, Q, H, D]."""
     return torch.einsum("bqhe,hed->bqhd", queries, projections[0])
@@ -218,17 +236,12 @@ def check_impl(impl: str, known: Any = Impl) -> None:
 def _recall(
     route: Tensor,
     probe: Tensor,
-    memory: Memory,
+    memory: ChunkedMemory | Steps,
     k: int,
     positions: Tensor | None,
     chunk_mask: Tensor | None,
     impl: Impl,
 ) -> tuple[Tensor, reference.Selection]:
-    if isinstance(memory, ShardedMemory):
-        context, chunks, *_ = _recall_sharded(
-            route, probe, memory, k, positions, chunk_mask, impl, with_weights=False
-        )
-        return context, reference.Selection(chunks.clamp(min=0), chunks >= 0)
     with _no_autocast(route.device.type):
         exact_route, exact_probe, places = _exact(memory, route, probe, positions)
         if impl in ("auto", "native") and _uses_kernel(impl, route):
@@ -252,7 +265,7 @@ def _recall_sharded(
     positions: Tensor | None,
     chunk_mask: Tensor | None,
     impl: str,
-    with_weights: bool,
+    with_weights: bool = False,
 ) -> sharded.Recalled:
     with_kernel = impl != "reference" and _uses_kernel(impl, route)
     with _no_autocast(route.device.type):
@@ -336,7 +349,8 @@ def _check(
 ) -> None:
     if not isinstance(memory, Memory):
         raise ValueError(
-            f"memory: expected a ChunkedMemory, ShardedMemory or Steps, got {type(memory).__name__}"
+            "memory: expected a ChunkedMemory, ShardedMemory, Steps or another Home, "
+            f"got {type(memory).__name__}"
         )
     if isinstance(memory, Steps):
         memory.check()
@@ -346,7 +360,8 @@ def _check(
     check_at_least("k", k, 1)
     if memory.batch not in (1, batch):
         raise ValueError(f"memory: expected batch 1 or {batch}, got {memory.batch}")
-    if memory.device != route.device:
+    is_elsewhere = not isinstance(memory, ChunkedMemory | ShardedMemory | Steps)
+    if not is_elsewhere and memory.device != route.device:
         raise ValueError(f"memory: expected device {route.device}, got {memory.device}")
     if positions is not None:
         check_tensor("positions", positions, "C D", C=memory.chunk_size, D=dim)

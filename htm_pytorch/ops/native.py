@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory import ChunkedMemory, Steps
+from htm_pytorch.memory import ChunkedMemory, Home, Steps
 from htm_pytorch.ops import kernels, operators
 
 BLOCK_BYTES = 16 * 2**20
@@ -17,7 +17,7 @@ BLOCK_BYTES = 16 * 2**20
 
 
 def pick(
-    route: Tensor, memory: ChunkedMemory | Steps, k: int, chunk_mask: Tensor | None
+    route: Tensor, memory: ChunkedMemory | Steps | Home, k: int, chunk_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the k best chunks of each query and their weights, both [B, Q, K].
 

@@ -207,10 +207,16 @@ def _agree(
         if any(tensor is not None and tensor.requires_grad for tensor in tensors):
             needs |= bit
     operation = "recall_with_weights" if with_weights else "recall"
-    answers = memory.peers.agree(operation, same, [needs], route.device)
+    answers = memory.peers.agree(operation, same, [needs, local.chunks], route.device)
+    for rank, (_, chunks) in enumerate(answers):
+        if chunks != memory.sizes[rank]:
+            raise ValueError(
+                f"memory: expected {memory.sizes[rank]} chunks on rank {rank}, as when it was made "
+                f"or last appended to, got {chunks}"
+            )
     if not torch.is_grad_enabled():
         return 0
-    return reduce(or_, (bits for (bits,) in answers))
+    return reduce(or_, (bits for bits, _ in answers))
 
 
 def _pick(
@@ -264,10 +270,9 @@ def _read(local: Any, picked: Tensor) -> tuple[ChunkedMemory, Tensor]:
     """Return a memory with the picked chunks, and their numbers in it."""
     if isinstance(local, ChunkedMemory):
         return local, picked
-    row = torch.arange(local.batch, device=picked.device)[:, None, None]
     kept = picked >= 0
-    ids, number = torch.unique((row * local.chunks + picked)[kept], return_inverse=True)
-    return local.fetch(ids), picked.masked_scatter(kept, number)
+    numbers, place = torch.unique(picked[kept], return_inverse=True)
+    return local.fetch(numbers), picked.masked_scatter(kept, place)
 
 
 def _to_ranks(peers: Peers, *wanted: tuple[Tensor | None, int]) -> tuple[Any, ...]:

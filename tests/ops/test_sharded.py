@@ -4,6 +4,7 @@ What each rank does and asserts is in `shard_cases`.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,6 +166,12 @@ def test_parts_that_are_fetched(world: World, group: str, impl: str) -> None:
     world.run(shard_cases.other_parts, group, impl)
 
 
+@every_group
+def test_parts_on_disk(world: World, group: str, tmp_path: Path) -> None:
+    pytest.importorskip("lance", reason="the extra `store` is not installed")
+    world.run(shard_cases.on_disk, group, str(tmp_path))
+
+
 def test_bytes_are_the_formula_whatever_the_chunks_and_the_ranks(world: World) -> None:
     answers = [
         answer
@@ -241,7 +248,9 @@ def test_timeout(timeout: Any, tmp_path: Any) -> None:
             ShardedMemory(ChunkedMemory.empty(1, 2, 3, 4), timeout=timeout)
         with pytest.raises(ValueError, match="^group: expected one that this process belongs to"):
             ShardedMemory(ChunkedMemory.empty(1, 2, 3, 4), group=3)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="^local: expected a ChunkedMemory, got Tensor"):
+        with pytest.raises(
+            ValueError, match="^local: expected a ChunkedMemory or another Home, got Tensor"
+        ):
             ShardedMemory(torch.zeros(1, 2, 3, 4))  # type: ignore[arg-type]
         alone = ShardedMemory(ChunkedMemory.empty(1, 2, 3, 4)).append(torch.ones(1, 7, 4))
         assert alone.local.valid.all()

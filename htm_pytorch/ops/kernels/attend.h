@@ -51,24 +51,17 @@ void point_to_positions(const Call& call, const T** places) {
     }
 }
 
-// The chunk that comes next, for `passes` over the present one to read ahead. Its pages are touched
-// at once, since a processor that finds none in its table waits for each in turn.
+// The chunk that comes next, for `passes` over the present one to read ahead.
 template <class T, class S>
 Ahead look_ahead(const Call& call, int64_t pair, int64_t passes) {
-    static const char nothing[kLineBytes] = {};
-    const Ahead none = {nothing, nothing, 0};
-    if (pair >= call.batch * call.queries * call.k || call.picked[pair] < 0) return none;
+    if (pair >= call.batch * call.queries * call.k || call.picked[pair] < 0) return no_look();
     const int64_t row = call.memory_batch == 1 ? 0 : pair / call.k / call.queries;
     const auto* chunk = reinterpret_cast<const char*>(
         static_cast<const S*>(call.rows) + row * call.rows_by_batch +
         call.picked[pair] * call.chunk_size * call.rows_by_step);
-    const int64_t step = call.rows_by_step * sizeof(S);
-    const int64_t bytes = call.chunk_size * step, apart = step > kPageBytes ? step : kPageBytes;
-    for (int64_t i = 0; i < bytes; i += apart) __builtin_prefetch(chunk + i, 0, 2);
-    if (call.rows_by_step != call.width) return none;
-    const int64_t times = passes * call.heads * call.chunk_size * call.width / (held<T> * lanes<T>);
-    const int64_t lines = bytes / kLineBytes;
-    return {chunk, chunk + bytes - kLineBytes, (lines / (times + 1) + 1) * kLineBytes};
+    const int64_t size = passes * call.heads * call.chunk_size * call.width;
+    return look_ahead<T>(chunk, call.chunk_size, call.rows_by_step * sizeof(S),
+                         call.width * sizeof(S), size);
 }
 
 template <class T, class S>

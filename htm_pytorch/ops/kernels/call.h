@@ -4,7 +4,7 @@
 
 #include <stdlib.h>
 
-#include "vectors.h"
+#include "products.h"
 
 extern "C" {
 
@@ -163,6 +163,22 @@ int64_t steps_of(const Call& call, int64_t row, int64_t m, const S** rows, int32
     const int64_t count = numbers_of(call, row, m, number);
     for (int64_t i = 0; i < count; ++i) rows[i] = chunk + number[i] * call.rows_by_step;
     return count;
+}
+
+inline Ahead no_look() {
+    static const char nothing[kLineBytes] = {};
+    return {nothing, nothing, 0};
+}
+
+// Rows to be read while products of `size` multiplications are at work. Their pages are touched at
+// once, since a processor that finds none in its table waits for each in turn.
+template <class T>
+Ahead look_ahead(const char* first, int64_t rows, int64_t apart, int64_t width, int64_t size) {
+    const int64_t bytes = rows * apart, pages = apart > kPageBytes ? apart : kPageBytes;
+    for (int64_t i = 0; i < bytes; i += pages) __builtin_prefetch(first + i, 0, 2);
+    if (apart != width || bytes < kLineBytes) return no_look();
+    const int64_t lines = bytes / kLineBytes, times = size / (held<T> * lanes<T>);
+    return {first, first + bytes - kLineBytes, (lines / (times + 1) + 1) * kLineBytes};
 }
 
 // Sort the (query, pick) pairs of a block by their chunk, so that each chunk has one owner: sums

@@ -96,6 +96,16 @@ void pick_segment(Call& call, int64_t row, int64_t first, int64_t last, int64_t 
             }
             chunks[count++] = next;
         }
+        Ahead ahead = no_look();
+        if (!means && next < end) {
+            const int64_t rows = end - next < kBlock ? end - next : kBlock;
+            const S* first_row = static_cast<const S*>(call.summaries) +
+                                 memory_row * call.summaries_by_batch +
+                                 next * call.summaries_by_chunk;
+            ahead = look_ahead<T>(reinterpret_cast<const char*>(first_row), rows,
+                                  call.summaries_by_chunk * sizeof(S), call.dim * sizeof(S),
+                                  (last - first) * kBlock * call.dim);
+        }
         for (int64_t q = first; count && q < last; q += 4) {
             const int64_t rows = last - q < 4 ? last - q : 4;
             if (mask) {
@@ -111,7 +121,7 @@ void pick_segment(Call& call, int64_t row, int64_t first, int64_t last, int64_t 
                                kBlock);
             } else {
                 products<T, S>(route + q * call.dim, call.dim, rows, held_rows, count, call.dim, scores,
-                               kBlock);
+                               kBlock, ahead);
             }
             for (int64_t r = 0; r < rows; ++r) {
                 Best<T>& mine = best[q + r - first];

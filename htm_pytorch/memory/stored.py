@@ -1,0 +1,586 @@
+"""`StoredMemory`: a memory on disk or in an object store, larger than RAM, that outlives a crash.
+
+Closed chunks are rows of a Lance table. What the table does not hold yet, the open chunk and
+chunks too few to be worth a version of the table, is in a journal. A step that `append` has
+acknowledged is in one of the two.
+"""
+
+import contextlib
+import os
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from htm_pytorch.memory.chunked import ChunkedMemory
+from htm_pytorch.memory.files import MemoryFileError
+from htm_pytorch.memory.journal import LocalJournal, Record, RemoteJournal, decode, encode
+from htm_pytorch.memory.table import DTYPES, FORMAT, Chunks, Format, Table, step_mask
+from htm_pytorch.shapes import (
+    check_at_least,
+    check_device,
+    check_floating,
+    check_mask,
+    check_tensor,
+)
+
+GROUP_BYTES = 4 * 2**20
+"""Of closed chunks that the journal holds, before they become a version of the table."""
+GROWTH = 1.5
+"""Of the room for summaries, when it is full."""
+
+
+def open_memory(
+    uri: str | os.PathLike[str],
+    *,
+    dim: int | None = None,
+    chunk_size: int | None = None,
+    dtype: torch.dtype | None = None,
+    read_only: bool = False,
+    cache_bytes: int = 256 * 2**20,
+    sync: bool = True,
+    storage_options: dict[str, str] | None = None,
+) -> "StoredMemory":
+    """Open the memory at `uri`, or make one there. Needs the extra `store`.
+
+    Args:
+        uri: a folder, or a place in an object store ("s3://bucket/name").
+        dim: D. With it, a memory is made where there is none; one that exists must agree.
+        chunk_size: C, of a new memory; default 32.
+        dtype: how steps are stored, of a new memory: float32 (default), float16, bfloat16, or int8
+            with one scale a step, which takes and gives float32.
+        read_only: open one that exists, beside its writer; `refresh` shows what came since.
+        cache_bytes: of fetched chunks kept in RAM.
+        sync: whether `append` waits until the disk has the steps. Without, they survive the end of
+            the process, but not a loss of power.
+        storage_options: of the object store, as Lance takes them.
+
+    Raises:
+        FileNotFoundError: there is none, and no `dim` to make one.
+        MemoryFileError: a ValueError; what is there is damaged, or not a memory of this format.
+        ValueError: an argument that does not fit what is there.
+        BlockingIOError: another process writes to it.
+    """
+    for name, value in {"dim": dim, "chunk_size": chunk_size}.items():
+        if value is not None:
+            check_at_least(name, value, 1)
+    check_at_least("cache_bytes", cache_bytes, 0)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {list(DTYPES)}, got {dtype}")
+    place = str(uri).rstrip("/")
+    folder = None if "://" in place else Path(place)
+    with contextlib.ExitStack() as undo:
+        lock = None
+        if folder is not None:
+            _check_folder(folder, dim)
+            if not read_only:
+                lock = _lock(folder)
+                undo.callback(lock.release)
+        found = Table.open(f"{place}/chunks.lance", storage_options, sync)
+        if found is None:
+            if dim is None or read_only:
+                raise FileNotFoundError(f"uri: no memory at {place!r} (with dim, one is made)")
+            form = Format(dim, chunk_size or 32, dtype or torch.float32)
+            found = Table.create(f"{place}/chunks.lance", form, storage_options, sync)
+        for name, value in {"dim": dim, "chunk_size": chunk_size, "dtype": dtype}.items():
+            has = getattr(found.form, name)
+            if value not in (None, has):
+                raise ValueError(
+                    f"{name}: expected {has}, as the memory at {place!r} has, got {value}"
+                )
+        if folder is not None:
+            journal = LocalJournal(folder / "journal", sync)
+        else:
+            journal = RemoteJournal(f"{place}/journal.lance", storage_options)
+        memory = StoredMemory(place, found, journal, lock, read_only, cache_bytes)
+        undo.pop_all()
+    return memory
+
+
+def _check_folder(folder: Path, dim: int | None) -> None:
+    """Raise unless the folder is that of a memory, or may become one."""
+    if folder.exists() and not folder.is_dir():
+        raise MemoryFileError(f"uri: {str(folder)!r} is a file; expected the folder of a memory")
+    if (folder / "chunks.lance").exists():
+        return
+    if folder.exists() and not {entry.name for entry in folder.iterdir()} <= {"lock"}:
+        raise MemoryFileError(f"uri: {str(folder)!r} holds other files, and no memory")
+    if dim is None:
+        raise FileNotFoundError(f"uri: no memory at {str(folder)!r} (with dim, one is made)")
+
+
+def _lock(folder: Path) -> FileLock:
+    """Take the right to write, which ends with the process."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "lock")
+        lock.acquire(timeout=0)
+    except PermissionError as error:
+        raise PermissionError(
+            f"uri: no right to write to {str(folder)!r} ({error}); read_only=True only reads"
+        ) from error
+    except Timeout:
+        raise BlockingIOError(
+            f"uri: another process writes to {str(folder)!r}; read_only=True reads beside it"
+        ) from None
+    return lock
+
+
+class _Open(NamedTuple):
+    """The chunk that is open, and where the memory stands."""
+
+    stored: Tensor  # [t, step_bytes] uint8, t < C
+    first_step: int  # its number, or that of the step to come
+    episode: int  # -1 before the first step of all
+
+    @property
+    def next_step(self) -> int:
+        return self.first_step + len(self.stored)
+
+
+class StoredMemory:
+    """One row of memory in a folder or an object store; `memory.open` opens it.
+
+    Nothing is forgotten: a new episode closes the open chunk early, and chunks of all episodes
+    stay visible. Summaries are held in RAM (4 bytes a number), chunks are fetched when they are
+    recalled. Unlike a `ChunkedMemory` it changes in place; `append` and `reset` return the memory
+    itself.
+    """
+
+    batch = 1
+    """B: shared by all rows of queries."""
+    device = torch.device("cpu")
+    """Where summaries and fetched chunks are."""
+
+    def __init__(
+        self,
+        uri: str,
+        table: Table,
+        journal: LocalJournal | RemoteJournal,
+        lock: FileLock | None,
+        read_only: bool,
+        cache_bytes: int,
+    ):
+        self.uri = uri
+        self.read_only = read_only
+        self._table = table
+        self._journal = journal
+        self._lock = lock
+        form = table.form
+        chunk_bytes = form.chunk_size * form.dim * form.given.itemsize
+        self._cache = _Cache(form, cache_bytes // chunk_bytes)
+        self._index = _Index(form)
+        # Chunks that are closed and not in the table yet.
+        self._pending = Chunks.none(form)
+        self._open = _Open(self._pending.stored.flatten(0, 1), 0, -1)
+        self._journal_end = 0
+        self._load()
+
+    @property
+    def chunks(self) -> int:
+        """M."""
+        return self._index.length
+
+    @property
+    def chunk_size(self) -> int:
+        """C."""
+        return self._table.form.chunk_size
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self._table.form.dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the steps, as they are given and fetched."""
+        return self._table.form.given
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of the steps, as they are stored."""
+        return self._table.form.dtype
+
+    @property
+    def steps(self) -> int:
+        """How many steps there are, those of the open chunk among them."""
+        return self._open.next_step
+
+    @property
+    def summaries(self) -> Tensor:
+        """[1, M, D] float32, the means of the steps as they are stored."""
+        return self._index.summaries[None]
+
+    @property
+    def valid(self) -> Tensor:
+        """[1, M] bool: all of them."""
+        return torch.ones(1, self.chunks, dtype=torch.bool)
+
+    @property
+    def episodes(self) -> Tensor:
+        """[M] int64, the episode of each chunk, counted from 0."""
+        return self._index.episodes
+
+    def append(self, steps: Tensor, is_first: Tensor | None = None) -> Self:
+        """Store `steps` [1, T, D], oldest first; when this returns, they are safe.
+
+        Args:
+            steps: of this memory's `dtype`, on the CPU.
+            is_first: [1, T] bool, True where an episode begins: the open chunk closes early.
+
+        Raises:
+            ValueError: names the argument; nothing is changed.
+            OSError: they could not be written (no space, no right to); nothing is changed.
+        """
+        self._check_writable()
+        check_tensor("steps", steps, "B T D", B=1, D=self.dim)
+        check_floating("steps", steps, self.dtype)
+        check_device("steps", steps, self.device)
+        check_mask("is_first", is_first, "B T", self.device, B=1, T=steps.shape[1])
+        if steps.shape[1]:
+            borders = () if is_first is None else tuple(is_first[0].nonzero()[:, 0].tolist())
+            self._write(self._table.form.encode(steps[0].detach()), borders)
+        return self
+
+    def ingest(
+        self, pieces: Iterable[Tensor], *, total: int | None = None, progress: bool = True
+    ) -> Self:
+        """Append every piece [1, T, D], with a progress bar over `total` steps."""
+        from tqdm import tqdm
+
+        with tqdm(total=total, unit=" steps", unit_scale=True, disable=not progress) as bar:
+            for piece in pieces:
+                self.append(piece)
+                bar.update(piece.shape[1])
+        return self
+
+    def reset(self, rows: Tensor) -> Self:
+        """Forget everything, where `rows` [1] bool says so."""
+        self._check_writable()
+        check_tensor("rows", rows, "B", B=1)
+        check_mask("rows", rows, "B", self.device, B=1)
+        if rows.any():
+            self._table.clear()
+            self._load()
+        return self
+
+    def fetch(self, chunks: Tensor) -> ChunkedMemory:
+        """Return the chunks numbered [U] int64 as a memory in RAM, of batch 1.
+
+        Raises:
+            ValueError: there is no chunk of such a number.
+            MemoryFileError: a chunk is not what was stored.
+        """
+        check_tensor("chunks", chunks, "U")
+        numbers: list[int] = chunks.tolist()
+        if numbers and not 0 <= min(numbers) <= max(numbers) < self.chunks:
+            raise ValueError(f"chunks: expected numbers from 0 to {self.chunks - 1}, got {numbers}")
+        form, in_table = self._table.form, self._table.length
+        contents = torch.empty(len(numbers), self.chunk_size, self.dim, dtype=self.dtype)
+        waiting = chunks >= in_table
+        if waiting.any():
+            contents[waiting] = form.decode(self._pending.stored[chunks[waiting] - in_table])
+        cold = self._cache.read(numbers, contents, ~waiting)
+        if cold:
+            asked = [numbers[place] for place in cold]
+            fetched = form.decode(self._table.take(asked))
+            contents[cold] = fetched
+            self._cache.write(asked, fetched)
+        counts = self._index.counts[chunks]
+        is_step = None
+        if (counts < self.chunk_size).any():
+            is_step = step_mask(counts, self.chunk_size)[None]
+        summaries = self._index.summaries[chunks]
+        return ChunkedMemory.from_chunks(contents[None], is_step, summaries=summaries[None])
+
+    def refresh(self) -> Self:
+        """Show what the writer has stored since this was opened with `read_only`."""
+        if self.read_only:
+            self._load()
+        return self
+
+    def flush(self) -> Self:
+        """Move the closed chunks that the journal holds to the table."""
+        self._check_writable()
+        if self._pending.length:
+            self._commit(self._pending, self._open)
+            self._pending = Chunks.none(self._table.form)
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a copy to `path`, where there must be nothing."""
+        if Path(path).exists():
+            raise FileExistsError(f"path: {str(path)!r} exists")
+        form = self._table.form
+        with open_memory(path, dim=form.dim, chunk_size=form.chunk_size, dtype=form.dtype) as copy:
+            copy._table.append_from(self._table)
+            copy._commit(self._pending, self._open)
+
+    def verify(self) -> list[str]:
+        """Read everything, compare it with its checksums and return what is wrong."""
+        return list(self._table.verify())
+
+    def compact(self) -> Self:
+        """Join small fragments of the table and delete what has not been needed for an hour."""
+        self.flush()
+        self._table.compact()
+        return self
+
+    def info(self) -> dict[str, Any]:
+        """Return what people ask first, by name."""
+        form = self._table.form
+        return {
+            "uri": self.uri,
+            "format": FORMAT,
+            "steps": self.steps,
+            "episodes": self._open.episode + 1,
+            "dim": form.dim,
+            "chunk_size": form.chunk_size,
+            "dtype": str(form.dtype).removeprefix("torch."),
+            "chunks": self.chunks,
+            "chunks in the journal": self._pending.length,
+            "steps of the open chunk": len(self._open.stored),
+            **self._table.info(),
+        }
+
+    def close(self) -> None:
+        """Give up the right to write. What was appended is stored already."""
+        self.read_only = True
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        """Return the memory, to be closed at the end."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close it."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Say where it is and how large."""
+        return (
+            f"StoredMemory({self.uri!r}, steps={self.steps:,}, chunks={self.chunks:,}, "
+            f"chunk_size={self.chunk_size}, dim={self.dim}, dtype={self.stored_dtype})"
+        )
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise ValueError(f"memory: {self.uri!r} is open for reading only")
+
+    def _write(self, stored: Tensor, borders: tuple[int, ...]) -> None:
+        form = self._table.form
+        closed, rest = _close(self._open, stored, borders, form)
+        pending = self._pending + closed
+        if pending.stored.nbytes >= GROUP_BYTES:
+            self._commit(pending, rest)
+            pending = Chunks.none(form)
+        else:
+            episode = _first_episode(self._open, borders)
+            record = Record(self._open.next_step, episode, borders, stored.numpy().tobytes())
+            self._journal_end = self._journal.add(record.encode(), self._journal_end)
+        self._index.add(closed)
+        self._pending, self._open = pending, rest
+
+    def _commit(self, closed: Chunks, rest: _Open) -> None:
+        """Make chunks rows of the table, and the steps `rest` all that the journal holds."""
+        # The rest goes ahead: it counts from the moment that the table has what comes before it.
+        record = b""
+        end = self._journal_end
+        if len(rest.stored):
+            steps = rest.stored.numpy().tobytes()
+            record = Record(rest.first_step, rest.episode, (), steps).encode()
+            end = self._journal.add(record, end)
+        self._table.append(closed)
+        self._journal_end = end
+        # Should this fail, then the old one says the same, and what the table has now as well.
+        with contextlib.suppress(OSError):
+            self._journal_end = self._journal.replace(encode(self._table.generation, record))
+
+    def _load(self) -> None:
+        """Read what is stored: the journal first, which a writer changes after the table."""
+        form, generation = self._table.form, self._table.generation
+        journal = self._journal.read()
+        self._table.refresh()
+        if self._table.generation != generation:
+            self._cache = _Cache(form, self._cache.slots)
+            self._index = _Index(form)
+        self._index.truncate(self._table.length)
+        for chunks in self._table.chunks(self._index.length):
+            self._index.add(chunks)
+        self._pending = Chunks.none(form)
+        self._open = _Open(self._pending.stored.flatten(0, 1), *self._index.end())
+        records, end = decode(journal, self._table.generation)
+        is_whole = 0 < end == len(journal)
+        for record in records:
+            is_whole = self._replay(record) and is_whole
+        self._journal_end = end
+        if self.read_only or is_whole:
+            return
+        if not end:
+            self._journal_end = self._journal.replace(encode(self._table.generation, b""))
+        self._commit(self._pending, self._open)
+        self._pending = Chunks.none(form)
+
+    def _replay(self, record: Record) -> bool:
+        """Append what a record holds and the table does not; False where steps before it lack.
+
+        Then it is the rest of chunks that never reached the table, and nobody was told they had.
+        """
+        form = self._table.form
+        known = self._open.next_step - record.first_step
+        if known < 0:
+            return False
+        stored = torch.frombuffer(bytearray(record.steps), dtype=torch.uint8)
+        stored = stored.view(-1, form.step_bytes)[known:]
+        if len(stored):
+            begun = sum(0 < border <= known for border in record.borders)
+            borders = [border - known for border in record.borders if border > known]
+            if 0 <= self._open.episode < record.episode + begun:
+                borders.insert(0, 0)
+            closed, self._open = _close(self._open, stored, tuple(borders), form)
+            self._pending = self._pending + closed
+            self._index.add(closed)
+        return True
+
+
+def _first_episode(before: _Open, borders: tuple[int, ...]) -> int:
+    """Of the first step that comes after what is open."""
+    return max(before.episode + (borders[:1] == (0,)), 0)
+
+
+def _close(
+    before: _Open, stored: Tensor, borders: tuple[int, ...], form: Format
+) -> tuple[Chunks, _Open]:
+    """Return the chunks that the steps [T, step_bytes] close, and the chunk that is open then.
+
+    At each of `borders` an episode begins, and the chunk before it closes early.
+    """
+    size, held = form.chunk_size, len(before.stored)
+    sequence = torch.cat([before.stored, stored]) if held else stored
+    episode = before.episode if held else _first_episode(before, borders)
+    starts = [0, *(held + border for border in borders if held + border)]
+    ends: list[Tensor] = []
+    counts: list[Tensor] = []
+    episodes: list[Tensor] = []
+    rest = 0
+    for number, (start, end) in enumerate(zip(starts, [*starts[1:], len(sequence)], strict=True)):
+        is_last = number == len(starts) - 1
+        rest = (end - start) % size if is_last else 0
+        closes = torch.arange(start, end - rest, size) + size
+        ends.append(closes.clamp(max=end - rest))
+        counts.append((size - (closes - ends[-1])).int())
+        episodes.append(torch.full_like(closes, episode + number))
+    last, count, of_episode = torch.cat(ends), torch.cat(counts), torch.cat(episodes)
+    if (count == size).all():
+        chunks = sequence[: len(sequence) - rest].view(len(last), size, form.step_bytes)
+    else:
+        index = last[:, None] - size + torch.arange(size)
+        chunks = sequence[index.clamp(min=0)]
+        chunks[~step_mask(count, size)] = 0
+    closed = Chunks(
+        chunks,
+        form.summarise(chunks, count),
+        count,
+        of_episode,
+        before.first_step + last - count,
+    )
+    # A copy, so that it does not hold on to the whole sequence.
+    opened = sequence[len(sequence) - rest :].clone()
+    first = before.first_step + len(sequence) - rest
+    return closed, _Open(opened, first, episode + len(starts) - 1)
+
+
+class _Index:
+    """What is known of every chunk, in RAM."""
+
+    def __init__(self, form: Format):
+        self.length = 0
+        self._columns = Chunks.none(form)[1:]
+
+    @property
+    def summaries(self) -> Tensor:
+        """[M, D]."""
+        return self._columns[0][: self.length]
+
+    @property
+    def counts(self) -> Tensor:
+        """[M] int32."""
+        return self._columns[1][: self.length]
+
+    @property
+    def episodes(self) -> Tensor:
+        """[M] int64."""
+        return self._columns[2][: self.length]
+
+    def end(self) -> tuple[int, int]:
+        """Return the number of the step after the last chunk, and the episode of that chunk."""
+        if not self.length:
+            return 0, -1
+        _, counts, episodes, first_steps = (column[self.length - 1] for column in self._columns)
+        return int(first_steps + counts), int(episodes)
+
+    def add(self, chunks: Chunks) -> None:
+        """Add what `chunks` says, but for the steps."""
+        length = self.length + chunks.length
+        if length > len(self._columns[0]):
+            room = max(length, int(GROWTH * len(self._columns[0])))
+            self._columns = tuple(_grown(column, self.length, room) for column in self._columns)
+        for column, new in zip(self._columns, chunks[1:], strict=True):
+            column[self.length : length] = new
+        self.length = length
+
+    def truncate(self, length: int) -> None:
+        """Forget what comes after the first `length` chunks."""
+        self.length = min(self.length, length)
+
+
+def _grown(column: Tensor, length: int, room: int) -> Tensor:
+    # Pages that nothing is written to cost nothing.
+    grown = column.new_empty(room, *column.shape[1:])
+    grown[:length] = column[:length]
+    return grown
+
+
+class _Cache:
+    """The chunks that were used last."""
+
+    def __init__(self, form: Format, slots: int):
+        self.slots = slots
+        self._steps = torch.empty(slots, form.chunk_size, form.dim, dtype=form.given)
+        self._slot_of: OrderedDict[int, int] = OrderedDict()
+
+    def read(self, numbers: list[int], out: Tensor, wanted: Tensor) -> list[int]:
+        """Copy the wanted ones of these chunks to `out`; return the places of those not here."""
+        here: list[int] = []
+        slots: list[int] = []
+        missing: list[int] = []
+        for place, (number, is_wanted) in enumerate(zip(numbers, wanted.tolist(), strict=True)):
+            if is_wanted and number in self._slot_of:
+                self._slot_of.move_to_end(number)
+                here.append(place)
+                slots.append(self._slot_of[number])
+            elif is_wanted:
+                missing.append(place)
+        if len(here) == len(numbers):
+            torch.index_select(self._steps, 0, torch.tensor(slots, dtype=torch.int64), out=out)
+        elif here:
+            out[here] = self._steps[slots]
+        return missing
+
+    def write(self, numbers: list[int], steps: Tensor) -> None:
+        """Keep chunks, instead of those that were not used for longest."""
+        numbers, steps = numbers[-self.slots :], steps[-self.slots :]
+        if not self.slots:
+            return
+        slots: list[int] = []
+        for number in numbers:
+            full = len(self._slot_of) == self.slots
+            slot = self._slot_of.popitem(last=False)[1] if full else len(self._slot_of)
+            self._slot_of[number] = slot
+            slots.append(slot)
+        self._steps[slots] = steps
