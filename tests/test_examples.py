@@ -11,10 +11,10 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(name: str) -> str:
+def run(name: str, *options: str) -> str:
     # Warnings of imported packages are theirs; ours are of class UserWarning.
     done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", EXAMPLES / name],
+        [sys.executable, "-W", "error::UserWarning", *options, EXAMPLES / name],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -26,7 +26,7 @@ def run(name: str) -> str:
 
 def test_every_example_has_a_test() -> None:
     names = {path.name for path in EXAMPLES.glob("*.py")}
-    assert names == {"01_attention.py", "02_streaming.py", "03_train_ballet.py"}
+    assert names == {"01_attention.py", "02_streaming.py", "03_train_ballet.py", "04_sharded.py"}
 
 
 def test_attention_learns_to_keep_the_right_chunk() -> None:
@@ -54,3 +54,19 @@ def test_training_goes_through_all_parts() -> None:
     printed = run("03_train_ballet.py")
     assert "unseen episodes: success" in printed
     assert "checkpoint.safetensors config.json curve.png" in printed
+
+
+def test_two_processes_recall_what_one_does() -> None:
+    distributed = pytest.importorskip("torch.distributed")
+    if not (distributed.is_available() and distributed.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    printed = run("04_sharded.py", *torchrun)
+    assert "rank 0 of 2 holds 63 of 125 chunks" in printed
+    assert "rank 1 of 2 holds 62 of 125 chunks" in printed
+    recalled = re.findall(r"(\d+) of the 20 that were recalled", printed)
+    assert sum(map(int, recalled)) == 20
+    apart = re.findall(r"(\S+) from those of one process", printed)
+    assert len(apart) == 2 and all(float(number) < 1e-5 for number in apart)
+    # 4 scores, 4 numbers and 4 heads of 32, of 4 bytes each.
+    assert "a query hands 544 bytes to the others" in printed

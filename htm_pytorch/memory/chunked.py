@@ -463,6 +463,14 @@ class _Plan(NamedTuple):
         steps = self.at(length - count[:, None] + slot)
         return steps.masked_fill((slot >= count[:, None])[..., None], 0.0)
 
+    def only(self, chosen: Tensor) -> "_Plan":
+        """Return the plan with the chunks `chosen` [B, M'] bool, of those that close, alone."""
+        closings = chosen.sum(1)
+        most = int(closings.max()) if closings.numel() else 0
+        order = (~chosen).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
+        end, length = self.end.gather(1, order), self.length.gather(1, order)
+        return self._replace(closings=closings, end=end, length=length)
+
     def close(self) -> "_Closed":
         """Gather the closed chunks; a short one holds its steps at its newest end."""
         size = self.sequence.shape[1] - self.last_first.shape[1]

@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from htm_pytorch.memory import ChunkedMemory, Home, Steps
+from htm_pytorch.memory import ChunkedMemory, Home, ShardedMemory, Steps
 from htm_pytorch.ops import Impl, Recall, attend, attend_with_weights, check_impl
 from htm_pytorch.shapes import (
     check_at_least,
@@ -17,6 +17,9 @@ from htm_pytorch.shapes import (
     check_mask,
     check_tensor,
 )
+
+Memories = Tensor | ChunkedMemory | ShardedMemory | Home
+"""What a layer attends to."""
 
 
 class HTMAttention(nn.Module):
@@ -92,7 +95,7 @@ class HTMAttention(nn.Module):
     def forward(
         self,
         queries: Tensor,
-        memories: Tensor | ChunkedMemory | Home,
+        memories: Memories,
         mask: Tensor | None = None,
         chunk_attn_mask: Tensor | None = None,
         *,
@@ -103,7 +106,7 @@ class HTMAttention(nn.Module):
     def forward(
         self,
         queries: Tensor,
-        memories: Tensor | ChunkedMemory | Home,
+        memories: Memories,
         mask: Tensor | None = None,
         chunk_attn_mask: Tensor | None = None,
         *,
@@ -113,7 +116,7 @@ class HTMAttention(nn.Module):
     def forward(
         self,
         queries: Tensor,
-        memories: Tensor | ChunkedMemory | Home,
+        memories: Memories,
         mask: Tensor | None = None,
         chunk_attn_mask: Tensor | None = None,
         *,
@@ -124,7 +127,8 @@ class HTMAttention(nn.Module):
         Args:
             queries: [B, Q, D].
             memories: [B, N, D], oldest first, any N, cut into chunks from the newest end; or a
-                memory, in RAM or elsewhere. Batch 1 is shared by all queries without a copy.
+                memory, in RAM or elsewhere; or, on all ranks, a `ShardedMemory`. Batch 1 is shared
+                by all queries without a copy.
             mask: [B, N] bool, False for steps of a tensor that do not exist.
             chunk_attn_mask: [B, Q, M] bool, the chunks that each query may see.
             return_recall: also return which chunks and steps were recalled.
@@ -167,22 +171,25 @@ class HTMAttention(nn.Module):
         check_beside("queries", queries, self.to_summary_queries.weight)
 
     def _memory(
-        self, queries: Tensor, memories: Tensor | ChunkedMemory | Home, mask: Tensor | None
-    ) -> ChunkedMemory | Home | Steps:
+        self, queries: Tensor, memories: Memories, mask: Tensor | None
+    ) -> ChunkedMemory | ShardedMemory | Home | Steps:
         batch = queries.shape[0]
         if not isinstance(memories, Tensor):
             if mask is not None:
                 raise ValueError(f"mask: expected None beside a {type(memories).__name__}")
-            if not isinstance(memories, ChunkedMemory | Home):
+            if not isinstance(memories, ChunkedMemory | ShardedMemory | Home):
                 kind = type(memories).__name__
                 raise ValueError(f"memories: expected a tensor or a memory, got {kind}")
             if memories.dim != self.dim_memory:
                 raise ValueError(f"memories: expected width {self.dim_memory}, got {memories.dim}")
             if memories.batch not in (1, batch):
                 raise ValueError(f"memories: expected batch 1 or {batch}, got {memories.batch}")
-            if not isinstance(memories, ChunkedMemory):
+            if not isinstance(memories, ChunkedMemory | ShardedMemory):
                 return memories
-            check_device("memories", memories.contents, queries.device)
+            if memories.device != queries.device:
+                raise ValueError(
+                    f"memories: expected device {queries.device}, got {memories.device}"
+                )
             return memories.detach() if self.detach_memories else memories
         check_tensor("memories", memories, "B N D", D=self.dim_memory)
         check_floating("memories", memories)
@@ -259,7 +266,7 @@ class HTMBlock(nn.Module):
     def forward(
         self,
         queries: Tensor,
-        memories: Tensor | ChunkedMemory | Home,
+        memories: Memories,
         mask: Tensor | None = None,
         chunk_attn_mask: Tensor | None = None,
         *,
@@ -270,7 +277,7 @@ class HTMBlock(nn.Module):
     def forward(
         self,
         queries: Tensor,
-        memories: Tensor | ChunkedMemory | Home,
+        memories: Memories,
         mask: Tensor | None = None,
         chunk_attn_mask: Tensor | None = None,
         *,
@@ -280,7 +287,7 @@ class HTMBlock(nn.Module):
     def forward(
         self,
         queries: Tensor,
-        memories: Tensor | ChunkedMemory | Home,
+        memories: Memories,
         mask: Tensor | None = None,
         chunk_attn_mask: Tensor | None = None,
         *,

@@ -6,8 +6,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory import ChunkedMemory, Home, Steps
-from htm_pytorch.ops import blocked, homes, kernels, native, projected, reference
+from htm_pytorch.memory import ChunkedMemory, Home, ShardedMemory, Steps
+from htm_pytorch.ops import blocked, homes, kernels, native, projected, reference, sharded
 from htm_pytorch.shapes import (
     check_at_least,
     check_device,
@@ -19,7 +19,7 @@ from htm_pytorch.shapes import (
 
 RecallImpl = Literal["auto", "reference", "blocked", "native"]
 Impl = Literal["auto", "reference", "blocked", "native", "projected"]
-Memory = ChunkedMemory | Steps | Home
+Memory = ChunkedMemory | ShardedMemory | Steps | Home
 """What can be recalled from."""
 
 
@@ -58,13 +58,16 @@ def recall(
         route: [B, Q, D].
         probe: [B, Q, H, D], of the dtype of `route`.
         memory: of batch B, or 1 to be shared. Its dtype may differ. From one that lies elsewhere
-            only the chunks that are kept are fetched; no gradient reaches it.
+            only the chunks that are kept are fetched; no gradient reaches it. A `ShardedMemory` is
+            given on all ranks, beside arguments that are the same on all.
         k: how many chunks a query keeps, >= 1; all there are where there are fewer.
         positions: [C, D], added to the steps of every chunk.
         chunk_mask: [B, Q, M] bool, the chunks each query may see (of those that are valid).
         impl: "native" (a compiled kernel, on the CPU), "blocked" (plain PyTorch on any device, a
             few queries at a time), "reference" (gathers all kept steps) or "auto". A named one
             never falls back. Only "reference" has second derivatives and works under `torch.func`.
+            Over a `ShardedMemory` it says how a rank does its part: not "blocked", and neither
+            second derivatives nor `torch.func`.
 
     Returns:
         context [B, Q, H, D] in the dtype of `probe`; scores and softmaxes are at least float32.
@@ -74,10 +77,15 @@ def recall(
 
     Raises:
         ValueError: names the argument, what came and what was expected.
+        ShardError: a rank of a `ShardedMemory` is gone or did not come in time.
     """
-    check_impl(impl, RecallImpl)
-    _check(route, memory, k, positions, chunk_mask)
-    _check_beside(route, "probe", probe, "B Q H D", D=memory.dim)
+    with _together(memory):
+        check_impl(impl, RecallImpl)
+        _check(route, memory, k, positions, chunk_mask)
+        _check_beside(route, "probe", probe, "B Q H D", D=memory.dim)
+        _check_sharded(memory, impl, route)
+    if isinstance(memory, ShardedMemory):
+        return _recall_sharded(route, probe, memory, k, positions, chunk_mask, impl).context
     at_hand, chunk_mask, _ = _at_hand(route, memory, k, chunk_mask)
     return _recall(route, probe, at_hand, k, positions, chunk_mask, impl)[0]
 
@@ -92,12 +100,20 @@ def recall_with_weights(
     chunk_mask: Tensor | None = None,
 ) -> tuple[Tensor, Recall]:
     """Do what `recall` does and also return what was recalled, computed plainly."""
-    _check(route, memory, k, positions, chunk_mask)
-    _check_beside(route, "probe", probe, "B Q H D", D=memory.dim)
+    with _together(memory):
+        _check(route, memory, k, positions, chunk_mask)
+        _check_beside(route, "probe", probe, "B Q H D", D=memory.dim)
+        _check_sharded(memory, "reference", route)
+    if isinstance(memory, ShardedMemory):
+        shared = _recall_sharded(
+            route, probe, memory, k, positions, chunk_mask, "reference", with_weights=True
+        )
+        assert shared.step_weights is not None
+        return shared.context, Recall(shared.chunks, shared.chunk_weights, shared.step_weights)
     at_hand, chunk_mask, numbers = _at_hand(route, memory, k, chunk_mask)
     chunked = at_hand.chunked() if isinstance(at_hand, Steps) else at_hand
     with _no_autocast(route.device.type):
-        exact_route, exact_probe, places = _exact(at_hand, route, probe, positions)
+        exact_route, exact_probe, places = _exact(chunked, route, probe, positions)
         context, picked, weights, step_weights = reference.recall(
             exact_route, exact_probe, chunked, k, places, chunk_mask
         )
@@ -136,13 +152,20 @@ def attend(
         positions: see above.
         chunk_mask: see above.
         scale: of the logits; default E^-1/2.
-        impl: as for `recall`, or "projected" (the kept chunks once, by the compiled kernel).
+        impl: as for `recall`, or "projected" (the kept chunks once, by the compiled kernel; not
+            over a `ShardedMemory`).
 
     Returns:
         attended [B, Q, H, E], and [B, Q] bool, whether a query saw any chunk.
     """
-    check_impl(impl, Impl)
-    factor = _check_attend(route, queries, projections, memory, k, positions, chunk_mask, scale)
+    with _together(memory):
+        check_impl(impl, Impl)
+        factor = _check_attend(route, queries, projections, memory, k, positions, chunk_mask, scale)
+        _check_sharded(memory, impl, route)
+    if isinstance(memory, ShardedMemory):
+        probe = _absorb(queries * factor, projections)
+        shared = _recall_sharded(route, probe, memory, k, positions, chunk_mask, impl)
+        return _read(shared.context, projections), (shared.chunks >= 0).any(-1)
     memory, chunk_mask, _ = _at_hand(route, memory, k, chunk_mask)
     if impl in ("auto", "projected") and _uses_kernel(impl, route):
         with _no_autocast(route.device.type):
@@ -175,7 +198,8 @@ def attend_with_weights(
     scale: float | None = None,
 ) -> tuple[Tensor, Recall]:
     """Do what `attend` does and return what was recalled, computed plainly."""
-    factor = _check_attend(route, queries, projections, memory, k, positions, chunk_mask, scale)
+    with _together(memory):
+        factor = _check_attend(route, queries, projections, memory, k, positions, chunk_mask, scale)
     probe = _absorb(queries * factor, projections)
     context, recalled = recall_with_weights(
         route, probe, memory, k, positions=positions, chunk_mask=chunk_mask
@@ -184,7 +208,7 @@ def attend_with_weights(
 
 
 def _at_hand(
-    route: Tensor, memory: Memory, k: int, chunk_mask: Tensor | None
+    route: Tensor, memory: ChunkedMemory | Steps | Home, k: int, chunk_mask: Tensor | None
 ) -> tuple[ChunkedMemory | Steps, Tensor | None, Tensor | None]:
     """Return a memory in RAM, the mask of its chunks, and their numbers if they are others."""
     if isinstance(memory, ChunkedMemory | Steps):
@@ -233,6 +257,31 @@ def _recall(
         return context.to(probe.dtype), picked
 
 
+def _recall_sharded(
+    route: Tensor,
+    probe: Tensor,
+    memory: ShardedMemory,
+    k: int,
+    positions: Tensor | None,
+    chunk_mask: Tensor | None,
+    impl: str,
+    with_weights: bool = False,
+) -> sharded.Recalled:
+    with_kernel = impl != "reference" and _uses_kernel(impl, route)
+    with _no_autocast(route.device.type):
+        recalled = sharded.recall(
+            route,
+            probe,
+            memory,
+            k,
+            positions,
+            chunk_mask,
+            with_kernel=with_kernel,
+            with_weights=with_weights,
+        )
+    return recalled._replace(context=recalled.context.to(probe.dtype))
+
+
 def _uses_kernel(impl: str, route: Tensor) -> bool:
     """Whether the compiled kernel can serve; a named implementation that cannot says so."""
     if impl == "auto":
@@ -271,6 +320,26 @@ def _check_attend(
     return float(width**-0.5) if scale is None else scale
 
 
+def _together(memory: Memory) -> AbstractContextManager[object]:
+    """Where the ranks of a memory tell each other of arguments that they refuse."""
+    if isinstance(memory, ShardedMemory):
+        return memory.peers.refusing(memory.device)
+    return nullcontext()
+
+
+def _check_sharded(memory: Memory, impl: str, route: Tensor) -> None:
+    if not isinstance(memory, ShardedMemory):
+        return
+    if impl not in ("auto", "native", "reference"):
+        raise ValueError(
+            f"impl: expected 'auto', 'native' or 'reference' over a ShardedMemory, got {impl!r}"
+        )
+    if is_transformed():
+        raise ValueError("memory: expected no ShardedMemory under a torch.func transform, got one")
+    if impl == "native":
+        _uses_kernel(impl, route)
+
+
 def _check(
     route: Tensor,
     memory: Memory,
@@ -278,9 +347,10 @@ def _check(
     positions: Tensor | None,
     chunk_mask: Tensor | None,
 ) -> None:
-    if not isinstance(memory, ChunkedMemory | Steps | Home):
+    if not isinstance(memory, Memory):
         raise ValueError(
-            f"memory: expected a ChunkedMemory, Steps or another Home, got {type(memory).__name__}"
+            "memory: expected a ChunkedMemory, ShardedMemory, Steps or another Home, "
+            f"got {type(memory).__name__}"
         )
     if isinstance(memory, Steps):
         memory.check()
@@ -290,7 +360,8 @@ def _check(
     check_at_least("k", k, 1)
     if memory.batch not in (1, batch):
         raise ValueError(f"memory: expected batch 1 or {batch}, got {memory.batch}")
-    if isinstance(memory, ChunkedMemory | Steps) and memory.device != route.device:
+    is_elsewhere = not isinstance(memory, ChunkedMemory | ShardedMemory | Steps)
+    if not is_elsewhere and memory.device != route.device:
         raise ValueError(f"memory: expected device {route.device}, got {memory.device}")
     if positions is not None:
         check_tensor("positions", positions, "C D", C=memory.chunk_size, D=dim)

@@ -53,21 +53,31 @@ def recall(
     All of one dtype, which is at least float32.
     """
     picked = select(route, memory, k, chunk_mask)
-    row = torch.arange(memory.batch, device=route.device)[:, None, None]
-    kept = picked.kept
     weights = chunk_weights(route, memory, picked)
+    context, step_weights = attend(probe, memory, positions, picked, weights)
+    return context, picked, weights, step_weights
 
-    step_mask = kept[..., None].expand(*kept.shape, memory.chunk_size)
+
+def attend(
+    probe: Tensor,
+    memory: ChunkedMemory,
+    positions: Tensor | None,
+    picked: Selection,
+    weights: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return context [B, Q, H, D] and step weights, inside the picked chunks of these weights."""
+    row = torch.arange(memory.batch, device=probe.device)[:, None, None]
+    step_mask = picked.kept[..., None].expand(*picked.kept.shape, memory.chunk_size)
     if memory.step_mask is not None:
         step_mask = step_mask & memory.step_mask[row, picked.chunks]
     steps = memory.contents[row, picked.chunks].masked_fill(~step_mask[..., None], 0.0)
-    steps = steps.to(route.dtype)
+    steps = steps.to(probe.dtype)
     if positions is not None:
         steps = steps + positions
     step_logits = torch.einsum("bqhd,bqkcd->bqhkc", probe, steps)
     step_weights = masked_softmax(step_logits, step_mask[:, :, None])
     context = torch.einsum("bqk,bqhkc,bqkcd->bqhd", weights, step_weights, steps)
-    return context, picked, weights, step_weights
+    return context, step_weights
 
 
 def chunk_weights(route: Tensor, memory: ChunkedMemory, picked: Selection) -> Tensor:

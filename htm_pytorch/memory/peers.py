@@ -1,0 +1,149 @@
+"""The ranks that share a memory, and collectives that end within a set time."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+HEADER = 16
+"""Numbers (int64) in the header that ranks compare before they exchange data."""
+_OPERATIONS = ("ShardedMemory", "recall", "recall_with_weights")
+# What stands in a header for what is no number, counted down from -1.
+_WORDS = (None, torch.float32, torch.float64, torch.bfloat16, torch.float16, *_OPERATIONS)
+
+
+class ShardError(RuntimeError):
+    """A collective did not end: a rank is gone, or did not come within the timeout."""
+
+
+class Peers:
+    """The ranks of a process group; each collective is waited for at most `timeout` seconds.
+
+    After a `ShardError` the group is of no further use: ranks may be at different places.
+
+    Args:
+        group: a process group that this process belongs to; None: the default one.
+        timeout: seconds.
+
+    Raises:
+        ValueError: `group` or `timeout` is not what is expected.
+    """
+
+    def __init__(self, group: "dist.ProcessGroup | None", timeout: float):
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError(
+                "group: expected torch.distributed to be initialised; call init_process_group first"
+            )
+        if group is None:
+            group = dist.group.WORLD
+        if not isinstance(group, dist.ProcessGroup):
+            raise ValueError(f"group: expected one that this process belongs to, got {group!r}")
+        is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+        if not is_number or not 0 < timeout < math.inf:
+            raise ValueError(f"timeout: expected seconds > 0, got {timeout!r}")
+        self.group = group
+        self.timeout = timeout
+        self.rank = group.rank()
+        self.size = group.size()
+
+    def all_gather(self, what: str, tensor: Tensor) -> Tensor:
+        """Return the tensors of all ranks, [R, ...]; `what` is for the error.
+
+        Raises:
+            ShardError: not all ranks came in time.
+        """
+        gathered = tensor.new_empty(self.size, *tensor.shape)
+        if tensor.numel():
+            parts, own = list(gathered.unbind(0)), tensor.contiguous()
+            self._finish(f"all_gather of {what}", self.group.allgather, parts, own)
+        return gathered
+
+    def all_reduce(self, what: str, tensor: Tensor) -> None:
+        """Add the contiguous tensors of all ranks, in place; `what` is for the error.
+
+        Raises:
+            ShardError: not all ranks came in time.
+        """
+        if tensor.numel():
+            self._finish(f"all_reduce of {what}", self.group.allreduce, tensor)
+
+    def agree(
+        self,
+        operation: str,
+        same: Mapping[str, int | torch.dtype | None],
+        own: Sequence[int],
+        device: torch.device,
+    ) -> list[list[int]]:
+        """Compare the arguments of all ranks before any data is exchanged.
+
+        Args:
+            operation: what this rank is about to do.
+            same: by argument, what must be the same on all ranks.
+            own: numbers that may differ, which every rank shall know.
+            device: where tensors of this group live.
+
+        Returns:
+            `own` of every rank, by rank.
+
+        Raises:
+            ValueError: on all ranks; names the argument, or the ranks that refused theirs.
+            ShardError: not all ranks came in time.
+        """
+        compared = {"operation": operation, **same}
+        headers = self._headers([0, *map(_encode, compared.values()), *own], device)
+        refused = [rank for rank, header in enumerate(headers) if header[0]]
+        if refused:
+            raise ValueError(f"arguments: refused on rank {refused}, where the error says why")
+        for column, name in enumerate(compared, 1):
+            numbers = [header[column] for header in headers]
+            for rank, number in enumerate(numbers):
+                if number != numbers[0]:
+                    raise ValueError(
+                        f"{name}: expected the same on all ranks, got {_decode(numbers[0])} "
+                        f"on rank 0 and {_decode(number)} on rank {rank}"
+                    )
+        first = 1 + len(compared)
+        return [header[first : first + len(own)] for header in headers]
+
+    @contextmanager
+    def refusing(self, device: torch.device) -> Iterator[None]:
+        """Tell the other ranks of an error inside, so that they raise a ValueError and do not wait.
+
+        They hear of it in `agree`, which must be their next exchange.
+        """
+        try:
+            yield
+        except Exception:
+            with suppress(ShardError):
+                self._headers([1], device)
+            raise
+
+    def _headers(self, numbers: list[int], device: torch.device) -> list[list[int]]:
+        padded = numbers + [0] * (HEADER - len(numbers))
+        header = torch.tensor(padded, dtype=torch.int64, device=device)
+        return self.all_gather("the header", header).tolist()
+
+    def _finish(self, what: str, start: Callable[..., Any], *tensors: Any) -> None:
+        limit = timedelta(seconds=self.timeout)
+        try:
+            # The limit twice: a backend may heed it where work begins or where it is awaited.
+            start(*tensors, timeout=limit).wait(limit)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()
+            raise ShardError(
+                f"{what}: rank {self.rank} of {self.size} did not hear from all others within "
+                f"{self.timeout:g} s, or one of them is gone ({reason[0] if reason else error!r})"
+            ) from error
+
+
+def _encode(value: object) -> int:
+    return value if isinstance(value, int) else -1 - _WORDS.index(value)
+
+
+def _decode(number: int) -> object:
+    return number if number >= 0 else _WORDS[-1 - number]

@@ -1,0 +1,244 @@
+"""`ShardedMemory`: one memory of which every rank of a process group holds a part."""
+
+import copy
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from htm_pytorch.memory.chunked import ChunkedMemory, _Plan
+from htm_pytorch.memory.home import Home
+from htm_pytorch.memory.peers import Peers
+
+
+class ShardedMemory:
+    """A memory whose chunk g is held by rank g % R, as that rank's chunk g // R.
+
+    Every rank makes one around its own part and then calls the same methods and the same layers
+    with the same arguments, in the same order: queries, results and parameters are on all ranks
+    alike, chunks are not. `recall` over it equals `recall` over the whole memory in one process.
+    Like a `ChunkedMemory` it is a value: `append` returns a new one.
+
+    Ranks may hold different numbers of chunks, or none. A number g with no chunk behind it counts
+    as a chunk that is not valid.
+
+    Args:
+        local: this rank's part, of the same batch, chunk size, width and dtype on every rank; a
+            `ChunkedMemory`, or another `Home` that keeps all whole chunks appended to it. One that
+            changes in place is not a value: use only the newest memory around it.
+        group: the process group (gloo for the CPU, NCCL for CUDA); None: the default one.
+        timeout: seconds that any exchange with the other ranks may take.
+
+    Raises:
+        ValueError: on all ranks, where their parts do not fit each other.
+        ShardError: not all ranks came in time.
+    """
+
+    def __init__(
+        self,
+        local: ChunkedMemory | Home,
+        group: "dist.ProcessGroup | None" = None,
+        *,
+        timeout: float = 60.0,
+    ):
+        self.peers = Peers(group, timeout)
+        if not isinstance(local, ChunkedMemory | Home):
+            kind = type(local).__name__
+            raise ValueError(f"local: expected a ChunkedMemory or another Home, got {kind}")
+        self.local = local
+        in_memory = isinstance(local, ChunkedMemory)
+        same = {
+            "local.batch": local.batch,
+            "local.chunk_size": local.chunk_size,
+            "local.dim": local.dim,
+            "local.dtype": local.dtype,
+            "local.summaries.dtype": local.summaries.dtype,
+            "local (a ChunkedMemory)": in_memory,
+            "local.keep_across_episodes": in_memory and local.keep_across_episodes,
+        }
+        numbers = self.peers.agree("ShardedMemory", same, [local.chunks], local.device)
+        self.sizes = tuple(chunks for (chunks,) in numbers)
+        """Chunks of every rank, by rank."""
+        self.appended = 0
+        """Steps appended since this was made; as many on all ranks, or `recall` complains."""
+        self._next, self._open = self._where_to_write()
+
+    @classmethod
+    def split(
+        cls,
+        whole: ChunkedMemory,
+        group: "dist.ProcessGroup | None" = None,
+        *,
+        timeout: float = 60.0,
+    ) -> Self:
+        """Return the sharded form of `whole`, which every rank has: each keeps a copy of its part.
+
+        Args:
+            whole: the same on all ranks.
+            group: as for the class.
+            timeout: as for the class.
+        """
+        peers = Peers(group, timeout)
+        own = slice(peers.rank, None, peers.size)
+        step_mask = None if whole.step_mask is None else whole.step_mask[:, own].contiguous()
+        local = whole._replace(
+            contents=whole.contents[:, own].contiguous(),
+            summaries=whole.summaries[:, own].contiguous(),
+            valid=whole.valid[:, own].contiguous(),
+            step_mask=step_mask,
+        )
+        before = _held_before(whole.next_slot, peers.rank, peers.size)
+        sharded = cls(
+            local._replace(next_slot=before % max(local.chunks, 1)), group, timeout=timeout
+        )
+        if sharded._next is not None:
+            # Exactly, where the parts do not say.
+            sharded._next = whole.next_slot
+        return sharded
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.local.batch
+
+    @property
+    def chunks(self) -> int:
+        """M, the least number that is above every g with a chunk behind it."""
+        ranks = self.peers.size
+        ends = (rank + 1 + (n - 1) * ranks for rank, n in enumerate(self.sizes) if n)
+        return max(ends, default=0)
+
+    @property
+    def chunk_size(self) -> int:
+        """C."""
+        return self.local.chunk_size
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.local.dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the steps."""
+        return self.local.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of this rank's tensors."""
+        return self.local.device
+
+    def append(self, steps: Tensor, is_first: Tensor | None = None) -> Self:
+        """Return the memory after `steps` [B, T, D], which every rank must be given alike.
+
+        Nothing is sent. Every rank holds the open chunk, of less than C steps a row, and so knows
+        which chunks close and whose they are; only the owner keeps a closed chunk. Slots are those
+        of a `ChunkedMemory` with the chunks of all ranks, whose ring forgets its oldest chunk. In
+        another `Home`, which should begin with no open chunk, nothing is forgotten; steps that are
+        not yet a whole chunk are in RAM alone.
+
+        Args:
+            steps: as for `ChunkedMemory.append`. Gradients flow to them from the chunks that this
+                rank keeps; their sum over the ranks is the gradient of one process.
+            is_first: [B, T] bool, as for `ChunkedMemory.append`; None where `local` is not one.
+
+        Raises:
+            ValueError: an argument, or parts that are not those of one memory dealt out in turn.
+        """
+        if self._next is None:
+            raise ValueError(
+                "append: expected chunks dealt out in turn, chunk g on rank g % R, at least one a "
+                f"rank, and one open chunk; got parts of {_spell(self.sizes)} chunks"
+            )
+        new = copy.copy(self)
+        if self._open is None:
+            assert isinstance(self.local, ChunkedMemory)
+            plan = self.local._plan(steps, is_first)
+            new.local = self.local._after(plan.only(self._is_mine(plan)))
+            new._next = (self._next + plan.closings) % self.chunks
+            new.appended += steps.shape[1]
+            return new
+        if is_first is not None:
+            kind = type(self.local).__name__
+            raise ValueError(f"is_first: expected None for parts that are a {kind}, got a tensor")
+        plan = self._open._plan(steps, None)
+        # All rows are in step, since no episode ends.
+        closed = int(plan.closings.max())
+        mine = plan.only(self._is_mine(plan))
+        new._open = self._open._replace(
+            open_steps=plan.newest(plan.count_after).detach(), open_count=plan.count_after
+        )
+        if mine.end.shape[1]:
+            new.local = self.local.append(mine.close().contents.detach().flatten(1, 2))
+        total = sum(self.sizes) + closed
+        new.sizes = tuple(len(range(r, total, self.peers.size)) for r in range(self.peers.size))
+        new._next = self._next + closed
+        new.appended += steps.shape[1]
+        if new.local.chunks != new.sizes[self.peers.rank]:
+            raise RuntimeError(
+                f"local.append: expected {new.sizes[self.peers.rank]} chunks after it, "
+                f"got {new.local.chunks}"
+            )
+        return new
+
+    def detach(self) -> Self:
+        """Return the memory cut from the graph that its steps came from."""
+        if not isinstance(self.local, ChunkedMemory):
+            return self
+        new = copy.copy(self)
+        new.local = self.local.detach()
+        return new
+
+    def own_columns(self, mask: Tensor | None) -> Tensor | None:
+        """Return the columns of `mask` [B, Q, M] that are this rank's chunks."""
+        if mask is None:
+            return None
+        return mask[:, :, self.peers.rank :: self.peers.size][:, :, : self.local.chunks]
+
+    def _where_to_write(self) -> tuple[Tensor | None, ChunkedMemory | None]:
+        """The number of the next chunk [B], and the open chunk where `local` cannot hold it.
+
+        The number is None where there is no such: then the memory can be read only.
+        """
+        ranks, total, local = self.peers.size, sum(self.sizes), self.local
+        dealt = [len(range(rank, total, ranks)) for rank in range(ranks)]
+        in_turn = list(self.sizes) == dealt
+        if not isinstance(local, ChunkedMemory):
+            kinds = {"dtype": local.dtype, "device": local.device}
+            opened = ChunkedMemory.empty(local.batch, 1, local.chunk_size, local.dim, **kinds)
+            return (opened.next_slot + total if in_turn else None), opened
+        state = torch.stack([local.next_slot, local.open_count])
+        slots, counts = self.peers.all_gather("the rings' positions", state).unbind(1)
+        if not in_turn or min(dealt) == 0 or not (counts == counts[0]).all():
+            return None, None
+        # The ring stands where every rank has been dealt as many chunks as it says: at one of
+        # the R numbers after the one that was rank 0's last. All full with one chunk each says
+        # nothing; then the first.
+        first = (slots[0] - 1) % dealt[0] * ranks + 1
+        number = (first[:, None] + torch.arange(ranks, device=first.device)) % total
+        every = torch.arange(ranks, device=first.device)[:, None, None]
+        before = _held_before(number, every, ranks)
+        fits = (before % torch.tensor(dealt, device=first.device)[:, None, None]) == slots[
+            ..., None
+        ]
+        number = number.masked_fill(~fits.all(0), total).amin(1)
+        return (number if bool((number < total).all()) else None), None
+
+    def _is_mine(self, plan: _Plan) -> Tensor:
+        """Return which of the chunks that close [B, M'] this rank keeps."""
+        assert self._next is not None
+        order = torch.arange(plan.end.shape[1], device=plan.end.device)
+        slot = self._next[:, None] + order
+        if self._open is None:
+            slot = slot % self.chunks
+        return (slot % self.peers.size == self.peers.rank) & (order < plan.closings[:, None])
+
+
+def _held_before(number: Tensor, rank: int | Tensor, ranks: int) -> Tensor:
+    """How many of the chunks below `number` rank `rank` holds."""
+    return (number - rank + ranks - 1).clamp(min=0) // ranks
+
+
+def _spell(sizes: tuple[int, ...]) -> str:
+    return str(list(sizes)) if len(sizes) <= 16 else f"{min(sizes)} to {max(sizes)}"

@@ -1,0 +1,369 @@
+"""`recall` over a memory that is shared out among ranks: best scores gathered, contexts summed.
+
+Each rank picks the k best of its own chunks and sends their scores. All ranks then know the k best
+of all, and each attends inside those that it holds; the sum of the contexts is the result. Chunks
+stay where they are. Queries and results are the same on all ranks, so gradients of what every rank
+was given are summed on the way back. Exchanges are written with plain collectives.
+"""
+
+from functools import reduce
+from operator import or_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from htm_pytorch.memory import ChunkedMemory, ShardedMemory
+from htm_pytorch.memory.peers import HEADER, Peers
+from htm_pytorch.ops import native, reference
+
+_ROUTE, _PROBE, _POSITIONS, _MEMORY = 1, 2, 4, 8
+
+
+class Recalled(NamedTuple):
+    """The same on all ranks, in the dtype of sums."""
+
+    context: Tensor
+    """[B, Q, H, D]."""
+    chunks: Tensor
+    """[B, Q, K] int64, numbers among all ranks' chunks, best first; -1 where there are fewer."""
+    chunk_weights: Tensor
+    """[B, Q, K]."""
+    step_weights: Tensor | None
+    """[B, Q, H, K, C]; None where not asked for."""
+
+
+class Exchanged(NamedTuple):
+    """Bytes that one rank hands to the collectives of one call of `recall`."""
+
+    header: int
+    """Gathered: what the ranks compare first."""
+    scores: int
+    """Gathered: k scores and k chunk numbers a query."""
+    contexts: int
+    """Summed: H * D numbers a query."""
+    gradients: int
+    """Summed on the way back: H * D + D + k numbers a query, and C * D for the positions."""
+
+
+def exchanged_bytes(
+    queries: int,
+    heads: int,
+    dim: int,
+    k: int,
+    *,
+    word: int = 4,
+    gradients: bool = False,
+    positions: int = 0,
+) -> Exchanged:
+    """Return the bytes that one rank hands to the collectives of one call; no chunk is among them.
+
+    Args:
+        queries: B * Q.
+        heads: H.
+        dim: D.
+        k: chunks a query keeps; the most that one rank holds, if that is less.
+        word: bytes of a number in the dtype of sums, 4 or 8.
+        gradients: whether route, probe and positions get gradients.
+        positions: C where positions get gradients, else 0.
+    """
+    context = heads * dim
+    backward = queries * (context + dim + k) + positions * dim if gradients else 0
+    return Exchanged(
+        header=8 * HEADER,
+        scores=queries * 2 * k * word,
+        contexts=queries * context * word,
+        gradients=backward * word,
+    )
+
+
+def recall(
+    route: Tensor,
+    probe: Tensor,
+    memory: ShardedMemory,
+    k: int,
+    positions: Tensor | None,
+    chunk_mask: Tensor | None,
+    *,
+    with_kernel: bool,
+    with_weights: bool = False,
+) -> Recalled:
+    """Compute what `reference.recall` computes over the chunks of all ranks.
+
+    Args:
+        route: [B, Q, D]; like the other arguments, the same on all ranks.
+        probe: [B, Q, H, D].
+        memory: this rank's.
+        k: chunks a query keeps.
+        positions: [C, D].
+        chunk_mask: [B, Q, M].
+        with_kernel: whether this rank does its part by the compiled kernel.
+        with_weights: whether to return the weights inside chunks, which are then summed as well.
+
+    Raises:
+        ValueError: on all ranks, where their arguments differ.
+        ShardError: not all ranks came in time.
+    """
+    peers, local = memory.peers, memory.local
+    needs = _agree(route, probe, memory, k, positions, chunk_mask, with_weights)
+    dtypes = (memory.dtype, local.summaries.dtype, route.dtype)
+    dtype = reduce(torch.promote_types, dtypes, torch.float32)
+    route, probe = route.to(dtype), probe.to(dtype)
+    positions = None if positions is None else positions.to(dtype)
+
+    (route,) = _to_ranks(peers, (route, needs & _ROUTE))
+    picked = _pick(route, local, min(k, local.chunks), memory.own_columns(chunk_mask), with_kernel)
+    scores = _score(route, local, picked)
+    in_order = order(scores.detach(), picked, picked.shape[2])
+    picked, scores = picked.gather(2, in_order), scores.gather(2, in_order)
+    missing = (0, min(k, max(memory.sizes)) - picked.shape[2])
+    scores, chunks = _Gather.apply(
+        peers, pad(scores, missing, value=-torch.inf), pad(picked, missing, value=-1)
+    )
+    best = choose(scores.detach(), chunks, min(k, memory.chunks))
+    chunks = chunks.flatten(2).gather(2, best)
+    kept = chunks >= 0
+    weights = reference.masked_softmax(scores.flatten(2).gather(2, best), kept)
+
+    mine = kept & (chunks % peers.size == peers.rank)
+    picked = torch.where(mine, chunks // peers.size, -1)
+    probe, shares, positions = _to_ranks(
+        peers,
+        (probe, needs & _PROBE),
+        (weights, needs & (_ROUTE | _MEMORY)),
+        (positions, needs & _POSITIONS),
+    )
+    shares = shares.masked_fill(~mine, 0.0)
+    with_kernel = with_kernel and not with_weights
+    context, step_weights = _attend(probe, local, positions, picked, shares, with_kernel)
+    context = _Sum.apply(peers, "contexts", context)
+    step_weights = _Sum.apply(peers, "step weights", step_weights) if with_weights else None
+    return Recalled(context, chunks, weights, step_weights)
+
+
+def choose(scores: Tensor, chunks: Tensor, k: int) -> Tensor:
+    """Return where the k best of all ranks' lists [B, Q, R, S] are in [B, Q, R * S], best first.
+
+    Each list is in order itself, as `order` makes it: falling scores, of equals the lower number
+    first, as in one process; last the places with no chunk, of number -1.
+    """
+    ranks, width = scores.shape[2:]
+    if not 0 < k < ranks:
+        return order(scores.flatten(2), chunks.flatten(2), k)
+    # The best k are with those k ranks whose best one is best: of many ranks few are looked at.
+    first = order(scores[..., 0], chunks[..., 0], k)[..., None] * width
+    at = (first + torch.arange(width, device=scores.device)).flatten(2)
+    best = order(scores.flatten(2).gather(2, at), chunks.flatten(2).gather(2, at), k)
+    return at.gather(2, best)
+
+
+def order(scores: Tensor, numbers: Tensor, k: int) -> Tensor:
+    """Return where the k best of [B, Q, X] are, best first; see `choose`."""
+    last = torch.iinfo(numbers.dtype).max
+    numbers = numbers.masked_fill(numbers < 0, last)
+    # NaN counts as best, as in topk.
+    scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    border = scores.topk(k).values[..., -1:] if k else scores[..., :0]
+    # All above the border, then of those on it the lowest numbers.
+    rank = numbers.masked_fill(scores > border, -1).masked_fill(scores < border, last)
+    chosen = rank.topk(k, largest=False).indices
+    chosen = chosen.gather(2, numbers.gather(2, chosen).argsort(dim=-1))
+    by_score = scores.gather(2, chosen).argsort(dim=-1, descending=True, stable=True)
+    return chosen.gather(2, by_score)
+
+
+def _agree(
+    route: Tensor,
+    probe: Tensor,
+    memory: ShardedMemory,
+    k: int,
+    positions: Tensor | None,
+    chunk_mask: Tensor | None,
+    with_weights: bool,
+) -> int:
+    """Compare the arguments of all ranks; return which tensors need gradients on any of them."""
+    batch, queries, heads, dim = probe.shape
+    same: dict[str, int | torch.dtype | None] = {
+        "route: B": batch,
+        "route: Q": queries,
+        "probe: H": heads,
+        "memory: D": dim,
+        "memory: C": memory.chunk_size,
+        "memory: M": memory.chunks,
+        "memory: steps appended": memory.appended,
+        "k": k,
+        "route: dtype": route.dtype,
+        "positions": None if positions is None else positions.dtype,
+        "chunk_mask": chunk_mask is not None,
+        "torch.is_grad_enabled()": torch.is_grad_enabled(),
+    }
+    local = memory.local
+    held = [local.summaries, *([local.contents] if isinstance(local, ChunkedMemory) else [])]
+    needs = 0
+    asked = ((_ROUTE, [route]), (_PROBE, [probe]), (_POSITIONS, [positions]), (_MEMORY, held))
+    for bit, tensors in asked:
+        if any(tensor is not None and tensor.requires_grad for tensor in tensors):
+            needs |= bit
+    operation = "recall_with_weights" if with_weights else "recall"
+    answers = memory.peers.agree(operation, same, [needs, local.chunks], route.device)
+    for rank, (_, chunks) in enumerate(answers):
+        if chunks != memory.sizes[rank]:
+            raise ValueError(
+                f"memory: expected {memory.sizes[rank]} chunks on rank {rank}, as when it was made "
+                f"or last appended to, got {chunks}"
+            )
+    if not torch.is_grad_enabled():
+        return 0
+    return reduce(or_, (bits for bits, _ in answers))
+
+
+def _pick(
+    route: Tensor, local: Any, k: int, chunk_mask: Tensor | None, with_kernel: bool
+) -> Tensor:
+    """Return this rank's best chunks [B, Q, K] by its own numbers; -1 where there are fewer."""
+    with torch.no_grad():
+        if not k:
+            return torch.empty(*route.shape[:2], 0, dtype=torch.int64, device=route.device)
+        if with_kernel:
+            return native.pick(route, local, k, chunk_mask)[0]
+        picked = reference.select(route, local, k, chunk_mask)
+        return picked.chunks.masked_fill(~picked.kept, -1)
+
+
+def _score(route: Tensor, local: Any, picked: Tensor) -> Tensor:
+    """Return the scores [B, Q, K] of the picked chunks; they have the gradient."""
+    row = torch.arange(local.batch, device=route.device)[:, None, None]
+    summaries = local.summaries[row, picked.clamp(min=0)]
+    summaries = summaries.masked_fill(picked[..., None] < 0, 0.0).to(route.dtype)
+    # Not a matrix product, in which equal summaries may have scores that differ in the last bit:
+    # ties must be ties on all ranks.
+    scores = (route[:, :, None] * summaries).sum(-1)
+    return scores.masked_fill(picked < 0, -torch.inf)
+
+
+def _attend(
+    probe: Tensor,
+    local: Any,
+    positions: Tensor | None,
+    picked: Tensor,
+    weights: Tensor,
+    with_kernel: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return this rank's part of the context, and of the step weights without the kernel."""
+    memory, picked = _read(local, picked)
+    missing = picked.shape[2]
+    if not memory.chunks:
+        # There is nothing to index, but what follows must be in the graph.
+        picked, weights = picked[..., :0], weights[..., :0]
+    missing -= picked.shape[2]
+    if with_kernel:
+        return native.attend(probe, memory, positions, picked, weights), None
+    kept = picked >= 0
+    selection = reference.Selection(picked.clamp(min=0), kept)
+    context, step_weights = reference.attend(probe, memory, positions, selection, weights)
+    return context, pad(step_weights, (0, 0, 0, missing))
+
+
+def _read(local: Any, picked: Tensor) -> tuple[ChunkedMemory, Tensor]:
+    """Return a memory with the picked chunks, and their numbers in it."""
+    if isinstance(local, ChunkedMemory):
+        return local, picked
+    kept = picked >= 0
+    numbers, place = torch.unique(picked[kept], return_inverse=True)
+    return local.fetch(numbers), picked.masked_scatter(kept, place)
+
+
+def _to_ranks(peers: Peers, *wanted: tuple[Tensor | None, int]) -> tuple[Any, ...]:
+    """Hand what all ranks have alike to each rank's own work; sum gradients where they are wanted.
+
+    Wanted on any rank, so that all take part in the way back.
+    """
+    tensors = tuple(tensor for tensor, _ in wanted)
+    summed = tuple(bool(is_wanted) for _, is_wanted in wanted)
+    if not any(summed):
+        return tensors
+    # Gives the results a gradient also on a rank where none of the tensors needs one.
+    anchor = torch.zeros((), requires_grad=True)
+    return _ToRanks.apply(peers, summed, anchor, *tensors)
+
+
+class _ToRanks(torch.autograd.Function):
+    """The identity, whose gradients are summed over the ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, peers: Peers, summed: tuple[bool, ...], _: Tensor, *tensors: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        ctx.peers, ctx.summed = peers, summed
+        results = tuple(None if x is None else x.view_as(x) for x in tensors)
+        others = zip(results, summed, strict=True)
+        ctx.mark_non_differentiable(*(x for x, asked in others if x is not None and not asked))
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        wanted = [grad for grad, asked in zip(grads, ctx.summed, strict=True) if asked]
+        flat = torch.cat([grad.reshape(-1) for grad in wanted])
+        ctx.peers.all_reduce("gradients", flat)
+        parts = iter(flat.split([grad.numel() for grad in wanted]))
+        pairs = zip(grads, ctx.summed, strict=True)
+        return (
+            None,
+            None,
+            None,
+            *(next(parts).view(grad.shape) if asked else None for grad, asked in pairs),
+        )
+
+
+class _Gather(torch.autograd.Function):
+    """The scores [B, Q, R, S] of all ranks, and the numbers of their chunks.
+
+    What is made of them is the same on all ranks, so its gradient is whole already, and a rank
+    takes that of its own scores.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, peers: Peers, scores: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.rank = peers.rank
+        # One message: a number takes as many bits as a score.
+        bits = torch.int32 if scores.dtype == torch.float32 else torch.int64
+        message = torch.stack([scores.contiguous().view(bits), picked.to(bits)])
+        gathered = peers.all_gather("scores", message)
+        # [R, 2, B, Q, S] -> [B, Q, R, S]
+        every, chunks = gathered.permute(1, 2, 3, 0, 4).contiguous().unbind()
+        rank = torch.arange(peers.size, device=picked.device)[:, None]
+        chunks = torch.where(chunks >= 0, chunks.long() * peers.size + rank, -1)
+        ctx.mark_non_differentiable(chunks)
+        return every.view(scores.dtype), chunks
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        return None, grad[:, :, ctx.rank], None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the ranks of what each computed alone.
+
+    All ranks go on with it alike, so its gradient is whole already.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, peers: Peers, what: str, part: Tensor) -> Tensor:
+        total = part.clone(memory_format=torch.contiguous_format)
+        peers.all_reduce(what, total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        return None, None, grad
