@@ -451,9 +451,10 @@ def test_killed_at_a_place(tmp_path: Path, place: str, seed: int) -> None:
             acknowledged = held.steps
 
 
-def kill_at_random(path: Path, moments: int) -> None:
-    acknowledged, draw = 0, random.Random(0)
-    for moment in range(moments):
+def kill_at_random(path: Path, moments: int, seed: int = 0) -> None:
+    make(path).close()
+    acknowledged, draw = 0, random.Random(seed)
+    for moment in range(1000 * seed, 1000 * seed + moments):
         with child(write_until_killed, path, moment) as (process, pipe):
             assert pipe.recv() >= acknowledged
             time.sleep(0.1 * draw.random())
@@ -463,14 +464,13 @@ def kill_at_random(path: Path, moments: int) -> None:
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    make(tmp_path / "m").close()
     kill_at_random(tmp_path / "m", 5)
 
 
 @pytest.mark.slow
 def test_killed_at_200_random_moments(tmp_path: Path) -> None:
-    make(tmp_path / "m").close()
-    kill_at_random(tmp_path / "m", 200)
+    for seed in range(10):
+        kill_at_random(tmp_path / str(seed), 20, seed)
 
 
 def test_no_pickle_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
