@@ -86,7 +86,7 @@ class Inputs(NamedTuple):
         B, Q, N, D, H, E, k, C = setting[:8]
 
         def normal(*sizes: int, scale: float = 1.0) -> Tensor:
-            return scale * torch.randn(*sizes, device=device, dtype=setting.dtype)
+            return torch.randn(*sizes, device=device, dtype=setting.dtype).mul_(scale)
 
         length = N - N % C
         memory = ChunkedMemory.from_chunks(normal(B, length // C, C, D))
@@ -128,13 +128,15 @@ def ours(impl: Impl) -> Callable[..., Tensor]:
 def varlen(inputs: Inputs, route: Tensor, queries: Tensor) -> Tensor:
     """Pairs of a query and a chunk it keeps, sorted by chunk, in one call of FlashAttention.
 
-    Scored and chosen in plain PyTorch, all chunks projected once. Exact: the softmax ends at the
-    border of a chunk, and the mixture is a plain sum.
+    Scored and chosen in plain PyTorch. All chunks are projected once or, where there are fewer
+    pairs, those of each pair. Exact: the softmax ends at the border of a chunk, and the mixture is
+    a plain sum.
     """
     setting, memory = inputs.setting, inputs.memory
     B, Q, H, E = queries.shape
     k, M, C = min(setting.k, memory.chunks), memory.chunks, setting.C
-    scores = torch.einsum("bqd,bmd->bqm", route, memory.summaries).float()
+    exact = {} if route.dtype == torch.float32 else {"out_dtype": torch.float32}
+    scores = torch.bmm(route, memory.summaries.mT, **exact)
     if inputs.chunk_mask is not None:
         scores = scores.masked_fill(~inputs.chunk_mask, -torch.inf)
     top, chunks = scores.topk(k)
@@ -143,11 +145,16 @@ def varlen(inputs: Inputs, route: Tensor, queries: Tensor) -> Tensor:
     row = torch.arange(B, device=route.device)[:, None, None]
     # Pairs that are none go to the last chunk, with weight 0.
     slots = torch.where(kept, row * M + chunks, B * M - 1).flatten()
-    order = slots.argsort(stable=True)
-    borders = torch.arange(B * M + 1, device=route.device)
-    starts = torch.searchsorted(slots[order], borders, out_int32=True)
-    steps = memory.contents + inputs.positions
-    keys, values = linear(steps.flatten(0, 2), inputs.projections.flatten(0, 2)).chunk(2, -1)
+    if len(slots) < B * M:
+        order = torch.arange(len(slots), device=route.device)
+        starts = torch.arange(len(slots) + 1, device=route.device, dtype=torch.int32)
+        steps = memory.contents.flatten(0, 1)[slots] + inputs.positions
+    else:
+        order = slots.argsort(stable=True)
+        borders = torch.arange(B * M + 1, device=route.device)
+        starts = torch.searchsorted(slots[order], borders, out_int32=True)
+        steps = memory.contents.flatten(0, 1) + inputs.positions
+    keys, values = linear(steps.flatten(0, 1), inputs.projections.flatten(0, 2)).chunk(2, -1)
     # Queries, keys and values of heads side by side: [pairs or steps, H, E].
     pairs = queries.flatten(0, 1)[order // k]
     keys, values = keys.unflatten(-1, (H, E)), values.unflatten(-1, (H, E))
@@ -221,8 +228,7 @@ def sparse_truth(inputs: Inputs) -> Truth:
     best = scores.topk(min(setting.k + 1, memory.chunks))
     if memory.chunks > setting.k:
         last, following = best.values[:, -2], best.values[:, -1]
-        # A rival may round its scores.
-        tie = 4 * torch.finfo(setting.dtype).eps * best.values[:, 0].abs()
+        tie = 1e-5 * best.values[:, 0].abs()
         clear = ~(following.isfinite() & (last - following < tie))
         at, best = at[clear], torch.return_types.topk([part[clear] for part in best])
         allowed = allowed[clear]

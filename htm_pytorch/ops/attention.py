@@ -142,7 +142,7 @@ def attend(
     factor = _check_attend(route, queries, projections, memory, k, positions, chunk_mask, scale)
     on_gpu = route.device.type == "cuda"
     uses = _uses_triton if on_gpu else _uses_kernel
-    if impl in ("auto", "projected") and uses(impl, route, memory, positions):
+    if impl in ("auto", "projected") and uses(impl, route, memory, k, positions):
         with _no_autocast(route.device.type):
             if on_gpu:
                 picked, weights = fused_triton.pick(route, memory, k, chunk_mask)
@@ -215,11 +215,11 @@ def _recall(
 ) -> tuple[Tensor, reference.Selection]:
     with _no_autocast(route.device.type):
         exact_route, exact_probe, places = _exact(memory, route, probe, positions)
-        if impl in ("auto", "native") and _uses_kernel(impl, route, memory, positions):
+        if impl in ("auto", "native") and _uses_kernel(impl, route):
             picked, weights = native.pick(exact_route, memory, k, chunk_mask)
             context = native.attend(exact_probe, memory, places, picked, weights)
             return context.to(probe.dtype), reference.Selection(picked, picked >= 0)
-        if impl in ("auto", "triton") and _uses_triton(impl, route, memory, positions):
+        if impl in ("auto", "triton") and _uses_triton(impl, route, memory, k, positions):
             picked, weights = fused_triton.pick(route, memory, k, chunk_mask)
             context = fused_triton.attend(probe, memory, positions, picked, weights)
             return context, reference.Selection(picked, picked >= 0)
@@ -245,7 +245,7 @@ def _uses_kernel(impl: str, route: Tensor, *others: Any) -> bool:
 
 
 def _uses_triton(
-    impl: str, route: Tensor, memory: ChunkedMemory | Steps, positions: Tensor | None
+    impl: str, route: Tensor, memory: ChunkedMemory | Steps, k: int, positions: Tensor | None
 ) -> bool:
     """Whether the Triton kernels can serve; if they are named and cannot, it says so."""
     if impl == "auto" and (is_transformed() or not fused_triton.is_proven(route.device)):
@@ -254,7 +254,8 @@ def _uses_triton(
         stored = [memory.contents, memory.summaries]
     else:
         stored = [memory.steps]
-    error = fused_triton.refusal(impl, route.device, route, positions, *stored)
+    kept = min(k, memory.chunks)
+    error = fused_triton.refusal(impl, route.device, kept, route, positions, *stored)
     if impl == "auto":
         return error is None
     _refuse_transforms(impl)

@@ -25,6 +25,8 @@ PREFIX = "triton_"
 """Of the names of the operators."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of the tensors that the kernels take."""
+MOST_KEPT = 1024
+"""Chunks a query: its list of the best must fit on chip."""
 
 
 def pick(
@@ -45,8 +47,10 @@ def attend(
     return native.attend(probe, memory, positions, picked, weights, PREFIX)
 
 
-def refusal(impl: str, device: torch.device, *tensors: Tensor | None) -> Exception | None:
-    """Return why the kernels cannot take these tensors, in one sentence; None if they can."""
+def refusal(
+    impl: str, device: torch.device, kept: int, *tensors: Tensor | None
+) -> Exception | None:
+    """Return why the kernels cannot take these, in one sentence; None if they can."""
     if device.type != "cuda" and not (device.type == "cpu" and IS_INTERPRETED):
         return ValueError(
             f"impl: {impl!r} expects tensors on a CUDA device (or on the CPU, to be interpreted, "
@@ -57,6 +61,8 @@ def refusal(impl: str, device: torch.device, *tensors: Tensor | None) -> Excepti
             f"impl: {impl!r} needs Triton, which is not installed: "
             "pip install 'htm-pytorch[triton]'"
         )
+    if kept > MOST_KEPT:
+        return ValueError(f"impl: {impl!r} expects k <= {MOST_KEPT}, got {kept}")
     for tensor in tensors:
         if tensor is not None and tensor.dtype not in DTYPES:
             return ValueError(f"impl: {impl!r} expects one of {DTYPES}, got {tensor.dtype}")
@@ -84,40 +90,49 @@ def record(device: torch.device) -> None:
     RECORD.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
 
 
+# Triton launches on the current device, whatever the tensors' own.
+
+
 def _pick(*arguments: Any) -> tuple[Tensor, Tensor]:
     from htm_pytorch.ops.triton_kernels.pick import pick
 
-    return pick(*arguments)
+    with torch.cuda.device_of(arguments[0]):
+        return pick(*arguments)
 
 
 def _pick_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     from htm_pytorch.ops.triton_kernels.pick import pick_backward
 
-    return pick_backward(*arguments)
+    with torch.cuda.device_of(arguments[0]):
+        return pick_backward(*arguments)
 
 
 def _attend(*arguments: Any) -> Tensor:
     from htm_pytorch.ops.triton_kernels.attend import attend
 
-    return attend(*arguments)
+    with torch.cuda.device_of(arguments[0]):
+        return attend(*arguments)
 
 
 def _attend_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from htm_pytorch.ops.triton_kernels.attend_backward import attend_backward
 
-    return attend_backward(*arguments)
+    with torch.cuda.device_of(arguments[0]):
+        return attend_backward(*arguments)
 
 
 def _attend_projected(*arguments: Any) -> Tensor:
     from htm_pytorch.ops.triton_kernels.projected import attend_projected
 
-    return attend_projected(*arguments)
+    with torch.cuda.device_of(arguments[0]):
+        return attend_projected(*arguments)
 
 
 def _attend_projected_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from htm_pytorch.ops.triton_kernels.projected import attend_projected_backward
 
-    return attend_projected_backward(*arguments)
+    with torch.cuda.device_of(arguments[0]):
+        return attend_projected_backward(*arguments)
 
 
 # Not for CUDA alone: under Triton's interpreter they take tensors on the CPU.

@@ -519,6 +519,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"^impl: 'triton' expects one of .*float64$"):
             recall(parts["route"], parts["probe"], memory, 2, impl="triton")
 
+    def test_more_chunks_than_fit_on_chip(self, device: str) -> None:
+        memory = ChunkedMemory.from_chunks(torch.zeros(1, 1030, 1, 2, device=device))
+        query = torch.zeros(1, 1, 2, device=device)
+        with pytest.raises(ValueError, match=r"^impl: 'triton' expects k <= 1024, got 1030$"):
+            recall(query, query[:, :, None], memory, 5_000, impl="triton")
+
     def test_transforms(self, device: str) -> None:
         parts = {name: part.to(device) for name, part in inputs_of(Sizes()).items()}
         memory = memory_of(parts["contents"], parts["summaries"])

@@ -53,7 +53,7 @@ class TestAuto:
         route, _, memory, _ = arguments(dtype)
         on_gpu: Any = SimpleNamespace(device=CUDA, dtype=dtype)
         del route
-        return attention._uses_triton("auto", on_gpu, memory, None)
+        return attention._uses_triton("auto", on_gpu, memory, 2, None)
 
     def test_not_on_a_device_that_it_was_not_tested_on(
         self, monkeypatch: pytest.MonkeyPatch

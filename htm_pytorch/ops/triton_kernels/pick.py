@@ -66,9 +66,10 @@ def means_kernel(
     HAS_MASK: tl.constexpr,
 ):
     """Average the steps of one chunk, and say whether it has any."""
-    at, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    begin = (first + at).to(tl.int64) * C - missing
+    out = tl.program_id(0).to(tl.int64)
+    row, at = out // count, out % count
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    begin = (first + at) * C - missing
     total = tl.zeros([BLOCK_D], tl.float32)
     number = 0
     for start in range(0, C, BLOCK_C):
@@ -80,7 +81,6 @@ def means_kernel(
         part = tl.load(steps + index, there[:, None] & (d < D)[None, :], other=0.0)
         total += tl.sum(part.to(tl.float32), 0)
         number += tl.sum(there.to(tl.int32), 0)
-    out = row * count + at
     total /= tl.maximum(number, 1).to(tl.float32) + eps
     tl.store(means + out * D + d, total, d < D)
     if HAS_MASK:
@@ -121,9 +121,10 @@ def keep_kernel(
 
     With `RESUME`, go on with those that the chunks before `first` left.
     """
-    split, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    blocks = tl.cdiv(queries, BLOCK_Q)
+    split, row = tl.program_id(1), (tl.program_id(0) // blocks).to(tl.int64)
     owner = row * (1 - SHARED)
-    q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    q = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
     listed = tl.arange(0, K)
     places = keys + ((row * queries + q)[:, None] * splits + split) * K + listed[None, :]
     if RESUME:
@@ -354,7 +355,7 @@ class _Source:
             seen = self.valid
         launch = means_launch(self.chunk_size, self.dim)
         blocks = triton.cdiv(self.dim, launch.constants["BLOCK_D"])
-        means_kernel[(count, self.rows, blocks)](
+        means_kernel[(count * self.rows, blocks)](
             self.source,
             self.step_mask,
             means,
@@ -403,7 +404,7 @@ def pick(
     for first, count in scored.pieces():
         summaries = scored.summaries(first, count)
         usable = scored.valid
-        keep_kernel[(blocks, splits, batch)](
+        keep_kernel[(blocks * batch, splits)](
             route,
             summaries,
             usable,

@@ -127,9 +127,12 @@ def blocks(
     """
     type_ = common_type(probe, stored)
     wide = power_of_two(dim, 16)
-    whole = type_ != tl.float32 and (wide <= 512 or positions is None)
+    whole = type_ != tl.float32 and wide <= (1024 if positions is None else 512)
     width = wide if whole else min(wide, 256 if type_ == tl.float32 else 512)
     tile = WHOLE_BYTES // (width * stored.itemsize)
+    if not whole and chunk_size > tile:
+        # Two sums at a time, as softmaxes go over several tiles.
+        tile //= 2
     constants = {
         "C": chunk_size,
         "D": dim,
