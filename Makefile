@@ -21,7 +21,7 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help check fix test test-slow test-gpu test-minimal bench demo clean
+.PHONY: help check fix test test-slow test-triton test-gpu test-minimal bench demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z.][a-z.-]*:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,8 +49,22 @@ test: .venv/.installed ## all tests that are not slow
 test-slow: .venv/.installed ## the slow tests: learning, long streams
 	$(BIN)/pytest -m slow --durations 10 $(ARGS)
 
-test-gpu: .venv/.installed ## the tests that need a CUDA device
-	$(BIN)/pytest -m gpu $(ARGS)
+# Not in constraints.txt: a torch for CUDA asks for a Triton of its own.
+TRITON := triton==3.9.0
+TRITON_TESTS ?= $(wildcard tests/ops/test_triton*.py)
+
+test-triton: .venv-triton/.installed ## the Triton kernels, interpreted and compiled for GPUs that need not be here
+	.venv-triton/bin/pytest -n $(WORKERS) --maxprocesses 8 $(TRITON_TESTS) $(ARGS)
+
+# A gigabyte, for these tests alone.
+.venv-triton/.installed: $(INSTALLED_FROM)
+	$(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/python $(INSTALL) "$(TORCH)"
+	.venv-triton/bin/python $(INSTALL) -e '.[triton]' "$(TRITON)" einops numpy pytest pytest-xdist
+	@touch $@
+
+test-gpu: .venv/.installed ## the tests that need a CUDA device; if they pass, it is recorded as tested
+	$(BIN)/pytest -m gpu --record-device $(ARGS)
 
 # The parts that promise to need torch and nothing else.
 MINIMAL_TESTS ?= $(wildcard tests/test_architecture.py tests/test_public_api.py \
@@ -88,7 +102,7 @@ demo: .venv-demo/.installed ## train a small agent and watch it learn to remembe
 	@touch $@
 
 clean: ## remove environments, caches and build products; keeps runs/
-	rm -rf .venv .venv-bench .venv-demo .venv-minimal build dist *.egg-info
+	rm -rf .venv .venv-bench .venv-demo .venv-minimal .venv-triton build dist *.egg-info
 	rm -f htm_pytorch/ops/kernels/recall-*
 	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

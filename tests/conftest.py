@@ -2,13 +2,36 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
+from htm_pytorch.ops import fused_triton
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores already.
     torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record-device",
+        action="store_true",
+        help="if the tests pass, write down that they did on this GPU (see ops/fused_triton.py)",
+    )
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    config = session.config
+    if not config.getoption("--record-device") or exitstatus or not torch.cuda.is_available():
+        return
+    # A choice of tests proves nothing, nor do tests that were skipped.
+    chosen = config.getoption("keyword") or config.args_source is pytest.Config.ArgsSource.ARGS
+    reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+    passed = [report.nodeid for report in reporter.stats.get("passed", ())]
+    if not chosen and any("test_triton.py" in name for name in passed):
+        fused_triton.record(torch.device("cuda", torch.cuda.current_device()))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,12 +1,17 @@
 """What several test files need: inputs from a seed, gradients, and errors by the largest entry."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from htm_pytorch import ChunkedMemory
+
+
+def on_cpu(impls: Any) -> tuple[Any, ...]:
+    """Those of the implementations that run on the CPU."""
+    return tuple(impl for impl in get_args(impls) if impl != "triton")
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.memory import ChunkedMemory, Home, ShardedMemory, Steps
-from htm_pytorch.ops import blocked, homes, kernels, native, projected, reference, sharded
+from htm_pytorch.ops import (
+    blocked,
+    fused_triton,
+    homes,
+    kernels,
+    native,
+    projected,
+    reference,
+    sharded,
+)
 from htm_pytorch.shapes import (
     check_at_least,
     check_device,
@@ -17,8 +26,8 @@ from htm_pytorch.shapes import (
     is_transformed,
 )
 
-RecallImpl = Literal["auto", "reference", "blocked", "native"]
-Impl = Literal["auto", "reference", "blocked", "native", "projected"]
+RecallImpl = Literal["auto", "reference", "blocked", "native", "triton"]
+Impl = Literal["auto", "reference", "blocked", "native", "projected", "triton"]
 Memory = ChunkedMemory | ShardedMemory | Steps | Home
 """What can be recalled from."""
 
@@ -63,11 +72,12 @@ def recall(
         k: how many chunks a query keeps, >= 1; all there are where there are fewer.
         positions: [C, D], added to the steps of every chunk.
         chunk_mask: [B, Q, M] bool, the chunks each query may see (of those that are valid).
-        impl: "native" (a compiled kernel, on the CPU), "blocked" (plain PyTorch on any device, a
-            few queries at a time), "reference" (gathers all kept steps) or "auto". A named one
-            never falls back. Only "reference" has second derivatives and works under `torch.func`.
-            Over a `ShardedMemory` it says how a rank does its part: not "blocked", and neither
-            second derivatives nor `torch.func`.
+        impl: "native" (a compiled kernel, on the CPU), "triton" (kernels on the GPU, not in
+            float64), "blocked" (plain PyTorch on any device, a few queries at a time), "reference"
+            (gathers all kept steps) or "auto". A named one never falls back; "auto" takes "triton"
+            only on GPUs that it was tested on. Only "reference" has second derivatives and works
+            under `torch.func`. Over a `ShardedMemory` it says how a rank does its part: "auto",
+            "native" or "reference", with neither second derivatives nor `torch.func`.
 
     Returns:
         context [B, Q, H, D] in the dtype of `probe`; scores and softmaxes are at least float32.
@@ -152,8 +162,8 @@ def attend(
         positions: see above.
         chunk_mask: see above.
         scale: of the logits; default E^-1/2.
-        impl: as for `recall`, or "projected" (the kept chunks once, by the compiled kernel; not
-            over a `ShardedMemory`).
+        impl: as for `recall`, or "projected" (the kept chunks once, by the compiled kernel or, on
+            a GPU, by Triton's; not over a `ShardedMemory`).
 
     Returns:
         attended [B, Q, H, E], and [B, Q] bool, whether a query saw any chunk.
@@ -167,19 +177,28 @@ def attend(
         shared = _recall_sharded(route, probe, memory, k, positions, chunk_mask, impl)
         return _read(shared.context, projections), (shared.chunks >= 0).any(-1)
     memory, chunk_mask, _ = _at_hand(route, memory, k, chunk_mask)
-    if impl in ("auto", "projected") and _uses_kernel(impl, route):
+    on_gpu = route.device.type == "cuda"
+    uses = _uses_triton if on_gpu else _uses_kernel
+    if impl in ("auto", "projected") and uses(impl, route, memory, k, positions):
         with _no_autocast(route.device.type):
-            picked, weights = native.pick(_exact(memory, route)[0], memory, k, chunk_mask)
+            if on_gpu:
+                picked, weights = fused_triton.pick(route, memory, k, chunk_mask)
+            else:
+                picked, weights = native.pick(_exact(memory, route)[0], memory, k, chunk_mask)
         seen = (picked >= 0).any(-1)
         if impl == "projected" or projected.is_cheaper(queries, memory, picked):
+            prefix = fused_triton.PREFIX if on_gpu else ""
             attended = projected.attend(
-                queries, projections, memory, positions, picked, weights, factor
+                queries, projections, memory, positions, picked, weights, factor, prefix
             )
             return attended.to(queries.dtype), seen
         probe = _absorb(queries * factor, projections)
         with _no_autocast(route.device.type):
-            exact, places = _exact(memory, probe, positions)
-            context = native.attend(exact, memory, places, picked, weights)
+            if on_gpu:
+                context = fused_triton.attend(probe, memory, positions, picked, weights)
+            else:
+                exact, places = _exact(memory, probe, positions)
+                context = native.attend(exact, memory, places, picked, weights)
         return _read(context.to(probe.dtype), projections), seen
     probe = _absorb(queries * factor, projections)
     context, picked = _recall(route, probe, memory, k, positions, chunk_mask, impl)
@@ -248,6 +267,10 @@ def _recall(
             picked, weights = native.pick(exact_route, memory, k, chunk_mask)
             context = native.attend(exact_probe, memory, places, picked, weights)
             return context.to(probe.dtype), reference.Selection(picked, picked >= 0)
+        if impl in ("auto", "triton") and _uses_triton(impl, route, memory, k, positions):
+            picked, weights = fused_triton.pick(route, memory, k, chunk_mask)
+            context = fused_triton.attend(probe, memory, positions, picked, weights)
+            return context, reference.Selection(picked, picked >= 0)
         if impl == "blocked":
             _refuse_transforms(impl)
         plain = impl == "reference" or is_transformed()
@@ -282,7 +305,7 @@ def _recall_sharded(
     return recalled._replace(context=recalled.context.to(probe.dtype))
 
 
-def _uses_kernel(impl: str, route: Tensor) -> bool:
+def _uses_kernel(impl: str, route: Tensor, *others: Any) -> bool:
     """Whether the compiled kernel can serve; a named implementation that cannot says so."""
     if impl == "auto":
         return route.device.type == "cpu" and not is_transformed() and kernels.IS_AVAILABLE
@@ -291,6 +314,26 @@ def _uses_kernel(impl: str, route: Tensor) -> bool:
         raise ValueError(f"impl: {impl!r} expects tensors on the CPU, got {route.device}")
     if not kernels.IS_AVAILABLE:
         raise RuntimeError(f"impl: {impl!r} has {kernels.MISSING}; use impl='auto'")
+    return True
+
+
+def _uses_triton(
+    impl: str, route: Tensor, memory: ChunkedMemory | Steps, k: int, positions: Tensor | None
+) -> bool:
+    """Whether the Triton kernels can serve; if they are named and cannot, it says so."""
+    if impl == "auto" and (is_transformed() or not fused_triton.is_proven(route.device)):
+        return False
+    if isinstance(memory, ChunkedMemory):
+        stored = [memory.contents, memory.summaries]
+    else:
+        stored = [memory.steps]
+    kept = min(k, memory.chunks)
+    error = fused_triton.refusal(impl, route.device, kept, route, positions, *stored)
+    if impl == "auto":
+        return error is None
+    _refuse_transforms(impl)
+    if error is not None:
+        raise error
     return True
 
 

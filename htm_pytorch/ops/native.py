@@ -1,9 +1,11 @@
 """`recall` by a compiled kernel on the CPU: nothing is gathered, the backward recomputes.
 
 Two operators of torch call the compiled kernel: `pick` keeps the best chunks, `attend` reads the
-steps inside them. Both take steps as they lie, whole or in chunks.
+steps inside them. Both take steps as they lie, whole or in chunks. `register` makes operators of
+the same meaning from other kernels.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,11 +19,16 @@ BLOCK_BYTES = 16 * 2**20
 
 
 def pick(
-    route: Tensor, memory: ChunkedMemory | Steps | Home, k: int, chunk_mask: Tensor | None
+    route: Tensor,
+    memory: ChunkedMemory | Steps | Home,
+    k: int,
+    chunk_mask: Tensor | None,
+    prefix: str = "",
 ) -> tuple[Tensor, Tensor]:
     """Return the k best chunks of each query and their weights, both [B, Q, K].
 
-    Best first; -1, of weight 0, where a query sees fewer.
+    Best first; -1, of weight 0, where a query sees fewer. `prefix` says which operators,
+    of those that were registered.
     """
     if isinstance(memory, Steps):
         source, valid, mask, size = memory.steps, None, memory.mask, memory.chunk_size
@@ -34,7 +41,7 @@ def pick(
         # As one row of queries, so that the memory is read once for all.
         route = route.reshape(1, batch * queries, dim)
         chunk_mask = None if chunk_mask is None else chunk_mask.flatten(0, 1)[None]
-    picked, weights = torch.ops.htm_pytorch.pick(
+    picked, weights = getattr(torch.ops.htm_pytorch, f"{prefix}pick")(
         route, source, valid, mask, chunk_mask, min(k, memory.chunks), size, eps
     )
     kept = (batch, queries, picked.shape[2])
@@ -47,6 +54,7 @@ def attend(
     positions: Tensor | None,
     picked: Tensor,
     weights: Tensor,
+    prefix: str = "",
 ) -> Tensor:
     """Return the context [B, Q, H, D] of the probes [B, Q, H, D] inside the picked chunks."""
     if isinstance(memory, Steps):
@@ -54,7 +62,7 @@ def attend(
     else:
         steps, mask = memory.contents.flatten(1, 2), memory.step_mask
     mask = None if mask is None else mask.flatten(1)
-    return torch.ops.htm_pytorch.attend(
+    return getattr(torch.ops.htm_pytorch, f"{prefix}attend")(
         probe, steps, mask, positions, picked, weights, memory.chunk_size
     )
 
@@ -126,7 +134,8 @@ def _pick(
 def _pick_shapes(
     route: Tensor, source: Tensor, valid: Any, step_mask: Any, chunk_mask: Any, k: int, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    weights = route.new_empty(*route.shape[:2], k)
+    exact = torch.promote_types(route.dtype, torch.float32)
+    weights = route.new_empty(*route.shape[:2], k, dtype=exact)
     return weights.new_empty(weights.shape, dtype=torch.int64), weights
 
 
@@ -301,39 +310,80 @@ def _attend_backward_shapes(
         kernels.by_head(probe),
         weights.new_empty(weights.shape),
         steps.new_empty(steps.shape if to_steps else (0,) * 3),
-        probe.new_empty(_shape(positions, to_positions)),
+        (probe if positions is None else positions).new_empty(_shape(positions, to_positions)),
     )
 
 
-operators.register(
-    "pick(Tensor route, Tensor source, Tensor? valid, Tensor? step_mask, Tensor? chunk_mask, "
-    "SymInt k, SymInt chunk_size, float eps) -> (Tensor picked, Tensor weights)",
-    _pick,
-    _pick_shapes,
-    device="CPU",
-)
-operators.register(
-    "pick_backward(Tensor grad, Tensor route, Tensor source, Tensor? step_mask, Tensor picked, "
-    "Tensor weights, SymInt chunk_size, float eps, bool to_source) -> (Tensor, Tensor)",
-    _pick_backward,
-    _pick_backward_shapes,
-    device="CPU",
-)
-operators.register(
-    "attend(Tensor probe, Tensor steps, Tensor? step_mask, Tensor? positions, Tensor picked, "
-    "Tensor weights, SymInt chunk_size) -> Tensor",
-    _attend,
-    lambda probe, *rest: kernels.by_head(probe),
-    device="CPU",
-)
-operators.register(
-    "attend_backward(Tensor grad, Tensor probe, Tensor steps, Tensor? step_mask, "
-    "Tensor? positions, Tensor picked, Tensor weights, SymInt chunk_size, bool to_steps, "
-    "bool to_positions) -> (Tensor, Tensor, Tensor, Tensor)",
-    _attend_backward,
-    _attend_backward_shapes,
-    device="CPU",
-)
+def register(
+    prefix: str,
+    pick: Callable[..., Any],
+    pick_backward: Callable[..., Any],
+    attend: Callable[..., Any],
+    attend_backward: Callable[..., Any],
+    *,
+    device: str,
+) -> None:
+    """Make operators of four functions, with `prefix` before their names, and derive the two.
+
+    They get tensors of any strides. Sums are in float32 at least, and so are the weights.
+    """
+    operators.register(
+        f"{prefix}pick(Tensor route, Tensor source, Tensor? valid, Tensor? step_mask, "
+        "Tensor? chunk_mask, SymInt k, SymInt chunk_size, float eps) "
+        "-> (Tensor picked, Tensor weights)",
+        pick,
+        _pick_shapes,
+        device=device,
+    )
+    operators.register(
+        f"{prefix}pick_backward(Tensor grad, Tensor route, Tensor source, Tensor? step_mask, "
+        "Tensor picked, Tensor weights, SymInt chunk_size, float eps, bool to_source) "
+        "-> (Tensor, Tensor)",
+        pick_backward,
+        _pick_backward_shapes,
+        device=device,
+    )
+    operators.register(
+        f"{prefix}attend(Tensor probe, Tensor steps, Tensor? step_mask, Tensor? positions, "
+        "Tensor picked, Tensor weights, SymInt chunk_size) -> Tensor",
+        attend,
+        lambda probe, *rest: kernels.by_head(probe),
+        device=device,
+    )
+    operators.register(
+        f"{prefix}attend_backward(Tensor grad, Tensor probe, Tensor steps, Tensor? step_mask, "
+        "Tensor? positions, Tensor picked, Tensor weights, SymInt chunk_size, bool to_steps, "
+        "bool to_positions) -> (Tensor, Tensor, Tensor, Tensor)",
+        attend_backward,
+        _attend_backward_shapes,
+        device=device,
+    )
+
+    def pick_differentiate(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        to_source = ctx.needs_input_grad[1]
+        route, source = getattr(torch.ops.htm_pytorch, f"{prefix}pick_backward")(
+            grad, *ctx.saved_tensors, ctx.chunk_size, ctx.eps, to_source
+        )
+        return route, source if to_source else None, *(None,) * 6
+
+    def attend_differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        backward = getattr(torch.ops.htm_pytorch, f"{prefix}attend_backward")
+        probe, weights, steps, positions = backward(
+            grad, *ctx.saved_tensors, ctx.chunk_size, needs[1], needs[3]
+        )
+        return (
+            probe,
+            steps if needs[1] else None,
+            None,
+            positions if needs[3] else None,
+            None,
+            weights,
+            None,
+        )
+
+    operators.differentiate(f"{prefix}pick", pick_differentiate, _pick_context)
+    operators.differentiate(f"{prefix}attend", attend_differentiate, _attend_context)
 
 
 def _pick_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -342,34 +392,9 @@ def _pick_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.save_for_backward(route, source, step_mask, *output)
 
 
-def _pick_differentiate(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
-    to_source = ctx.needs_input_grad[1]
-    route, source = torch.ops.htm_pytorch.pick_backward(
-        grad, *ctx.saved_tensors, ctx.chunk_size, ctx.eps, to_source
-    )
-    return route, source if to_source else None, *(None,) * 6
-
-
 def _attend_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.chunk_size = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _attend_differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad
-    probe, weights, steps, positions = torch.ops.htm_pytorch.attend_backward(
-        grad, *ctx.saved_tensors, ctx.chunk_size, needs[1], needs[3]
-    )
-    return (
-        probe,
-        steps if needs[1] else None,
-        None,
-        positions if needs[3] else None,
-        None,
-        weights,
-        None,
-    )
-
-
-operators.differentiate("pick", _pick_differentiate, _pick_context)
-operators.differentiate("attend", _attend_differentiate, _attend_context)
+register("", _pick, _pick_backward, _attend, _attend_backward, device="CPU")

@@ -1,5 +1,6 @@
 """`attend` with the kept chunks projected once: for queries so many that they share chunks."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -8,10 +9,13 @@ from torch.nn.functional import linear
 
 from htm_pytorch.memory import ChunkedMemory, Steps
 from htm_pytorch.ops import kernels, operators
+from htm_pytorch.shapes import may_look_at
 
 # What a floating point operation costs inside chunks, where one in a large matrix product costs 1:
 # absorbed into the queries, and projected; see docs/math.md.
 ABSORBED, PROJECTED = 1.6, 3.0
+# On a GPU: how many such operations take as long as a byte from or to its memory; see docs/math.md.
+BYTE = 160.0
 
 
 def is_cheaper(queries: Tensor, memory: ChunkedMemory | Steps, picked: Tensor) -> bool:
@@ -20,6 +24,8 @@ def is_cheaper(queries: Tensor, memory: ChunkedMemory | Steps, picked: Tensor) -
     It costs more the more chunks there are. They are counted, unless even the fewest would be too
     many; a compiler, which cannot count, reckons with all.
     """
+    if queries.device.type == "cuda":
+        return _is_cheaper_on_gpu(queries, memory, picked.shape[2])
     batch, length, heads, width = queries.shape
     k = picked.shape[2]
     project = 4 * memory.dim * heads * width
@@ -35,6 +41,21 @@ def is_cheaper(queries: Tensor, memory: ChunkedMemory | Steps, picked: Tensor) -
     return pays(memory.batch * k) and pays(int(_find(memory, picked)[1].sum()))
 
 
+def _is_cheaper_on_gpu(queries: Tensor, memory: ChunkedMemory | Steps, k: int) -> bool:
+    batch, length, heads, width = queries.shape
+    inner, each = heads * width, queries.element_size()
+    project = 4 * memory.dim * inner
+    chunk = memory.chunk_size * memory.dim * memory.dtype.itemsize
+    # Probes and contexts, written and read; a picked chunk is read once for all heads.
+    moved = 4 * heads * memory.dim * each + k * chunk
+    absorbed = batch * length * (project + BYTE * moved)
+    # Keys and values, written and read; for each pick a query, and its part, written and read.
+    step = project + BYTE * 4 * inner * each
+    pick = 4 * inner * memory.chunk_size + BYTE * 3 * inner * each
+    once = memory.batch * memory.chunks * memory.chunk_size * step
+    return once + batch * length * k * pick < absorbed
+
+
 def attend(
     queries: Tensor,
     projections: Tensor,
@@ -43,8 +64,12 @@ def attend(
     picked: Tensor,
     weights: Tensor,
     scale: float,
+    prefix: str = "",
 ) -> Tensor:
-    """Return the attended values [B, Q, H, E] of the picked chunks [B, Q, K]."""
+    """Return the attended values [B, Q, H, E] of the picked chunks [B, Q, K].
+
+    `prefix` says which operator, of those that were registered.
+    """
     kept = _kept(memory, picked)
     rows = kept.rows.to(projections.dtype)
     if positions is not None:
@@ -52,8 +77,8 @@ def attend(
     # [U * C, 2 * H * E], as one matrix product.
     projected = linear(rows.flatten(0, 1), projections.flatten(0, 2))
     exact = torch.promote_types(queries.dtype, torch.float32)
-    return torch.ops.htm_pytorch.attend_projected(
-        queries.to(exact),
+    return getattr(torch.ops.htm_pytorch, f"{prefix}attend_projected")(
+        queries if prefix else queries.to(exact),
         projected.unflatten(-1, projections.shape[:3]),
         None if kept.step_mask is None else kept.step_mask.flatten(),
         kept.picked,
@@ -73,8 +98,8 @@ class _Kept(NamedTuple):
 def _kept(memory: ChunkedMemory | Steps, picked: Tensor) -> _Kept:
     """Collect the chunks that any query picked. What others hold, NaN perhaps, is not touched."""
     slots, is_kept = _find(memory, picked)
-    if torch.compiler.is_compiling():
-        # How many there are is not known then: all stay, blank where not kept.
+    if not may_look_at(picked):
+        # How many there are is not known, or not without waiting: all stay, blank where not kept.
         chunks, number = torch.arange(len(is_kept), device=picked.device), slots
     else:
         chunks = is_kept.nonzero()[:, 0]
@@ -92,7 +117,7 @@ def _kept(memory: ChunkedMemory | Steps, picked: Tensor) -> _Kept:
         mask = None if memory.mask is None else memory.mask.flatten()[at]
         if length % memory.chunk_size:
             mask = step >= 0 if mask is None else mask & (step >= 0)
-    if torch.compiler.is_compiling():
+    if not may_look_at(picked):
         mask = is_kept[:, None].expand(rows.shape[:2]) if mask is None else mask & is_kept[:, None]
     if mask is not None:
         rows = rows.masked_fill(~mask[..., None], 0.0)
@@ -187,25 +212,38 @@ def _attend_backward(
     return grad_queries, grad_projected.to(projected.dtype), by_head.sum(0)
 
 
-operators.register(
-    "attend_projected(Tensor queries, Tensor projected, Tensor? step_mask, Tensor picked, "
-    "Tensor weights, SymInt chunk_size, SymInt owners, float scale) -> Tensor",
-    _attend,
-    lambda queries, *others: queries.new_empty(queries.shape),
-    device="CPU",
-)
-operators.register(
-    "attend_projected_backward(Tensor grad, Tensor queries, Tensor projected, Tensor? step_mask, "
-    "Tensor picked, Tensor weights, SymInt chunk_size, SymInt owners, float scale) "
-    "-> (Tensor, Tensor, Tensor)",
-    _attend_backward,
-    lambda grad, queries, projected, step_mask, picked, weights, *others: (
-        queries.new_empty(queries.shape),
-        projected.new_empty(projected.shape),
-        weights.new_empty(weights.shape),
-    ),
-    device="CPU",
-)
+def register(
+    prefix: str, attend: Callable[..., Any], attend_backward: Callable[..., Any], *, device: str
+) -> None:
+    """Make an operator of two functions, with `prefix` before its name, and derive it."""
+    operators.register(
+        f"{prefix}attend_projected(Tensor queries, Tensor projected, Tensor? step_mask, "
+        "Tensor picked, Tensor weights, SymInt chunk_size, SymInt owners, float scale) -> Tensor",
+        attend,
+        lambda queries, *others: queries.new_empty(queries.shape),
+        device=device,
+    )
+    operators.register(
+        f"{prefix}attend_projected_backward(Tensor grad, Tensor queries, Tensor projected, "
+        "Tensor? step_mask, Tensor picked, Tensor weights, SymInt chunk_size, SymInt owners, "
+        "float scale) -> (Tensor, Tensor, Tensor)",
+        attend_backward,
+        lambda grad, queries, projected, step_mask, picked, weights, *others: (
+            queries.new_empty(queries.shape),
+            projected.new_empty(projected.shape),
+            weights.new_empty(weights.shape),
+        ),
+        device=device,
+    )
+
+    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        backward = getattr(torch.ops.htm_pytorch, f"{prefix}attend_projected_backward")
+        queries, projected, weights = backward(
+            grad, *ctx.saved_tensors, ctx.chunk_size, ctx.owners, ctx.scale
+        )
+        return queries, projected, None, None, weights, None, None, None
+
+    operators.differentiate(f"{prefix}attend_projected", differentiate, _setup_context)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -213,11 +251,4 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    queries, projected, weights = torch.ops.htm_pytorch.attend_projected_backward(
-        grad, *ctx.saved_tensors, ctx.chunk_size, ctx.owners, ctx.scale
-    )
-    return queries, projected, None, None, weights, None, None, None
-
-
-operators.differentiate("attend_projected", _differentiate, _setup_context)
+register("", _attend, _attend_backward, device="CPU")

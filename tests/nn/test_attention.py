@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +16,9 @@ import htm_pytorch
 from htm_pytorch import ChunkedMemory, HTMAttention, HTMBlock
 from htm_pytorch.nn.attention import sinusoid
 from htm_pytorch.ops import Impl, reference
-from tests.helpers import assert_near, leaf, relative_error, value_and_gradients
+from tests.helpers import assert_near, leaf, on_cpu, relative_error, value_and_gradients
 
-IMPLS = get_args(Impl)
+IMPLS = on_cpu(Impl)
 
 
 def build(kind: Any = HTMAttention, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 from htm_pytorch.nn import check as module
 from htm_pytorch.nn.check import CheckConfig, Comparison, Report, _Problem, check
 from htm_pytorch.ops import Impl, blocked, kernels, native, projected, reference
+from tests.helpers import on_cpu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-IMPLS = get_args(Impl)
+IMPLS = on_cpu(Impl)
 DTYPES = ["float64", "float32", "bfloat16", "float16"]
 PARAMETERS = [
     "to_summary_queries.weight",

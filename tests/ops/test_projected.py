@@ -1,7 +1,7 @@
 """`attend` with the kept chunks projected once: its blocks, its sharing, what must not leak."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 from htm_pytorch import ChunkedMemory, HTMAttention
 from htm_pytorch.memory import Steps
 from htm_pytorch.ops import Impl, attend, attend_with_weights, projected
-from tests.helpers import assert_near, memory_of, relative_error, value_and_gradients
+from tests.helpers import assert_near, memory_of, on_cpu, relative_error, value_and_gradients
 
-IMPLS = get_args(Impl)
+IMPLS = on_cpu(Impl)
 NAMES = ["route", "queries", "projections", "positions", "past", "summaries"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")

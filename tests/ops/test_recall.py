@@ -1,6 +1,6 @@
 """Every implementation of `recall` against the plain one: values, gradients, what must not leak."""
 
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -8,9 +8,9 @@ from torch import Tensor
 
 from htm_pytorch import ChunkedMemory, Recall
 from htm_pytorch.ops import RecallImpl, blocked, recall, recall_with_weights
-from tests.helpers import assert_near, memory_of, relative_error, value_and_gradients
+from tests.helpers import assert_near, memory_of, on_cpu, relative_error, value_and_gradients
 
-IMPLS = get_args(RecallImpl)
+IMPLS = on_cpu(RecallImpl)
 FAST = [impl for impl in IMPLS if impl != "reference"]
 NAMES = ["route", "probe", "positions", "contents", "summaries"]
 

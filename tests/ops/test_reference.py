@@ -1,7 +1,7 @@
 """What is correct: against loops written from the formulas, and the identity of the layer."""
 
 import math
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from htm_pytorch import ChunkedMemory, HTMAttention
 from htm_pytorch.nn.attention import sinusoid
 from htm_pytorch.ops import RecallImpl, recall, reference
-from tests.helpers import assert_near, leaf, memory_of, value_and_gradients
+from tests.helpers import assert_near, leaf, memory_of, on_cpu, value_and_gradients
 
 
 def softmax(logits: list[float]) -> list[float]:
@@ -175,7 +175,7 @@ def test_projections_moved_to_the_query_are_the_projected_memory(
         assert "key" in name or got.any(), name
 
 
-@pytest.mark.parametrize("impl", get_args(RecallImpl))
+@pytest.mark.parametrize("impl", on_cpu(RecallImpl))
 @pytest.mark.parametrize("shared", [False, True], ids=["own-memory", "shared-memory"])
 def test_gradcheck(impl: Any, shared: bool) -> None:
     batch, queries, heads, chunks, chunk_size, dim = 2, 3, 2, 4, 3, 3

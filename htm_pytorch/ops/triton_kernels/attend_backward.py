@@ -1,0 +1,452 @@
+"""The way back through `attend`: everything is computed again, nothing is added by atomics.
+
+One program a query gives the gradients of its probe and of its weights. One program a tile of a
+chunk gives those of its steps: it takes the queries that picked the chunk in their order, so that
+the same inputs give the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from htm_pytorch.ops.kernels import by_head
+from htm_pytorch.ops.triton_kernels.products import (
+    Launch,
+    add_dot,
+    by_last,
+    power_of_two,
+    sort_picks,
+)
+from htm_pytorch.ops.triton_kernels.tiles import (
+    Call,
+    load_heads,
+    load_rows,
+    multiply,
+    score,
+    store_heads,
+    there_in_chunk,
+)
+
+
+@triton.jit
+def _add_by_position(
+    sums, heads, start, value, C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Add to what this program alone reads and writes."""
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    c = start + tl.arange(0, BLOCK_C)
+    places = sums + h[:, None] * C + c[None, :]
+    inside = (h < heads)[:, None] & (c < C)[None, :]
+    tl.debug_barrier()
+    tl.store(places, value + tl.load(places, inside, other=0.0), inside)
+
+
+@triton.jit
+def queries_backward_kernel(
+    grad,
+    probe,
+    steps,
+    step_mask,
+    positions,
+    picked,
+    weights,
+    grad_probe,
+    grad_weights,
+    tops,
+    scales,
+    means,
+    earned_sums,
+    attended_sums,
+    grad_by_batch,
+    grad_by_query,
+    grad_by_head,
+    probe_by_batch,
+    probe_by_query,
+    probe_by_head,
+    steps_by_batch,
+    steps_by_step,
+    mask_by_batch,
+    out_by_batch,
+    out_by_query,
+    out_by_head,
+    pairs,
+    queries,
+    heads,
+    k,
+    missing,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TYPE: tl.constexpr,
+    POSITION_TYPE: tl.constexpr,
+    SHARED: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    TO_STEPS: tl.constexpr,
+    TO_POSITIONS: tl.constexpr,
+):
+    """Gradients of one query's probe and weights, and what the programs over chunks need of it.
+
+    With g the gradient of the context and a the softmax inside chunk j: the logits get
+    w_j a (g . (m + p) - t_j), t_j = sum of a g . (m + p), and w_j itself gets t_j.
+    """
+    WHOLE: tl.constexpr = DEPTH == WIDTH and WIDTH >= D
+    SLICES: tl.constexpr = (D + WIDTH - 1) // WIDTH
+    x = tl.program_id(0).to(tl.int64) // SLICES
+    slice = tl.program_id(0) % SLICES * WIDTH
+    row, q = x // queries, x % queries
+    owner = row * (1 - SHARED)
+    steps += owner * steps_by_batch
+    probe += row * probe_by_batch + q * probe_by_query
+    grad += row * grad_by_batch + q * grad_by_query
+    if HAS_MASK:
+        step_mask += owner * mask_by_batch
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    within = tl.arange(0, BLOCK_C)
+    total = tl.zeros([BLOCK_H, WIDTH], tl.float32)
+    u, g = 0, 0
+    if WHOLE:
+        u = load_heads(probe, probe_by_head, heads, 0, D, BLOCK_H, WIDTH)
+        g = load_heads(grad, grad_by_head, heads, 0, D, BLOCK_H, WIDTH)
+    if C <= BLOCK_C:
+        u_position = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
+        g_position = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
+        attended = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
+        earned = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
+        if HAS_POSITIONS:
+            u_position = multiply(
+                probe, probe_by_head, heads, positions, within, D, within < C,
+                D, BLOCK_H, DEPTH, POSITION_TYPE,
+            )  # fmt: skip
+            g_position = multiply(
+                grad, grad_by_head, heads, positions, within, D, within < C,
+                D, BLOCK_H, DEPTH, POSITION_TYPE,
+            )  # fmt: skip
+    for rank in range(k):
+        chunk = tl.load(picked + x * k + rank)
+        weight = tl.load(weights + x * k + rank)
+        if C <= BLOCK_C:
+            there = there_in_chunk(step_mask, chunk, 0, missing, C, BLOCK_C, HAS_MASK)
+            n = chunk * C + within - missing
+            m = load_rows(steps, n, steps_by_step, there, slice, D, WIDTH)
+            logits = u_position + score(
+                u, probe, probe_by_head, heads, m, steps, n, steps_by_step, there,
+                D, BLOCK_H, DEPTH, TYPE, WHOLE,
+            )  # fmt: skip
+            slopes = g_position + score(
+                g, grad, grad_by_head, heads, m, steps, n, steps_by_step, there,
+                D, BLOCK_H, DEPTH, TYPE, WHOLE,
+            )  # fmt: skip
+            logits = tl.where(there[None, :], logits, float("-inf"))
+            top = tl.max(logits, 1)
+            inside = tl.where(there[None, :], tl.exp(logits - top[:, None]), 0.0)
+            norm = tl.sum(inside, 1)
+            inverse = 1.0 / tl.where(norm == 0.0, 1.0, norm)
+            inside *= inverse[:, None]
+            gained = tl.where(there[None, :], inside * slopes, 0.0)
+            mean = tl.sum(gained, 1)
+            grad_logits = weight * (gained - inside * mean[:, None])
+            attended += weight * inside
+            earned += grad_logits
+            total = add_dot(total, grad_logits, m, TYPE)
+        else:
+            top = tl.zeros([BLOCK_H], tl.float32) + float("-inf")
+            norm = tl.zeros([BLOCK_H], tl.float32)
+            mean = tl.zeros([BLOCK_H], tl.float32)
+            for start in range(0, C, BLOCK_C):
+                there = there_in_chunk(step_mask, chunk, start, missing, C, BLOCK_C, HAS_MASK)
+                c = start + within
+                n = chunk * C + c - missing
+                m = load_rows(steps, n, steps_by_step, there, slice, D, WIDTH)
+                logits = score(
+                    u, probe, probe_by_head, heads, m, steps, n, steps_by_step, there,
+                    D, BLOCK_H, DEPTH, TYPE, WHOLE,
+                )  # fmt: skip
+                slopes = score(
+                    g, grad, grad_by_head, heads, m, steps, n, steps_by_step, there,
+                    D, BLOCK_H, DEPTH, TYPE, WHOLE,
+                )  # fmt: skip
+                if HAS_POSITIONS:
+                    p = load_rows(positions, c, D, there, slice, D, WIDTH)
+                    logits += score(
+                        u, probe, probe_by_head, heads, p, positions, c, D, there,
+                        D, BLOCK_H, DEPTH, POSITION_TYPE, WHOLE,
+                    )  # fmt: skip
+                    slopes += score(
+                        g, grad, grad_by_head, heads, p, positions, c, D, there,
+                        D, BLOCK_H, DEPTH, POSITION_TYPE, WHOLE,
+                    )  # fmt: skip
+                logits = tl.where(there[None, :], logits, float("-inf"))
+                higher = tl.maximum(top, tl.max(logits, 1))
+                scale = tl.where(top == higher, 1.0, tl.exp(top - higher))
+                inside = tl.where(there[None, :], tl.exp(logits - higher[:, None]), 0.0)
+                norm = norm * scale + tl.sum(inside, 1)
+                gained = tl.where(there[None, :], inside * slopes, 0.0)
+                mean = mean * scale + tl.sum(gained, 1)
+                top = higher
+            inverse = 1.0 / tl.where(norm == 0.0, 1.0, norm)
+            mean *= inverse
+            for start in range(0, C, BLOCK_C):
+                there = there_in_chunk(step_mask, chunk, start, missing, C, BLOCK_C, HAS_MASK)
+                c = start + within
+                n = chunk * C + c - missing
+                m = load_rows(steps, n, steps_by_step, there, slice, D, WIDTH)
+                logits = score(
+                    u, probe, probe_by_head, heads, m, steps, n, steps_by_step, there,
+                    D, BLOCK_H, DEPTH, TYPE, WHOLE,
+                )  # fmt: skip
+                slopes = score(
+                    g, grad, grad_by_head, heads, m, steps, n, steps_by_step, there,
+                    D, BLOCK_H, DEPTH, TYPE, WHOLE,
+                )  # fmt: skip
+                if HAS_POSITIONS:
+                    p = load_rows(positions, c, D, there, slice, D, WIDTH)
+                    logits += score(
+                        u, probe, probe_by_head, heads, p, positions, c, D, there,
+                        D, BLOCK_H, DEPTH, POSITION_TYPE, WHOLE,
+                    )  # fmt: skip
+                    slopes += score(
+                        g, grad, grad_by_head, heads, p, positions, c, D, there,
+                        D, BLOCK_H, DEPTH, POSITION_TYPE, WHOLE,
+                    )  # fmt: skip
+                share = weight * inverse[:, None] * tl.exp(logits - top[:, None])
+                share = tl.where(there[None, :], share, 0.0)
+                grad_logits = tl.where(there[None, :], share * (slopes - mean[:, None]), 0.0)
+                total = add_dot(total, grad_logits, m, TYPE)
+                if HAS_POSITIONS:
+                    total = add_dot(total, grad_logits, p, POSITION_TYPE)
+                if TO_POSITIONS:
+                    if slice == 0:
+                        at = x * heads * C
+                        _add_by_position(
+                            earned_sums + at, heads, start, grad_logits, C, BLOCK_H, BLOCK_C
+                        )
+                        _add_by_position(
+                            attended_sums + at, heads, start, share, C, BLOCK_H, BLOCK_C
+                        )
+        if slice == 0:
+            block = tl.program_id(1).to(tl.int64) * pairs
+            tl.store(grad_weights + block + x * k + rank, tl.sum(mean, 0))
+            if TO_STEPS:
+                at = (x * k + rank) * heads + h
+                tl.store(tops + at, top, h < heads)
+                tl.store(scales + at, weight * inverse, h < heads)
+                tl.store(means + at, mean, h < heads)
+    if C <= BLOCK_C:
+        if HAS_POSITIONS:
+            p = load_rows(positions, within, D, within < C, slice, D, WIDTH)
+            total = add_dot(total, earned, p, POSITION_TYPE)
+        if TO_POSITIONS:
+            if slice == 0:
+                at = x * heads * C
+                _add_by_position(earned_sums + at, heads, 0, earned, C, BLOCK_H, BLOCK_C)
+                _add_by_position(attended_sums + at, heads, 0, attended, C, BLOCK_H, BLOCK_C)
+    grad_probe += row * out_by_batch + q * out_by_query
+    store_heads(grad_probe, out_by_head, heads, slice, total, D, BLOCK_H, WIDTH)
+
+
+@triton.jit
+def steps_backward_kernel(
+    grad,
+    probe,
+    steps,
+    step_mask,
+    positions,
+    tops,
+    scales,
+    means,
+    ordered,
+    starts,
+    grad_steps,
+    grad_by_batch,
+    grad_by_query,
+    grad_by_head,
+    probe_by_batch,
+    probe_by_query,
+    probe_by_head,
+    steps_by_batch,
+    steps_by_step,
+    mask_by_batch,
+    queries,
+    k,
+    chunks,
+    length,
+    missing,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TYPE: tl.constexpr,
+    POSITION_TYPE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+):
+    """Gradient of a tile of one chunk's steps, from all heads of all queries that picked it."""
+    SLICES: tl.constexpr = (D + WIDTH - 1) // WIDTH
+    TILES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    program = tl.program_id(0).to(tl.int64)
+    slice = program % SLICES * WIDTH
+    start = program // SLICES % TILES * BLOCK_C
+    slot = program // (SLICES * TILES)
+    owner, chunk = slot // chunks, slot % chunks
+    steps += owner * steps_by_batch
+    if HAS_MASK:
+        step_mask += owner * mask_by_batch
+    there = there_in_chunk(step_mask, chunk, start, missing, C, BLOCK_C, HAS_MASK)
+    c = start + tl.arange(0, BLOCK_C)
+    n = chunk * C + c - missing
+    total = tl.zeros([BLOCK_C, WIDTH], tl.float32)
+    # Heads of queries one after the other, whatever their number.
+    end = tl.load(starts + slot + 1).to(tl.int64) * H
+    for first in range(tl.load(starts + slot).to(tl.int64) * H, end, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        pair = tl.load(ordered + r // H, r < end, other=0).to(tl.int64)
+        head = r % H
+        x = pair // k
+        row, q = x // queries, x % queries
+        u_at = row * probe_by_batch + q * probe_by_query + head * probe_by_head
+        g_at = row * grad_by_batch + q * grad_by_query + head * grad_by_head
+        logits = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+        slopes = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+        for depth in range(0, D, DEPTH):
+            u = load_rows(probe, u_at, 1, r < end, depth, D, DEPTH)
+            g = load_rows(grad, g_at, 1, r < end, depth, D, DEPTH)
+            m = tl.trans(load_rows(steps, n, steps_by_step, there, depth, D, DEPTH))
+            logits = add_dot(logits, u, m, TYPE)
+            slopes = add_dot(slopes, g, m, TYPE)
+            if HAS_POSITIONS:
+                p = tl.trans(load_rows(positions, c, D, there, depth, D, DEPTH))
+                logits = add_dot(logits, u, p, POSITION_TYPE)
+                slopes = add_dot(slopes, g, p, POSITION_TYPE)
+        top = tl.load(tops + pair * H + head, r < end, other=0.0)
+        scale = tl.load(scales + pair * H + head, r < end, other=0.0)
+        mean = tl.load(means + pair * H + head, r < end, other=0.0)
+        inside = (r < end)[:, None] & there[None, :]
+        share = tl.where(inside, scale[:, None] * tl.exp(logits - top[:, None]), 0.0)
+        grad_logits = tl.where(inside, share * (slopes - mean[:, None]), 0.0)
+        u = load_rows(probe, u_at, 1, r < end, slice, D, WIDTH)
+        total = add_dot(total, tl.trans(grad_logits), u, TYPE)
+        g = load_rows(grad, g_at, 1, r < end, slice, D, WIDTH)
+        total = add_dot(total, tl.trans(share), g, TYPE)
+    # Also where the program has summed NaN beside: masked steps get nothing.
+    total = tl.where(there[:, None], total, 0.0).to(grad_steps.dtype.element_ty)
+    d = slice + tl.arange(0, WIDTH)
+    exists = ((c < C) & (n >= 0))[:, None] & (d < D)[None, :]
+    tl.store(grad_steps + (owner * length + n)[:, None] * D + d[None, :], total, exists)
+
+
+def steps_launch(call: Call, launch: Launch) -> Launch:
+    """Say how `steps_backward_kernel` is compiled, but for flags."""
+    sizes = launch.constants
+    exact = sizes["TYPE"] == tl.float32
+    wide = power_of_two(call.dim, 16)
+    constants = {
+        **{name: sizes[name] for name in ("C", "D", "TYPE", "POSITION_TYPE")},
+        "H": call.heads,
+        "BLOCK_R": 16 if exact else 32,
+        "BLOCK_C": min(power_of_two(call.chunk_size, 16), 32),
+        "WIDTH": min(wide, 128 if exact else 256),
+        "DEPTH": min(wide, 32 if exact else 64),
+    }
+    return Launch(constants, num_warps=4, num_stages=2)
+
+
+def attend_backward(
+    grad: Tensor,
+    probe: Tensor,
+    steps: Tensor,
+    step_mask: Tensor | None,
+    positions: Tensor | None,
+    picked: Tensor,
+    weights: Tensor,
+    chunk_size: int,
+    to_steps: bool,
+    to_positions: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return gradients of probe, weights, steps and positions; empty where not asked for."""
+    grad_probe = by_head(probe)
+    grad_steps = steps.new_empty(steps.shape if to_steps else (0, 0, 0))
+    grad_positions = probe.new_empty((0, 0))
+    if positions is not None and to_positions:
+        grad_positions = positions.new_zeros(positions.shape)
+    if not (probe.numel() and picked.numel()):
+        return grad_probe.zero_(), torch.zeros_like(weights), grad_steps.zero_(), grad_positions
+    call = Call(probe, steps, step_mask, positions, picked, weights, chunk_size)
+    grad = by_last(grad)
+    launch = call.launch()
+    grid = call.grid(launch)
+    pairs = call.picked.numel()
+    exact = {"dtype": torch.float32, "device": probe.device}
+    # One share for each block of heads.
+    grad_weights = torch.empty(grid[1], *picked.shape, **exact)
+    softmaxes = torch.empty(3, pairs if to_steps else 0, call.heads, **exact).unbind()
+    to_positions = bool(grad_positions.numel())
+    summed = call.batch * call.queries if to_positions else 0
+    by_position = torch.zeros(2, summed, call.heads, chunk_size, **exact).unbind()
+    strides = *grad.stride()[:3], *call.probe.stride()[:3], *call.memory_strides()
+    queries_backward_kernel[grid](
+        grad,
+        call.probe,
+        call.steps,
+        call.step_mask,
+        call.positions,
+        call.picked,
+        call.weights,
+        grad_probe,
+        grad_weights,
+        *softmaxes,
+        *by_position,
+        *strides,
+        *grad_probe.stride()[:3],
+        pairs,
+        call.queries,
+        call.heads,
+        call.k,
+        call.missing,
+        TO_STEPS=to_steps,
+        TO_POSITIONS=to_positions,
+        **call.flags,
+        **launch.options(),
+    )
+    if to_steps:
+        ordered = sort_picks(call.picked, call.rows, call.chunks)
+        launch = steps_launch(call, launch)
+        sizes = launch.constants
+        tiles = triton.cdiv(chunk_size, sizes["BLOCK_C"]) * triton.cdiv(call.dim, sizes["WIDTH"])
+        steps_backward_kernel[(call.rows * call.chunks * tiles,)](
+            grad,
+            call.probe,
+            call.steps,
+            call.step_mask,
+            call.positions,
+            *softmaxes,
+            ordered.pairs,
+            ordered.starts,
+            grad_steps,
+            *strides,
+            call.queries,
+            call.k,
+            call.chunks,
+            call.length,
+            call.missing,
+            HAS_MASK=call.flags["HAS_MASK"],
+            HAS_POSITIONS=call.flags["HAS_POSITIONS"],
+            **launch.options(),
+        )
+    if to_positions:
+        earned, attended = by_position
+        found = _over_queries(earned, probe) + _over_queries(attended, grad)
+        grad_positions = found.to(grad_positions.dtype)
+    return grad_probe, grad_weights.sum(0), grad_steps, grad_positions
+
+
+def _over_queries(by_position: Tensor, rows: Tensor) -> Tensor:
+    """Sum [X, H, C] times [B, Q, H, D] over queries and heads: [C, D]."""
+    return by_position.flatten(0, 1).mT @ rows.reshape(-1, rows.shape[-1]).float()

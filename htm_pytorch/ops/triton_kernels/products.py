@@ -1,0 +1,86 @@
+"""What the kernels share: matrix products, how blocks are cut, and picks sorted by their chunk."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+@triton.jit
+def dot(a, b, TYPE: tl.constexpr):
+    """Multiply matrices in `TYPE`, with sums in float32."""
+    return add_dot(tl.zeros([a.shape[0], b.shape[1]], tl.float32), a, b, TYPE)
+
+
+@triton.jit
+def add_dot(total, a, b, TYPE: tl.constexpr):
+    """Return total + a b. Of float32, three TensorFloat32 products keep 22 bits of the factors."""
+    a, b = a.to(TYPE), b.to(TYPE)
+    if INTERPRETED:
+        # There, products of bfloat16 are wrong without a word (Triton 3.9, torch 2.13).
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="tf32x3")
+
+
+class Launch(NamedTuple):
+    """What a kernel is compiled with: its constants, and how it is spread over a processor."""
+
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, Any]:
+        """Return all as keyword arguments of a launch."""
+        return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def common_type(*dtypes: torch.dtype) -> Any:
+    """Return the type that products of such tensors are taken in."""
+    return TYPES[dtypes[0]] if len(set(dtypes)) == 1 else tl.float32
+
+
+def power_of_two(size: int, least: int = 1) -> int:
+    """Return the first power of two that is not less than either."""
+    return max(triton.next_power_of_2(size), least)
+
+
+def processors(tensor: Tensor) -> int:
+    """Return how many programs run side by side at least."""
+    if tensor.device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def by_last(tensor: Tensor) -> Tensor:
+    """Return the tensor with its last axis unbroken."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+class Sorted(NamedTuple):
+    """Picks in the order of their chunks, and of queries within a chunk."""
+
+    pairs: Tensor
+    """int32, query * K + rank, over all rows of the batch."""
+    starts: Tensor
+    """[slots + 1] int32, where in `pairs` each chunk of each row of the memory begins."""
+
+
+def sort_picks(picked: Tensor, memory_batch: int, chunks: int) -> Sorted:
+    """Sort picks [B, Q, K] by chunk, without looking at them from outside the device."""
+    slots = memory_batch * chunks
+    row = torch.arange(picked.shape[0], device=picked.device)[:, None, None]
+    at = picked + row * chunks if memory_batch > 1 else picked
+    order = torch.where(picked < 0, slots, at).flatten().to(torch.int32).sort(stable=True)
+    borders = torch.arange(slots + 1, device=picked.device, dtype=torch.int32)
+    starts = torch.searchsorted(order.values, borders, out_int32=True)
+    return Sorted(order.indices.to(torch.int32), starts)
