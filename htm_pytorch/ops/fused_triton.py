@@ -19,7 +19,6 @@ from htm_pytorch.ops import native, projected
 RECORD = Path(__file__).with_name("proven_devices.json")
 """By compute capability, what `make test-gpu` ran on when it last passed."""
 PROVEN = frozenset(json.loads(RECORD.read_text()))
-IS_INSTALLED = importlib.util.find_spec("triton") is not None
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PREFIX = "triton_"
 """Of the names of the operators."""
@@ -47,6 +46,11 @@ def attend(
     return native.attend(probe, memory, positions, picked, weights, PREFIX)
 
 
+def is_installed() -> bool:
+    """Whether Triton could be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def refusal(
     impl: str, device: torch.device, kept: int, *tensors: Tensor | None
 ) -> Exception | None:
@@ -56,7 +60,7 @@ def refusal(
             f"impl: {impl!r} expects tensors on a CUDA device (or on the CPU, to be interpreted, "
             f"with TRITON_INTERPRET=1 in the environment), got {device}"
         )
-    if not IS_INSTALLED:
+    if not is_installed():
         return RuntimeError(
             f"impl: {impl!r} needs Triton, which is not installed: "
             "pip install 'htm-pytorch[triton]'"

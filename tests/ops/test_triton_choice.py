@@ -30,7 +30,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were one."""
     properties = SimpleNamespace(major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(fused_triton, "IS_INSTALLED", True)
+    monkeypatch.setattr(fused_triton, "is_installed", lambda: True)
 
 
 def test_named_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +41,7 @@ def test_named_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_named_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_triton, "IS_INTERPRETED", True)
-    monkeypatch.setattr(fused_triton, "IS_INSTALLED", False)
+    monkeypatch.setattr(fused_triton, "is_installed", lambda: False)
     with pytest.raises(RuntimeError, match=r"not installed: pip install 'htm-pytorch\[triton\]'$"):
         recall(*arguments(), impl="triton")
 
@@ -67,7 +67,7 @@ class TestAuto:
         assert self.takes_triton()
         # What it cannot do, others do.
         assert not self.takes_triton(torch.float64)
-        monkeypatch.setattr(fused_triton, "IS_INSTALLED", False)
+        monkeypatch.setattr(fused_triton, "is_installed", lambda: False)
         assert not self.takes_triton()
 
     def test_the_record(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
