@@ -13,7 +13,9 @@ PUBLIC = {"ChunkedMemory", "HTMAttention", "HTMBlock", "HTMTransformer", "Recall
 # Not numpy: torch imports it where it is there.
 OPTIONAL = {
     "gymnasium",
+    "lance",
     "matplotlib",
+    "pyarrow",
     "rich",
     "safetensors",
     "tensorboard",
