@@ -11,10 +11,10 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(name: str, *options: str) -> str:
+def run(name: str, *options: str, arguments: tuple[str, ...] = ()) -> str:
     # Warnings of imported packages are theirs; ours are of class UserWarning.
     done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", *options, EXAMPLES / name],
+        [sys.executable, "-W", "error::UserWarning", *options, EXAMPLES / name, *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -26,7 +26,13 @@ def run(name: str, *options: str) -> str:
 
 def test_every_example_has_a_test() -> None:
     names = {path.name for path in EXAMPLES.glob("*.py")}
-    assert names == {"01_attention.py", "02_streaming.py", "03_train_ballet.py", "04_sharded.py"}
+    assert names == {
+        "01_attention.py",
+        "02_streaming.py",
+        "03_train_ballet.py",
+        "04_sharded.py",
+        "05_library.py",
+    }
 
 
 def test_attention_learns_to_keep_the_right_chunk() -> None:
@@ -70,3 +76,12 @@ def test_two_processes_recall_what_one_does() -> None:
     assert len(apart) == 2 and all(float(number) < 1e-5 for number in apart)
     # 4 scores, 4 numbers and 4 heads of 32, of 4 bytes each.
     assert "a query hands 544 bytes to the others" in printed
+
+
+def test_a_reader_with_a_library_is_better(tmp_path: Path) -> None:
+    pytest.importorskip("lance")
+    arguments = ("--small", "--updates", "200", "--place", str(tmp_path / "library"))
+    printed = run("05_library.py", arguments=arguments)
+    losses = re.findall(r"^(without|with) memory +([\d.]+) nats", printed, re.MULTILINE)
+    without, with_memory = (float(loss) for _, loss in losses)
+    assert with_memory < without

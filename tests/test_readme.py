@@ -8,7 +8,7 @@ import pytest
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-NEEDS = {"gymnasium": "gymnasium", ".save(": "safetensors"}
+NEEDS = {"gymnasium": "gymnasium", ".save(": "safetensors", "memory.open": "lance"}
 SHAPE = re.compile(r"^ *(\w+).* = .*# (\([\d, ]+\))$", re.MULTILINE)
 
 
@@ -25,8 +25,8 @@ def test_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_blocks_and_the_shapes_in_their_comments_are_found() -> None:
-    assert len(BLOCKS) == README.count("```python") == 5
-    assert sum(len(SHAPE.findall(block)) for block in BLOCKS) == 4
+    assert len(BLOCKS) == README.count("```python") == 6
+    assert sum(len(SHAPE.findall(block)) for block in BLOCKS) == 5
 
 
 def test_links_lead_somewhere() -> None:
