@@ -31,8 +31,10 @@ SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo",
 FREQUENT, HASHED = 4096, 1024  # classes of tokens: frequent ones, and the others by a hash
 CODE = 64
 CHUNK_SIZE, KEPT, HEADS = 32, 4, 4
+DIM = 3 * CODE  # of a step: what comes before a token, the token as a mark of its page, the token
 CONTEXT, WIDTH = 16, 128
 BATCH, OTHERS = 64, 256
+PAGE, PLACE, VOTE = 40.0, 9.0, 20.0  # how sharply pages and places are told apart at first
 
 
 def read_library(small: bool) -> list[list[str]]:
@@ -63,6 +65,12 @@ def codes() -> Tensor:
     return normalize(torch.randn(FREQUENT + HASHED, CODE, generator=generator), dim=1)
 
 
+def rarity() -> Tensor:
+    """Return how much a class says about a page: a comma says little."""
+    rank = torch.arange(1, FREQUENT + HASHED + 1).clamp(max=FREQUENT)
+    return (rank.log1p() / rank[-1].log1p())[:, None] ** 2
+
+
 def before(tokens: Tensor) -> Tensor:
     """Return codes of what comes before each place [..., T]: the last token, and the one before."""
     code = codes()[tokens]
@@ -73,12 +81,13 @@ def before(tokens: Tensor) -> Tensor:
 
 
 def build(place: Path, small: bool) -> None:
-    """Store each module as an episode. A step says what came before a token, and the token."""
+    """Store each module as an episode."""
     modules = classes_of(read_library(small))
     start = time.perf_counter()
-    with memory.open(place, dim=2 * CODE, chunk_size=CHUNK_SIZE, dtype=torch.float16) as stored:
+    with memory.open(place, dim=DIM, chunk_size=CHUNK_SIZE, dtype=torch.float16) as stored:
         for tokens in modules:
-            steps = torch.cat([before(tokens), codes()[tokens]], 1).half()[None]
+            code, mark = codes()[tokens], (codes() * rarity())[tokens]
+            steps = torch.cat([before(tokens), mark, code], 1).half()[None]
             is_first = torch.zeros(1, len(tokens), dtype=torch.bool)
             is_first[:, 0] = True
             stored.append(steps, is_first)
@@ -92,17 +101,43 @@ class Reader(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("codes", codes())
+        self.register_buffer("marks", codes() * rarity())
         self.recurrent = nn.GRU(CODE, WIDTH, batch_first=True)
         self.attend = HTMAttention(
             WIDTH + 2 * CODE,
             HEADS,
             KEPT,
             dim_head=CODE,
-            dim_memory=2 * CODE,
-            dim_features=2 * CODE,
+            dim_memory=DIM,
+            dim_features=DIM,
         )
-        self.vote = nn.Linear(WIDTH + 2 * CODE, FREQUENT + HASHED)
-        self.read = nn.Linear(WIDTH + 2 * CODE, CODE)
+        self.vote = nn.Linear(WIDTH + DIM, FREQUENT + HASHED)
+        self.read = nn.Linear(WIDTH + DIM, CODE)
+        self._begin_as_a_search()
+
+    @torch.no_grad()
+    def _begin_as_a_search(self) -> None:
+        """Compare tokens with tokens, before anything is learned.
+
+        The router compares those of the context with those of a page, the heads the last two with
+        those before each step; what came next there gets votes. Gradients reach only the pages
+        that were kept, and of thousands a router that begins at random keeps none that helps.
+        """
+        same, bag, last = torch.eye(CODE), slice(WIDTH, WIDTH + CODE), slice(WIDTH + CODE, None)
+        before, page, token = slice(CODE), slice(CODE, 2 * CODE), slice(2 * CODE, None)
+        inside = self.attend.attn
+        keys, values = inside.to_kv.weight.view(2, HEADS, CODE, -1)
+        for weight, columns, value in (
+            (self.attend.to_summary_queries.weight[:CODE], bag, PAGE * same),
+            (self.attend.to_summary_keys.weight[:CODE], page, PAGE * same),
+            (inside.to_q.weight.view(HEADS, CODE, -1), last, PLACE * same),
+            (keys, before, PLACE * same),
+            (values, token, same),
+            (inside.to_out.weight[:CODE], slice(None), same.repeat(1, HEADS) / HEADS),
+            (self.read.weight, slice(WIDTH, WIDTH + CODE), VOTE * same),
+        ):
+            weight.zero_()
+            weight[..., columns] = value
 
     def forward(
         self, context: Tensor, held: StoredMemory | ChunkedMemory, mask: Tensor | None
@@ -111,7 +146,8 @@ class Reader(nn.Module):
         code = self.codes[context]
         hidden = self.recurrent(code)[0][:, -1:]
         last = code[:, -1:] + 0.5 * code[:, -2:-1]
-        query = torch.cat([hidden, code.mean(1, keepdim=True), last], 2)
+        mark = self.marks[context].mean(1, keepdim=True)
+        query = torch.cat([hidden, mark, last], 2)
         attended = self.attend(query, held, chunk_attn_mask=mask)
         both = torch.cat([hidden, attended], 2)[:, 0]
         return self.vote(both) + self.read(both) @ self.codes.T, query
@@ -148,7 +184,7 @@ def train(place: Path, small: bool, updates: int) -> None:
     print(f"opened: {held}")
     exam = Places(modules, list(range(0, len(modules), 8)), held)
     lessons = Places(modules, [n for n in range(len(modules)) if n % 8], held)
-    empty = ChunkedMemory.from_steps(torch.zeros(1, 0, 2 * CODE), CHUNK_SIZE)
+    empty = ChunkedMemory.from_steps(torch.zeros(1, 0, DIM), CHUNK_SIZE)
     print(f"{'':16}{'loss on new modules':>22}{'page found':>12}{'seconds':>9}")
     for name, stored in ("without memory", empty), ("with memory", held):
         torch.manual_seed(1)
