@@ -4,7 +4,7 @@
 
 Each operator is called on tensors without data, in the main shapes; what it would launch is
 compiled for sm_80 and sm_90 instead. Exit status 1 if a kernel does not fit: more shared memory
-than there is, or registers spilled.
+than there is, or more than two numbers spilled from registers.
 """
 
 import argparse
@@ -22,6 +22,8 @@ import torch
 
 SHARED_LIMIT = {80: 163 * 2**10, 90: 227 * 2**10}
 """Bytes of shared memory that one program may have, by architecture."""
+FORGIVEN = 8
+"""Bytes spilled: the assembler may give up two numbers so that two programs fit on a processor."""
 
 
 class Shape(NamedTuple):
@@ -58,7 +60,7 @@ class Build(NamedTuple):
     @property
     def fits(self) -> bool:
         """Whether it can be launched, and keeps everything where it is fast."""
-        return self.shared <= SHARED_LIMIT[self.sm] and not self.spilled
+        return self.shared <= SHARED_LIMIT[self.sm] and self.spilled <= FORGIVEN
 
 
 def launches(shape: Shape, dtype: torch.dtype) -> list[Any]:

@@ -352,10 +352,10 @@ def steps_launch(call: Call, launch: Launch) -> Launch:
         "H": call.heads,
         "BLOCK_R": 16 if exact else 32,
         "BLOCK_C": min(power_of_two(call.chunk_size, 16), 32),
-        "WIDTH": min(wide, 128 if exact else 256),
+        "WIDTH": min(wide, 128),
         "DEPTH": min(wide, 32 if exact else 64),
     }
-    return Launch(constants, num_warps=4, num_stages=2)
+    return Launch(constants, num_warps=8 if constants["WIDTH"] >= 128 else 4, num_stages=2)
 
 
 def attend_backward(

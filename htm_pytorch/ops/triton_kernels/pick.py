@@ -294,14 +294,16 @@ def source_backward_kernel(
 
 def keep_launch(queries: int, k: int, dim: int, type_: Any) -> Launch:
     """Say how `keep_kernel` is compiled, but for flags."""
-    wide = 64 if type_ == tl.float32 else 128
+    few = queries <= 16 or k > 64
+    wide = 32 if type_ == tl.float32 else 128 if few else 64
     blocks = {
         "K": power_of_two(k),
-        "BLOCK_Q": 16 if queries <= 16 or k > 64 else 64,
+        "BLOCK_Q": 16 if few else 64,
         "BLOCK_M": 64,
         "BLOCK_D": min(power_of_two(dim, 16), wide),
     }
-    return Launch({"D": dim, "TYPE": type_, **blocks}, num_warps=4, num_stages=3)
+    warps = 4 if few and type_ != tl.float32 else 8
+    return Launch({"D": dim, "TYPE": type_, **blocks}, num_warps=warps, num_stages=3)
 
 
 def means_launch(chunk_size: int, dim: int) -> Launch:

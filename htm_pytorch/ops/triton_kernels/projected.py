@@ -307,12 +307,12 @@ def launch_of(chunk_size: int, width: int, type_: Any) -> Launch:
     constants = {
         "C": chunk_size,
         "E": width,
-        "BLOCK_R": 32 if exact else 64,
-        "BLOCK_C": min(power_of_two(chunk_size, 16), 32 if exact or wide > 128 else 64),
+        "BLOCK_R": 16 if exact else 64,
+        "BLOCK_C": min(power_of_two(chunk_size, 16), 32),
         "BLOCK_E": wide,
         "TYPE": type_,
     }
-    return Launch(constants, num_warps=4, num_stages=2)
+    return Launch(constants, num_warps=8 if exact else 4, num_stages=2)
 
 
 class _Call:

@@ -126,24 +126,25 @@ def blocks(
     split every factor in two, only pieces fit: the second product reads its tile again.
     """
     type_ = common_type(probe, stored)
+    exact = type_ == tl.float32
     wide = power_of_two(dim, 16)
-    whole = type_ != tl.float32 and wide <= (1024 if positions is None else 512)
-    width = wide if whole else min(wide, 256 if type_ == tl.float32 else 512)
-    tile = WHOLE_BYTES // (width * stored.itemsize)
+    whole = not exact and wide <= (1024 if positions is None else 512)
+    width = wide if whole else min(wide, 256)
+    tile = min(WHOLE_BYTES // (width * stored.itemsize), 64 if whole else 32)
     if not whole and chunk_size > tile:
         # Two sums at a time, as softmaxes go over several tiles.
-        tile //= 2
+        tile = 16
     constants = {
         "C": chunk_size,
         "D": dim,
         "BLOCK_H": min(power_of_two(heads, 16), max(16, SUMS // width)),
-        "BLOCK_C": max(16, min(power_of_two(chunk_size), tile, 64)),
+        "BLOCK_C": max(16, min(power_of_two(chunk_size), tile)),
         "WIDTH": width,
-        "DEPTH": wide if whole else min(wide, 64 if type_ == tl.float32 else 128),
+        "DEPTH": wide if whole else min(wide, 32 if chunk_size > tile and exact else 64),
         "TYPE": type_,
         "POSITION_TYPE": type_ if positions is None else common_type(probe, positions),
     }
-    large = width >= (256 if type_ == tl.float32 else 512)
+    large = width >= (64 if exact else 512 if whole else 256)
     return Launch(constants, num_warps=8 if large else 4, num_stages=2)
 
 
