@@ -28,17 +28,6 @@ MOST_KEPT = 1024
 """Chunks a query: its list of the best must fit on chip."""
 
 
-def _is_installed() -> bool:
-    try:
-        return importlib.util.find_spec("triton") is not None
-    except ImportError:
-        # Whoever forbids an import forbids looking for it, too.
-        return False
-
-
-IS_INSTALLED = _is_installed()
-
-
 def pick(
     route: Tensor, memory: ChunkedMemory | Steps, k: int, chunk_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """`Steps`, a past given whole: what it says of itself, and recall of it where it lies."""
 
 import math
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 from htm_pytorch import HTMAttention
 from htm_pytorch.memory import Steps
 from htm_pytorch.ops import Impl, RecallImpl, recall, recall_with_weights
-from tests.helpers import assert_near, value_and_gradients
+from tests.helpers import assert_near, on_cpu, value_and_gradients
 
-FAST = [impl for impl in get_args(RecallImpl) if impl != "reference"]
+FAST = [impl for impl in on_cpu(RecallImpl) if impl != "reference"]
 NAMES = ["route", "probe", "positions", "steps"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -162,7 +162,7 @@ def test_native_equals_the_reference_over_chunks_on_any_sizes() -> None:
     search()
 
 
-@pytest.mark.parametrize("impl", get_args(RecallImpl))
+@pytest.mark.parametrize("impl", on_cpu(RecallImpl))
 def test_by_hand_a_short_chunk_a_masked_step_and_eps(impl: Any) -> None:
     # Chunks of 2 from the newest end: [_, 2], [4, hidden], [6, 10], in one dimension.
     steps = torch.tensor([[[2.0], [4.0], [float("nan")], [6.0], [10.0]]], dtype=torch.float64)
@@ -179,7 +179,7 @@ def test_by_hand_a_short_chunk_a_masked_step_and_eps(impl: Any) -> None:
         assert got.item() == pytest.approx(expected / sum(weights), rel=1e-12)
 
 
-@pytest.mark.parametrize("impl", get_args(RecallImpl))
+@pytest.mark.parametrize("impl", on_cpu(RecallImpl))
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), torch.finfo(torch.float64).max])
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 def test_garbage_in_masked_steps_and_beside_the_steps(
@@ -255,7 +255,7 @@ def layer_of(impl: Any, **changes: Any) -> HTMAttention:
     return HTMAttention(**(sizes | changes), inner_bias=True, impl=impl).double()
 
 
-@pytest.mark.parametrize("impl", [impl for impl in get_args(Impl) if impl != "reference"])
+@pytest.mark.parametrize("impl", [impl for impl in on_cpu(Impl) if impl != "reference"])
 @pytest.mark.parametrize("name", [name for name in CASES if "N-is" in name or "shared" in name])
 def test_layer_equals_the_reference_over_chunks(impl: Any, name: str) -> None:
     sizes = CASES[name]
@@ -288,7 +288,7 @@ def test_layer_equals_the_reference_over_chunks(impl: Any, name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("impl", get_args(Impl))
+@pytest.mark.parametrize("impl", on_cpu(Impl))
 def test_layer_stops_gradients_at_the_steps(impl: Any) -> None:
     steps = normal(2, 18, 6).requires_grad_()
     for detach in (True, False):
