@@ -24,14 +24,15 @@ def main() -> None:
             sys.exit(1)
 
     def memory(
-        action: tyro.conf.Positional[Literal["info", "verify", "compact"]],
+        action: tyro.conf.Positional[Literal["info", "verify", "compact", "index"]],
         path: tyro.conf.Positional[str],
     ) -> None:
         """Look after a memory on disk.
 
         Args:
             action: info: what it holds; verify: read everything and compare it with its checksums;
-                compact: join small files and delete what has not been needed for an hour.
+                compact: join small files and delete what has not been needed for an hour; index:
+                make the index that memories opened with search="index" ask, and try it.
             path: its folder, or its place in an object store.
         """
         look_after(action, path)
@@ -66,10 +67,10 @@ def main() -> None:
 
 
 def look_after(action: str, path: str) -> None:
-    """Print what a memory on disk holds, verify it, or compact it."""
+    """Print what a memory on disk holds, verify it, compact it, or index its summaries."""
     from htm_pytorch import memory
 
-    with memory.open(path, read_only=action != "compact") as stored:
+    with memory.open(path, read_only=action in ("info", "verify")) as stored:
         if action == "verify":
             problems = stored.verify()
             print(*problems, sep="\n", end="\n" if problems else "")
@@ -79,6 +80,9 @@ def look_after(action: str, path: str) -> None:
             return
         if action == "compact":
             stored.compact()
+        if action == "index":
+            share = stored.build_index().index_recall()
+            print(f"of the 8 best chunks of queries like its summaries it finds {share:.1%}")
         for name, value in stored.info().items():
             print(f"{name:24} {value:,}" if isinstance(value, int) else f"{name:24} {value}")
 

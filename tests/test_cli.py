@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from htm_pytorch import cli
+from htm_pytorch import cli, memory
 from htm_pytorch.nn.check import CheckConfig
 from htm_pytorch.ops import blocked
 from htm_pytorch.rl import TrainConfig
@@ -176,6 +177,30 @@ def test_a_failed_process_prints_one_line_and_no_traceback() -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == "htm: minibatches: expected a divisor of num_envs = 7, got 4\n"
+
+
+def test_a_memory_is_looked_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lance", reason="the extra `store` is not installed")
+    place = tmp_path / "life"
+    with memory.open(place, dim=8, chunk_size=2, sync=False) as life:
+        life.append(torch.randn(1, 601, 8))
+    assert htm(monkeypatch, "memory", "verify", place) == 0
+    assert capsys.readouterr().out == "300 chunks are as they were stored\n"
+    for action, indexed in (("info", 0), ("compact", 0), ("index", 300)):
+        assert htm(monkeypatch, "memory", action, place) == 0
+        told = capsys.readouterr().out
+        assert "601" in told and "300" in told
+        assert f"chunks in the index      {indexed}\n" in told
+    assert "of queries like its summaries it finds 100.0%" in told
+    data = next((place / "chunks.lance" / "data").iterdir())
+    stored = bytearray(data.read_bytes())
+    stored[100] ^= 1
+    data.write_bytes(stored)
+    assert htm(monkeypatch, "memory", "verify", place) == 1
+    assert "chunk " in capsys.readouterr().out
+    assert_one_line(htm(monkeypatch, "memory", "info", tmp_path / "none"), "uri: no memory at")
 
 
 def test_an_unknown_option_is_refused(

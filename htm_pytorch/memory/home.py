@@ -1,4 +1,4 @@
-"""`Home`: what a memory must do, wherever it lives, to be recalled from."""
+"""`Home`: what a memory must do, wherever it lives; and how its best chunks can be found."""
 
 import os
 from typing import Protocol, Self, runtime_checkable
@@ -13,8 +13,8 @@ from htm_pytorch.memory.chunked import ChunkedMemory
 class Home(Protocol):
     """A memory that may lie elsewhere: on disk, or on other machines.
 
-    Its summaries are at hand, since every query scores all of them; its chunks are fetched, a few
-    at a time. `ChunkedMemory` is the home in RAM. What a home returns carries no gradient.
+    Its chunks are fetched, a few at a time. `ChunkedMemory` is the home in RAM. What a home
+    returns carries no gradient. To be recalled from, it is a `ScoredHome` or a `SearchedHome`.
     """
 
     @property
@@ -44,17 +44,7 @@ class Home(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Of the summaries and of what is fetched."""
-        ...
-
-    @property
-    def summaries(self) -> Tensor:
-        """[B, M, D]."""
-        ...
-
-    @property
-    def valid(self) -> Tensor:
-        """[B, M] bool, the chunks that can be recalled."""
+        """Of what is fetched."""
         ...
 
     def append(self, steps: Tensor, is_first: Tensor | None = None) -> Self:
@@ -71,4 +61,31 @@ class Home(Protocol):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a copy of the memory to `path`."""
+        ...
+
+
+@runtime_checkable
+class ScoredHome(Home, Protocol):
+    """A home whose summaries are at hand: every query scores all of them, exactly."""
+
+    @property
+    def summaries(self) -> Tensor:
+        """[B, M, D]."""
+        ...
+
+    @property
+    def valid(self) -> Tensor:
+        """[B, M] bool, the chunks that can be recalled."""
+        ...
+
+
+@runtime_checkable
+class SearchedHome(Home, Protocol):
+    """A home that finds chunks itself, by an index, and may miss some of the best."""
+
+    def search(self, route: Tensor, k: int) -> Tensor:
+        """Return the chunks [B, Q, K] int64 of about the largest `route` [B, Q, D] . summary.
+
+        K <= k; -1 where fewer were found.
+        """
         ...

@@ -1,6 +1,9 @@
 """`ShardedMemory`: one memory of which every rank of a process group holds a part."""
 
 import copy
+import os
+import zlib
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -8,8 +11,11 @@ from torch import Tensor
 from torch import distributed as dist
 
 from htm_pytorch.memory.chunked import ChunkedMemory, _Plan
-from htm_pytorch.memory.home import Home
+from htm_pytorch.memory.files import load_tensors, save_tensors
+from htm_pytorch.memory.home import Home, ScoredHome
+from htm_pytorch.memory.opened import open_memory
 from htm_pytorch.memory.peers import Peers
+from htm_pytorch.shapes import check_mask, check_tensor
 
 
 class ShardedMemory:
@@ -25,8 +31,8 @@ class ShardedMemory:
 
     Args:
         local: this rank's part, of the same batch, chunk size, width and dtype on every rank; a
-            `ChunkedMemory`, or another `Home` that keeps all whole chunks appended to it. One that
-            changes in place is not a value: use only the newest memory around it.
+            `ChunkedMemory`, or another `ScoredHome` that keeps all whole chunks appended to it. One
+            that changes in place is not a value: use only the newest memory around it.
         group: the process group (gloo for the CPU, NCCL for CUDA); None: the default one.
         timeout: seconds that any exchange with the other ranks may take.
 
@@ -37,15 +43,15 @@ class ShardedMemory:
 
     def __init__(
         self,
-        local: ChunkedMemory | Home,
+        local: Home,
         group: "dist.ProcessGroup | None" = None,
         *,
         timeout: float = 60.0,
     ):
         self.peers = Peers(group, timeout)
-        if not isinstance(local, ChunkedMemory | Home):
+        if not isinstance(local, ScoredHome):
             kind = type(local).__name__
-            raise ValueError(f"local: expected a ChunkedMemory or another Home, got {kind}")
+            raise ValueError(f"local: expected a ChunkedMemory or another ScoredHome, got {kind}")
         self.local = local
         in_memory = isinstance(local, ChunkedMemory)
         same = {
@@ -189,6 +195,131 @@ class ShardedMemory:
         new = copy.copy(self)
         new.local = self.local.detach()
         return new
+
+    def fetch(self, chunks: Tensor) -> ChunkedMemory:
+        """Return the chunks numbered [U] int64 as a memory in RAM, on all ranks alike.
+
+        All ranks must ask for the same. Not valid where there is no chunk of a number.
+
+        Raises:
+            ValueError: there can be no chunk of such a number, or ranks ask for others.
+            ShardError: not all ranks came in time.
+        """
+        with self.peers.refusing(self.device):
+            check_tensor("chunks", chunks, "U")
+            if len(chunks) and not 0 <= int(chunks.min()) <= int(chunks.max()) < self.chunks:
+                raise ValueError(
+                    f"chunks: expected numbers from 0 to {self.chunks - 1}, got {chunks.tolist()}"
+                )
+        numbers = chunks.cpu().long().contiguous().numpy()
+        same = {"chunks: U": len(numbers), "chunks": zlib.crc32(numbers.data)}
+        self.peers.agree("fetch", same, [], self.device)
+        number = chunks.to(self.device) // self.peers.size
+        mine = (chunks.to(self.device) % self.peers.size == self.peers.rank) & (
+            number < self.local.chunks
+        )
+        part = self.local.fetch(number[mine])
+        shape = (self.batch, len(chunks))
+        contents = part.contents.new_zeros(*shape, *part.contents.shape[2:])
+        summaries = part.summaries.new_zeros(*shape, self.dim)
+        is_step = contents.new_zeros(contents.shape[:3], dtype=torch.bool)
+        contents[:, mine] = part.contents.detach()
+        summaries[:, mine] = part.summaries.detach()
+        is_step[:, mine] = part.valid[..., None]
+        if part.step_mask is not None:
+            is_step[:, mine] &= part.step_mask
+        # Bytes that are 0 on all ranks but one: their sum is exact in every dtype.
+        parts = [whole.view(-1).view(torch.uint8) for whole in (contents, summaries, is_step)]
+        message = torch.cat(parts)
+        self.peers.all_reduce("chunks", message)
+        for to, of_all in zip(parts, message.split([len(x) for x in parts]), strict=True):
+            to.copy_(of_all)
+        return ChunkedMemory.from_chunks(contents, is_step, summaries=summaries)
+
+    def reset(self, rows: Tensor) -> Self:
+        """Return the memory with the rows [B] bool emptied; nothing is sent.
+
+        Raises:
+            ValueError: `rows` names some rows only, and parts are not of `ChunkedMemory`.
+        """
+        check_tensor("rows", rows, "B", B=self.batch)
+        check_mask("rows", rows, "B", self.device, B=self.batch)
+        if not rows.any():
+            return self
+        if self._open is not None and not rows.all():
+            kind = type(self.local).__name__
+            raise ValueError(f"rows: expected all of them or none for parts that are a {kind}")
+        new = copy.copy(self)
+        new.local = self.local.reset(rows)
+        if self._next is not None:
+            new._next = self._next.masked_fill(rows, 0)
+        if self._open is not None:
+            new._open, new._next = self._open.reset(rows), self._open.next_slot.masked_fill(rows, 0)
+            new.sizes = (0,) * self.peers.size
+        return new
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write this rank's part to the folder `path`, where there must be none; see `load`.
+
+        Nothing is sent, so ranks may name folders of their own.
+        """
+        part, state = self._files(path, self.peers)
+        if state.exists():
+            raise FileExistsError(f"path: {str(state)!r} exists")
+        state.parent.mkdir(parents=True, exist_ok=True)
+        in_memory = isinstance(self.local, ChunkedMemory)
+        self.local.save(part.with_suffix(".safetensors") if in_memory else part)
+        tensors = {} if self._next is None else {"next": self._next}
+        if self._open is not None:
+            opened = self._open
+            tensors |= {"open_steps": opened.open_steps, "open_count": opened.open_count}
+        # The last: where it is, the part is whole.
+        save_tensors(state, "ShardedMemory", tensors, kept="RAM" if in_memory else "disk")
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        group: "dist.ProcessGroup | None" = None,
+        *,
+        timeout: float = 60.0,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Return what as many ranks wrote by `save`.
+
+        Parts that were on disk are opened where they were saved, for writing.
+
+        Args:
+            path: the folder that this rank's part is in.
+            group: as for the class.
+            timeout: as for the class.
+            device: of parts in RAM.
+
+        Raises:
+            FileNotFoundError: this rank has no part there; the others raise a ValueError.
+            MemoryFileError: a ValueError; damaged, or no part of a memory.
+        """
+        peers = Peers(group, timeout)
+        part, state = cls._files(path, peers)
+        with peers.refusing(torch.device("cpu" if device is None else device)):
+            tensors, metadata = load_tensors(state, "ShardedMemory")
+            local: Home
+            if metadata["kept"] == "RAM":
+                local = ChunkedMemory.load(part.with_suffix(".safetensors"), device=device)
+            else:
+                local = open_memory(part)
+        loaded = cls(local, group, timeout=timeout)
+        tensors = {name: tensor.to(loaded.device) for name, tensor in tensors.items()}
+        loaded._next = tensors.pop("next", None)
+        if loaded._open is not None:
+            loaded._open = loaded._open._replace(**tensors)
+        return loaded
+
+    @staticmethod
+    def _files(path: str | os.PathLike[str], peers: Peers) -> tuple[Path, Path]:
+        """Return where a rank's part is, and what else it knows."""
+        name = f"{peers.rank}-of-{peers.size}"
+        return Path(path, f"part-{name}"), Path(path, f"state-{name}.safetensors")
 
     def own_columns(self, mask: Tensor | None) -> Tensor | None:
         """Return the columns of `mask` [B, Q, M] that are this rank's chunks."""

@@ -7,127 +7,24 @@ acknowledged is in one of the two.
 
 import contextlib
 import os
-from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import Tensor
 
+from htm_pytorch.memory.cache import ChunkCache
 from htm_pytorch.memory.chunked import ChunkedMemory
-from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.journal import LocalJournal, Record, RemoteJournal, decode, encode
-from htm_pytorch.memory.table import DTYPES, FORMAT, Chunks, Format, Table, step_mask
-from htm_pytorch.shapes import (
-    check_at_least,
-    check_device,
-    check_floating,
-    check_mask,
-    check_tensor,
-)
+from htm_pytorch.memory.table import FORMAT, Chunks, Format, Table, step_mask
+from htm_pytorch.shapes import check_device, check_floating, check_mask, check_tensor
 
 GROUP_BYTES = 4 * 2**20
 """Of closed chunks that the journal holds, before they become a version of the table."""
 GROWTH = 1.5
 """Of the room for summaries, when it is full."""
-
-
-def open_memory(
-    uri: str | os.PathLike[str],
-    *,
-    dim: int | None = None,
-    chunk_size: int | None = None,
-    dtype: torch.dtype | None = None,
-    read_only: bool = False,
-    cache_bytes: int = 256 * 2**20,
-    sync: bool = True,
-    storage_options: dict[str, str] | None = None,
-) -> "StoredMemory":
-    """Open the memory at `uri`, or make one there. Needs the extra `store`.
-
-    Args:
-        uri: a folder, or a place in an object store ("s3://bucket/name").
-        dim: D. With it, a memory is made where there is none; one that exists must agree.
-        chunk_size: C, of a new memory; default 32.
-        dtype: how steps are stored, of a new memory: float32 (default), float16, bfloat16, or int8
-            with one scale a step, which takes and gives float32.
-        read_only: open one that exists, beside its writer; `refresh` shows what came since.
-        cache_bytes: of fetched chunks kept in RAM.
-        sync: whether `append` waits until the disk has the steps. Without, they survive the end of
-            the process, but not a loss of power.
-        storage_options: of the object store, as Lance takes them.
-
-    Raises:
-        FileNotFoundError: there is none, and no `dim` to make one.
-        MemoryFileError: a ValueError; what is there is damaged, or not a memory of this format.
-        ValueError: an argument that does not fit what is there.
-        BlockingIOError: another process writes to it.
-    """
-    for name, value in {"dim": dim, "chunk_size": chunk_size}.items():
-        if value is not None:
-            check_at_least(name, value, 1)
-    check_at_least("cache_bytes", cache_bytes, 0)
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {list(DTYPES)}, got {dtype}")
-    place = str(uri).rstrip("/")
-    folder = None if "://" in place else Path(place)
-    with contextlib.ExitStack() as undo:
-        lock = None
-        if folder is not None:
-            _check_folder(folder, dim)
-            if not read_only:
-                lock = _lock(folder)
-                undo.callback(lock.release)
-        found = Table.open(f"{place}/chunks.lance", storage_options, sync)
-        if found is None:
-            if dim is None or read_only:
-                raise FileNotFoundError(f"uri: no memory at {place!r} (with dim, one is made)")
-            form = Format(dim, chunk_size or 32, dtype or torch.float32)
-            found = Table.create(f"{place}/chunks.lance", form, storage_options, sync)
-        for name, value in {"dim": dim, "chunk_size": chunk_size, "dtype": dtype}.items():
-            has = getattr(found.form, name)
-            if value not in (None, has):
-                raise ValueError(
-                    f"{name}: expected {has}, as the memory at {place!r} has, got {value}"
-                )
-        if folder is not None:
-            journal = LocalJournal(folder / "journal", sync)
-        else:
-            journal = RemoteJournal(f"{place}/journal.lance", storage_options)
-        memory = StoredMemory(place, found, journal, lock, read_only, cache_bytes)
-        undo.pop_all()
-    return memory
-
-
-def _check_folder(folder: Path, dim: int | None) -> None:
-    """Raise unless the folder is that of a memory, or may become one."""
-    if folder.exists() and not folder.is_dir():
-        raise MemoryFileError(f"uri: {str(folder)!r} is a file; expected the folder of a memory")
-    if (folder / "chunks.lance").exists():
-        return
-    if folder.exists() and not {entry.name for entry in folder.iterdir()} <= {"lock"}:
-        raise MemoryFileError(f"uri: {str(folder)!r} holds other files, and no memory")
-    if dim is None:
-        raise FileNotFoundError(f"uri: no memory at {str(folder)!r} (with dim, one is made)")
-
-
-def _lock(folder: Path) -> FileLock:
-    """Take the right to write, which ends with the process."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "lock")
-        lock.acquire(timeout=0)
-    except PermissionError as error:
-        raise PermissionError(
-            f"uri: no right to write to {str(folder)!r} ({error}); read_only=True only reads"
-        ) from error
-    except Timeout:
-        raise BlockingIOError(
-            f"uri: another process writes to {str(folder)!r}; read_only=True reads beside it"
-        ) from None
-    return lock
 
 
 class _Open(NamedTuple):
@@ -141,15 +38,23 @@ class _Open(NamedTuple):
     def next_step(self) -> int:
         return self.first_step + len(self.stored)
 
+    def encode(self) -> bytes:
+        """Return the record of its steps; nothing where there are none."""
+        if not len(self.stored):
+            return b""
+        return Record(self.first_step, self.episode, (), self.stored.numpy().tobytes()).encode()
+
 
 class StoredMemory:
     """One row of memory in a folder or an object store; `memory.open` opens it.
 
     Nothing is forgotten: a new episode closes the open chunk early, and chunks of all episodes
-    stay visible. Summaries are held in RAM (4 bytes a number), chunks are fetched when they are
-    recalled. Unlike a `ChunkedMemory` it changes in place; `append` and `reset` return the memory
-    itself.
+    stay visible. Chunks are fetched when they are recalled; how they are found is what
+    `ExactMemory` and `IndexedMemory` differ in. Unlike a `ChunkedMemory` it changes in place;
+    `append` and `reset` return the memory itself.
     """
+
+    holds_summaries: bool
 
     batch = 1
     """B: shared by all rows of queries."""
@@ -164,7 +69,9 @@ class StoredMemory:
         lock: FileLock | None,
         read_only: bool,
         cache_bytes: int,
+        probes: int,
     ):
+        self._probes = probes
         self.uri = uri
         self.read_only = read_only
         self._table = table
@@ -172,8 +79,8 @@ class StoredMemory:
         self._lock = lock
         form = table.form
         chunk_bytes = form.chunk_size * form.dim * form.given.itemsize
-        self._cache = _Cache(form, cache_bytes // chunk_bytes)
-        self._index = _Index(form)
+        self._cache = ChunkCache(form, cache_bytes // chunk_bytes)
+        self._known = self._nothing_known()
         # Chunks that are closed and not in the table yet.
         self._pending = Chunks.none(form)
         self._open = _Open(self._pending.stored.flatten(0, 1), 0, -1)
@@ -183,7 +90,7 @@ class StoredMemory:
     @property
     def chunks(self) -> int:
         """M."""
-        return self._index.length
+        return self._known.length
 
     @property
     def chunk_size(self) -> int:
@@ -211,19 +118,9 @@ class StoredMemory:
         return self._open.next_step
 
     @property
-    def summaries(self) -> Tensor:
-        """[1, M, D] float32, the means of the steps as they are stored."""
-        return self._index.summaries[None]
-
-    @property
-    def valid(self) -> Tensor:
-        """[1, M] bool: all of them."""
-        return torch.ones(1, self.chunks, dtype=torch.bool)
-
-    @property
     def episodes(self) -> Tensor:
         """[M] int64, the episode of each chunk, counted from 0."""
-        return self._index.episodes
+        return self._known.episodes
 
     def append(self, steps: Tensor, is_first: Tensor | None = None) -> Self:
         """Store `steps` [1, T, D], oldest first; when this returns, they are safe.
@@ -290,12 +187,12 @@ class StoredMemory:
             fetched = form.decode(self._table.take(asked))
             contents[cold] = fetched
             self._cache.write(asked, fetched)
-        counts = self._index.counts[chunks]
+        counts = self._known.counts[chunks]
         is_step = None
         if (counts < self.chunk_size).any():
             is_step = step_mask(counts, self.chunk_size)[None]
-        summaries = self._index.summaries[chunks]
-        return ChunkedMemory.from_chunks(contents[None], is_step, summaries=summaries[None])
+        summaries = self._known.summaries[chunks][None] if self.holds_summaries else None
+        return ChunkedMemory.from_chunks(contents[None], is_step, summaries=summaries)
 
     def refresh(self) -> Self:
         """Show what the writer has stored since this was opened with `read_only`."""
@@ -315,17 +212,61 @@ class StoredMemory:
         """Write a copy to `path`, where there must be nothing."""
         if Path(path).exists():
             raise FileExistsError(f"path: {str(path)!r} exists")
-        form = self._table.form
-        with open_memory(path, dim=form.dim, chunk_size=form.chunk_size, dtype=form.dtype) as copy:
-            copy._table.append_from(self._table)
-            copy._commit(self._pending, self._open)
+        copy = Table.create(f"{path}/chunks.lance", self._table.form, None, sync=True)
+        copy.append_from(self._table)
+        copy.append(self._pending)
+        journal = encode(copy.generation, self._open.encode())
+        LocalJournal(Path(path, "journal"), sync=True).replace(journal)
 
     def verify(self) -> list[str]:
         """Read everything, compare it with its checksums and return what is wrong."""
         return list(self._table.verify())
 
+    def build_index(self) -> Self:
+        """Make the index that memories opened with `search="index"` ask; again, if there is one.
+
+        It takes the chunks of now. Later ones are compared one by one, until `compact` adds them.
+        """
+        self.flush()
+        self._table.build_index()
+        return self
+
+    def index_recall(self, route: Tensor | None = None, k: int = 8) -> float:
+        """Return the share of the k best chunks that the index finds; 1.0 where there is nothing.
+
+        Reads every summary from the disk.
+
+        Args:
+            route: [B, Q, D], what the layers ask; None: 64 summaries of the memory, with as much
+                noise as there is difference between them.
+            k: how many chunks a query keeps.
+        """
+        if route is None:
+            chosen = torch.randint(max(self.chunks, 1), (64 if self.chunks else 0,))
+            route = self.fetch(chosen).summaries.float()
+            if self.chunks:
+                route = route + torch.randn_like(route) * route.std(1, keepdim=True).nan_to_num()
+        check_tensor("route", route, "B Q D", D=self.dim)
+        vectors = route.detach().flatten(0, 1).float()
+        kept = min(k, self._table.length)
+        if not kept or not len(vectors):
+            return 1.0
+        found, _ = self._table.nearest(vectors, kept, self._probes)
+        best = torch.full((len(vectors), kept), -torch.inf)
+        exact = torch.full(best.shape, -1)
+        first = 0
+        for chunks in self._table.chunks(0, True):
+            numbers = torch.arange(first, first + chunks.length).expand(len(vectors), -1)
+            best, place = torch.cat([best, vectors @ chunks.summaries.T], 1).topk(kept, 1)
+            exact = torch.cat([exact, numbers], 1).gather(1, place)
+            first += chunks.length
+        return float((exact[:, :, None] == found[:, None]).any(2).float().mean())
+
     def compact(self) -> Self:
-        """Join small fragments of the table and delete what has not been needed for an hour."""
+        """Join small fragments of the table and delete what has not been needed for an hour.
+
+        Also adds chunks to the index that came after it was built.
+        """
         self.flush()
         self._table.compact()
         return self
@@ -364,9 +305,12 @@ class StoredMemory:
     def __repr__(self) -> str:
         """Say where it is and how large."""
         return (
-            f"StoredMemory({self.uri!r}, steps={self.steps:,}, chunks={self.chunks:,}, "
+            f"{type(self).__name__}({self.uri!r}, steps={self.steps:,}, chunks={self.chunks:,}, "
             f"chunk_size={self.chunk_size}, dim={self.dim}, dtype={self.stored_dtype})"
         )
+
+    def _nothing_known(self) -> "_Known":
+        return _Known(self.dim if self.holds_summaries else 0)
 
     def _check_writable(self) -> None:
         if self.read_only:
@@ -383,17 +327,15 @@ class StoredMemory:
             episode = _first_episode(self._open, borders)
             record = Record(self._open.next_step, episode, borders, stored.numpy().tobytes())
             self._journal_end = self._journal.add(record.encode(), self._journal_end)
-        self._index.add(closed)
+        self._known.add(closed)
         self._pending, self._open = pending, rest
 
     def _commit(self, closed: Chunks, rest: _Open) -> None:
         """Make chunks rows of the table, and the steps `rest` all that the journal holds."""
         # The rest goes ahead: it counts from the moment that the table has what comes before it.
-        record = b""
+        record = rest.encode()
         end = self._journal_end
-        if len(rest.stored):
-            steps = rest.stored.numpy().tobytes()
-            record = Record(rest.first_step, rest.episode, (), steps).encode()
+        if record:
             end = self._journal.add(record, end)
         self._table.append(closed)
         self._journal_end = end
@@ -407,13 +349,13 @@ class StoredMemory:
         journal = self._journal.read()
         self._table.refresh()
         if self._table.generation != generation:
-            self._cache = _Cache(form, self._cache.slots)
-            self._index = _Index(form)
-        self._index.truncate(self._table.length)
-        for chunks in self._table.chunks(self._index.length):
-            self._index.add(chunks)
+            self._cache = ChunkCache(form, self._cache.slots)
+            self._known = self._nothing_known()
+        self._known.truncate(self._table.length)
+        for chunks in self._table.chunks(self._known.length, self.holds_summaries):
+            self._known.add(chunks)
         self._pending = Chunks.none(form)
-        self._open = _Open(self._pending.stored.flatten(0, 1), *self._index.end())
+        self._open = _Open(self._pending.stored.flatten(0, 1), *self._known.end())
         records, end = decode(journal, self._table.generation)
         is_whole = 0 < end == len(journal)
         for record in records:
@@ -444,8 +386,49 @@ class StoredMemory:
                 borders.insert(0, 0)
             closed, self._open = _close(self._open, stored, tuple(borders), form)
             self._pending = self._pending + closed
-            self._index.add(closed)
+            self._known.add(closed)
         return True
+
+
+class ExactMemory(StoredMemory):
+    """A stored memory whose summaries are in RAM, 4 bytes a number: every query scores them all."""
+
+    holds_summaries = True
+
+    @property
+    def summaries(self) -> Tensor:
+        """[1, M, D] float32, the means of the steps as they are stored."""
+        return self._known.summaries[None]
+
+    @property
+    def valid(self) -> Tensor:
+        """[1, M] bool: all of them."""
+        return torch.ones(1, self.chunks, dtype=torch.bool)
+
+
+class IndexedMemory(StoredMemory):
+    """A stored memory whose summaries stay on the disk, where an index finds the best of them.
+
+    It takes 20 bytes of RAM a chunk, and may miss some of the best. Chunks that are not in the
+    index yet, or all where there is none, are read from the disk for every call.
+    """
+
+    holds_summaries = False
+
+    def search(self, route: Tensor, k: int) -> Tensor:
+        """Return the chunks [B, Q, K] int64 of about the largest `route` [B, Q, D] . summary.
+
+        Best first; K = min(k, M), and -1 where fewer were found.
+        """
+        check_tensor("route", route, "B Q D", D=self.dim)
+        # A query that is not a number gives none in the end, whatever it finds here.
+        vectors = route.detach().flatten(0, 1).float().nan_to_num()
+        numbers, scores = self._table.nearest(vectors, min(k, self._table.length), self._probes)
+        pending = self._table.length + torch.arange(self._pending.length)
+        numbers = torch.cat([numbers, pending.expand(len(vectors), -1)], 1)
+        scores = torch.cat([scores, vectors @ self._pending.summaries.T], 1)
+        best = scores.topk(min(k, self.chunks), 1).indices
+        return numbers.gather(1, best).view(*route.shape[:2], -1)
 
 
 def _first_episode(before: _Open, borders: tuple[int, ...]) -> int:
@@ -495,12 +478,13 @@ def _close(
     return closed, _Open(opened, first, episode + len(starts) - 1)
 
 
-class _Index:
-    """What is known of every chunk, in RAM."""
+class _Known:
+    """What is known of every chunk, in RAM; summaries of a width of 0 where they are not wanted."""
 
-    def __init__(self, form: Format):
+    def __init__(self, width: int):
         self.length = 0
-        self._columns = Chunks.none(form)[1:]
+        number = torch.empty(0, dtype=torch.int64)
+        self._columns = torch.empty(0, width), number.int(), number, number
 
     @property
     def summaries(self) -> Tensor:
@@ -530,7 +514,9 @@ class _Index:
         if length > len(self._columns[0]):
             room = max(length, int(GROWTH * len(self._columns[0])))
             self._columns = tuple(_grown(column, self.length, room) for column in self._columns)
-        for column, new in zip(self._columns, chunks[1:], strict=True):
+        summaries, *numbers = self._columns
+        summaries[self.length : length] = chunks.summaries[:, : summaries.shape[1]]
+        for column, new in zip(numbers, chunks[2:], strict=True):
             column[self.length : length] = new
         self.length = length
 
@@ -544,43 +530,3 @@ def _grown(column: Tensor, length: int, room: int) -> Tensor:
     grown = column.new_empty(room, *column.shape[1:])
     grown[:length] = column[:length]
     return grown
-
-
-class _Cache:
-    """The chunks that were used last."""
-
-    def __init__(self, form: Format, slots: int):
-        self.slots = slots
-        self._steps = torch.empty(slots, form.chunk_size, form.dim, dtype=form.given)
-        self._slot_of: OrderedDict[int, int] = OrderedDict()
-
-    def read(self, numbers: list[int], out: Tensor, wanted: Tensor) -> list[int]:
-        """Copy the wanted ones of these chunks to `out`; return the places of those not here."""
-        here: list[int] = []
-        slots: list[int] = []
-        missing: list[int] = []
-        for place, (number, is_wanted) in enumerate(zip(numbers, wanted.tolist(), strict=True)):
-            if is_wanted and number in self._slot_of:
-                self._slot_of.move_to_end(number)
-                here.append(place)
-                slots.append(self._slot_of[number])
-            elif is_wanted:
-                missing.append(place)
-        if len(here) == len(numbers):
-            torch.index_select(self._steps, 0, torch.tensor(slots, dtype=torch.int64), out=out)
-        elif here:
-            out[here] = self._steps[slots]
-        return missing
-
-    def write(self, numbers: list[int], steps: Tensor) -> None:
-        """Keep chunks, instead of those that were not used for longest."""
-        numbers, steps = numbers[-self.slots :], steps[-self.slots :]
-        if not self.slots:
-            return
-        slots: list[int] = []
-        for number in numbers:
-            full = len(self._slot_of) == self.slots
-            slot = self._slot_of.popitem(last=False)[1] if full else len(self._slot_of)
-            self._slot_of[number] = slot
-            slots.append(slot)
-        self._steps[slots] = steps

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from htm_pytorch.memory import index
 from htm_pytorch.memory.chunked import summarise
 from htm_pytorch.memory.files import MemoryFileError, sync_file, sync_folder
 
@@ -172,9 +173,9 @@ class Table:
         """How many chunks there are."""
         return self._dataset.count_rows()
 
-    def chunks(self, start: int = 0) -> Iterator[Chunks]:
+    def chunks(self, start: int, with_summaries: bool) -> Iterator[Chunks]:
         """Yield the chunks from number `start` on, a few at a time, with all but their steps."""
-        columns = ["summary", "steps", "episode", "first_step"]
+        columns = ["summary", "steps", "episode", "first_step"][not with_summaries :]
         size = max(1, BATCH_BYTES // (4 * self.form.dim))
         scanner = self._dataset.scanner(
             columns=columns, offset=start, batch_size=size, scan_in_order=True
@@ -183,8 +184,12 @@ class Table:
         try:
             for batch in scanner.to_batches():
                 if batch.num_rows:
-                    summaries, *numbers = (_tensor(batch.column(name)) for name in columns)
-                    yield Chunks(nothing, summaries.view(batch.num_rows, -1), *numbers)
+                    *summaries, counts, episodes, first_steps = (
+                        _tensor(batch.column(name)) for name in columns
+                    )
+                    means = summaries[0] if summaries else torch.empty(0)
+                    means = means.view(batch.num_rows, -1)
+                    yield Chunks(nothing, means, counts, episodes, first_steps)
         except (OSError, ValueError) as error:
             raise MemoryFileError(f"chunks from {start} on cannot be read ({error})") from error
 
@@ -213,6 +218,23 @@ class Table:
                 stored[order[start]] = row
                 start += 1
         return stored
+
+    def nearest(self, vectors: Tensor, k: int, probes: int) -> tuple[Tensor, Tensor]:
+        """Do what `index.nearest` does.
+
+        Raises:
+            MemoryFileError: the index or the summaries cannot be read.
+        """
+        try:
+            return index.nearest(self._dataset, vectors, k, probes)
+        except (OSError, ValueError) as error:
+            raise MemoryFileError(f"summaries: cannot be searched ({error})") from error
+
+    def build_index(self) -> None:
+        """Make the index of the summaries, instead of the one there was."""
+        if self.length:
+            self._dataset = index.build(self._dataset, self.form.dim)
+            self._index_reaches_disk()
 
     def append(self, chunks: Chunks) -> None:
         """Add chunks: all of them, or none where this raises."""
@@ -249,6 +271,8 @@ class Table:
         rows = max(1, FRAGMENT_BYTES // self.form.chunk_bytes)
         self._dataset.optimize.compact_files(target_rows_per_fragment=rows)
         self._reach_disk()
+        if index.add_missing(self._dataset):
+            self._index_reaches_disk()
         self._dataset.cleanup_old_versions(older_than=_KEEP)
 
     def verify(self) -> Iterator[str]:
@@ -276,7 +300,11 @@ class Table:
     def info(self) -> dict[str, Any]:
         """Return what the engine knows of the table."""
         fragments = self._dataset.get_fragments()
-        return {"fragments": len(fragments), "version": self._dataset.version}
+        return {
+            "chunks in the index": index.length(self._dataset),
+            "fragments": len(fragments),
+            "version": self._dataset.version,
+        }
 
     def _scan(self, names: list[str]) -> Iterator[Any]:
         size = max(1, BATCH_BYTES // self.form.chunk_bytes)
@@ -290,6 +318,13 @@ class Table:
         reader = pa.RecordBatchReader.from_batches(_schema(self.form, self.generation), batches)
         self._dataset.insert(reader, mode="append")
         self._reach_disk(before)
+
+    def _index_reaches_disk(self) -> None:
+        folder = Path(self._dataset.uri, "_indices")
+        if self._sync and folder.is_dir():
+            for path in folder.rglob("*"):
+                (sync_folder if path.is_dir() else sync_file)(path)
+        self._reach_disk(set(self._dataset.fragment_ids()))
 
     def _reach_disk(self, known: set[int] | None = None) -> None:
         """Wait until the disk has the fragments that are not known, and the newest version."""

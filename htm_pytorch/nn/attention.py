@@ -18,7 +18,7 @@ from htm_pytorch.shapes import (
     check_tensor,
 )
 
-Memories = Tensor | ChunkedMemory | ShardedMemory | Home
+Memories = Tensor | ChunkedMemory | Home
 """What a layer attends to."""
 
 
@@ -172,12 +172,12 @@ class HTMAttention(nn.Module):
 
     def _memory(
         self, queries: Tensor, memories: Memories, mask: Tensor | None
-    ) -> ChunkedMemory | ShardedMemory | Home | Steps:
+    ) -> ChunkedMemory | Home | Steps:
         batch = queries.shape[0]
         if not isinstance(memories, Tensor):
             if mask is not None:
                 raise ValueError(f"mask: expected None beside a {type(memories).__name__}")
-            if not isinstance(memories, ChunkedMemory | ShardedMemory | Home):
+            if not isinstance(memories, ChunkedMemory | Home):
                 kind = type(memories).__name__
                 raise ValueError(f"memories: expected a tensor or a memory, got {kind}")
             if memories.dim != self.dim_memory:

@@ -28,7 +28,7 @@ from htm_pytorch.shapes import (
 
 RecallImpl = Literal["auto", "reference", "blocked", "native", "triton"]
 Impl = Literal["auto", "reference", "blocked", "native", "projected", "triton"]
-Memory = ChunkedMemory | ShardedMemory | Steps | Home
+Memory = ChunkedMemory | Steps | Home
 """What can be recalled from."""
 
 
@@ -68,10 +68,12 @@ def recall(
         probe: [B, Q, H, D], of the dtype of `route`.
         memory: of batch B, or 1 to be shared. Its dtype may differ. From one that lies elsewhere
             only the chunks that are kept are fetched; no gradient reaches it. A `ShardedMemory` is
-            given on all ranks, beside arguments that are the same on all.
+            given on all ranks, beside arguments that are the same on all. A `SearchedHome` may miss
+            some of the k best.
         k: how many chunks a query keeps, >= 1; all there are where there are fewer.
         positions: [C, D], added to the steps of every chunk.
-        chunk_mask: [B, Q, M] bool, the chunks each query may see (of those that are valid).
+        chunk_mask: [B, Q, M] bool, the chunks each query may see (of those that are valid); None
+            beside a `SearchedHome`.
         impl: "native" (a compiled kernel, on the CPU), "triton" (kernels on the GPU, not in
             float64), "blocked" (plain PyTorch on any device, a few queries at a time), "reference"
             (gathers all kept steps) or "auto". A named one never falls back; "auto" takes "triton"
@@ -392,8 +394,7 @@ def _check(
 ) -> None:
     if not isinstance(memory, Memory):
         raise ValueError(
-            "memory: expected a ChunkedMemory, ShardedMemory, Steps or another Home, "
-            f"got {type(memory).__name__}"
+            f"memory: expected a ChunkedMemory, Steps or another Home, got {type(memory).__name__}"
         )
     if isinstance(memory, Steps):
         memory.check()

@@ -1,11 +1,11 @@
-"""Memories that lie elsewhere: score the summaries, fetch the best chunks, recall from those."""
+"""Memories that lie elsewhere: find the best chunks, fetch them, recall from those."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory import ChunkedMemory, Home
+from htm_pytorch.memory import ChunkedMemory, Home, ScoredHome, SearchedHome
 from htm_pytorch.ops import kernels, native, reference
 
 
@@ -25,15 +25,23 @@ def fetch(route: Tensor, home: Home, k: int, chunk_mask: Tensor | None) -> Fetch
     """Fetch the k best chunks of each query; to the device of `route` [B, Q, D].
 
     What was scored here without a gradient is scored again, among the few that were fetched.
+
+    Raises:
+        ValueError: chunks of the home cannot be found, or not under a mask.
     """
     device = home.device
     exact = route.detach().to(device, torch.promote_types(route.dtype, torch.float32))
-    mask = None if chunk_mask is None else chunk_mask.to(device)
-    if kernels.IS_AVAILABLE and device.type == "cpu":
-        chunks, _ = native.pick(exact, home, k, mask)
+    if isinstance(home, ScoredHome):
+        mask = None if chunk_mask is None else chunk_mask.to(device)
+        chunks = _score(exact, home, k, mask)
+    elif isinstance(home, SearchedHome):
+        if chunk_mask is not None:
+            kind = type(home).__name__
+            raise ValueError(f"chunk_mask: expected None beside an index ({kind}), got a mask")
+        chunks = home.search(exact, k)
     else:
-        picked = reference.select(exact, home, k, mask)
-        chunks = picked.chunks.masked_fill(~picked.kept, -1)
+        kind = type(home).__name__
+        raise ValueError(f"memory: expected a ScoredHome or a SearchedHome, got {kind}")
     numbers, place = torch.unique(chunks, return_inverse=True)
     if len(numbers) and numbers[0] < 0:
         # Those of a query that sees fewer: a column to be dropped.
@@ -42,3 +50,11 @@ def fetch(route: Tensor, home: Home, k: int, chunk_mask: Tensor | None) -> Fetch
     keeps.scatter_(2, place % (len(numbers) + 1), True)
     memory = home.fetch(numbers).to(route.device)
     return Fetched(memory, keeps[..., :-1].to(route.device), numbers.to(route.device))
+
+
+def _score(route: Tensor, home: ScoredHome, k: int, chunk_mask: Tensor | None) -> Tensor:
+    """Return the k best chunks of each query, -1 where it sees fewer."""
+    if kernels.IS_AVAILABLE and home.device.type == "cpu":
+        return native.pick(route, home, k, chunk_mask)[0]
+    picked = reference.select(route, home, k, chunk_mask)
+    return picked.chunks.masked_fill(~picked.kept, -1)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory import ChunkedMemory, Home, Steps
+from htm_pytorch.memory import ChunkedMemory, ScoredHome, Steps
 from htm_pytorch.ops import kernels, operators
 
 BLOCK_BYTES = 16 * 2**20
@@ -20,7 +20,7 @@ BLOCK_BYTES = 16 * 2**20
 
 def pick(
     route: Tensor,
-    memory: ChunkedMemory | Steps | Home,
+    memory: ChunkedMemory | Steps | ScoredHome,
     k: int,
     chunk_mask: Tensor | None,
     prefix: str = "",

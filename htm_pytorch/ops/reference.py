@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory import ChunkedMemory, Home
+from htm_pytorch.memory import ChunkedMemory, ScoredHome
 
 
 class Selection(NamedTuple):
@@ -21,14 +21,14 @@ class Selection(NamedTuple):
     """[B, Q, K] bool, False where a query had fewer than K chunks to choose from."""
 
 
-def allowed_chunks(memory: ChunkedMemory | Home, chunk_mask: Tensor | None) -> Tensor:
+def allowed_chunks(memory: ChunkedMemory | ScoredHome, chunk_mask: Tensor | None) -> Tensor:
     """Return which chunks each query may keep, [B, Q, M] or [B, 1, M] where all queries agree."""
     valid = memory.valid[:, None]
     return valid if chunk_mask is None else valid & chunk_mask
 
 
 def select(
-    route: Tensor, memory: ChunkedMemory | Home, k: int, chunk_mask: Tensor | None
+    route: Tensor, memory: ChunkedMemory | ScoredHome, k: int, chunk_mask: Tensor | None
 ) -> Selection:
     """Keep the `k` chunks whose summaries score highest with `route` [B, Q, D]."""
     with torch.no_grad():

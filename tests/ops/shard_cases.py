@@ -407,7 +407,9 @@ class Kept:
         return self._shelf.fetch(chunks)
 
     def reset(self, rows: Tensor) -> "Kept":
-        raise NotImplementedError
+        assert rows.all()
+        none = self._shelf.fetch(torch.tensor([], dtype=torch.int64))
+        return Kept(none, self.fetched)
 
     def save(self, path: Any) -> None:
         raise NotImplementedError
@@ -445,6 +447,56 @@ def on_disk(group: Any, folder: str) -> None:
             run(memory)(*inputs)
 
 
+def saved_and_loaded(group: Any, folder: str, disk: bool) -> None:
+    """What ranks have saved goes on as if nothing had happened, the open chunk too."""
+    generator = torch.Generator().manual_seed(9)
+    steps = torch.randn(1, 95, 6, generator=generator)
+    route = torch.randn(2, 3, 6, generator=generator)
+    probe = route[:, :, None]
+    if disk:
+        place = f"{folder}/{group.size()}-{group.rank()}"
+        local: Any = open_memory(place, dim=6, chunk_size=4, sync=False)
+        memory = ShardedMemory(local, group)
+    else:
+        # A ring of one chunk a rank: which is the oldest, the parts alone do not say.
+        memory = ShardedMemory.split(ChunkedMemory.empty(1, group.size(), 4, 6), group)
+    memory = memory.append(steps[:, :55])
+    memory.save(f"{folder}/saved")
+    with pytest.raises(FileExistsError, match="^path: .* exists"):
+        memory.save(f"{folder}/saved")
+    again = ShardedMemory.load(f"{folder}/saved", group)
+    memory, again = memory.append(steps[:, 55:]), again.append(steps[:, 55:])
+    assert again.chunks == memory.chunks
+    assert_near(recall(route, probe, again, 3), recall(route, probe, memory, 3), 1e-6)
+    if disk:
+        for held in (memory.local, again.local):
+            held.close()
+    # One rank's part is not there: all hear of it.
+    with pytest.raises((FileNotFoundError, ValueError), match="^(path: no file at|arguments: ref)"):
+        where = "nowhere" if group.rank() == 0 else "saved"
+        ShardedMemory.load(f"{folder}/{where}", group)
+
+
+def fetched_chunks(group: Any) -> None:
+    """Chunks of all ranks come whole, to the last bit, in any dtype."""
+    for dtype in (torch.float64, torch.bfloat16):
+        problem = Problem(Sizes(M=11, steps=0.7, valid=0.7))
+        contents, summaries = (x.to(dtype) for x in problem.inputs[3:])
+        contents[:, 3] = -0.0
+        whole = problem.memory(contents, summaries)
+        memory = ShardedMemory(part(whole, group), group)
+        numbers = torch.tensor([10, 3, 3, 0, 7])
+        got, expected = memory.fetch(numbers), whole.fetch(numbers)
+        assert got.step_mask is not None and expected.step_mask is not None
+        assert torch.equal(got.step_mask, expected.step_mask & expected.valid[..., None])
+        assert torch.equal(got.summaries, expected.summaries)
+        assert torch.equal(got.contents.view(torch.int16), expected.contents.view(torch.int16))
+    with pytest.raises(ValueError, match="^chunks: expected numbers from 0 to 10, got"):
+        memory.fetch(torch.tensor([11]))
+    with pytest.raises(ValueError, match="^chunks: expected the same on all ranks, got"):
+        memory.fetch(torch.tensor([group.rank()]))
+
+
 def other_parts(group: Any, impl: Any) -> None:
     """Parts that are fetched from elsewhere: the same results, and only what is kept is fetched."""
     generator = torch.Generator().manual_seed(8)
@@ -471,6 +523,12 @@ def other_parts(group: Any, impl: Any) -> None:
     assert len(shelf.fetched) == 1 and shelf.fetched[0] <= 12
     with pytest.raises(ValueError, match="is_first: expected None for parts that are a Kept"):
         memory.append(steps, torch.zeros(2, 95, dtype=torch.bool))
+    with pytest.raises(ValueError, match="rows: expected all of them or none for parts that are"):
+        memory.reset(torch.tensor([True, False]))
+    empty = memory.reset(torch.tensor([True, True]))
+    assert empty.chunks == 0 and not recall(route, probe, empty, 2).any()
+    again = empty.append(steps)
+    assert_near(recall(route, probe, again, 2), recall(route, probe, memory, 2), EXACT)
 
 
 def mismatches_are_named(group: Any) -> None:

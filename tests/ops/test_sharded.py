@@ -172,6 +172,20 @@ def test_parts_on_disk(world: World, group: str, tmp_path: Path) -> None:
     world.run(shard_cases.on_disk, group, str(tmp_path))
 
 
+@every_group
+@pytest.mark.parametrize("kept", ["ram", "disk"])
+def test_saved_and_loaded(world: World, group: str, kept: str, tmp_path: Path) -> None:
+    if kept == "disk":
+        pytest.importorskip("lance", reason="the extra `store` is not installed")
+    pytest.importorskip("safetensors", reason="the extra `files` is not installed")
+    world.run(shard_cases.saved_and_loaded, group, str(tmp_path), kept == "disk")
+
+
+@every_group
+def test_fetched(world: World, group: str) -> None:
+    world.run(shard_cases.fetched_chunks, group)
+
+
 def test_bytes_are_the_formula_whatever_the_chunks_and_the_ranks(world: World) -> None:
     answers = [
         answer
@@ -249,7 +263,7 @@ def test_timeout(timeout: Any, tmp_path: Any) -> None:
         with pytest.raises(ValueError, match="^group: expected one that this process belongs to"):
             ShardedMemory(ChunkedMemory.empty(1, 2, 3, 4), group=3)  # type: ignore[arg-type]
         with pytest.raises(
-            ValueError, match="^local: expected a ChunkedMemory or another Home, got Tensor"
+            ValueError, match="^local: expected a ChunkedMemory or another ScoredHome, got Tensor"
         ):
             ShardedMemory(torch.zeros(1, 2, 3, 4))  # type: ignore[arg-type]
         alone = ShardedMemory(ChunkedMemory.empty(1, 2, 3, 4)).append(torch.ones(1, 7, 4))

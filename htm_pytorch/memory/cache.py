@@ -1,0 +1,48 @@
+"""The chunks of a stored memory that were used last."""
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+from htm_pytorch.memory.table import Format
+
+
+class ChunkCache:
+    """Decoded chunks of a table, by their numbers; those that were not used for longest go."""
+
+    def __init__(self, form: Format, slots: int):
+        self.slots = slots
+        self._steps = torch.empty(slots, form.chunk_size, form.dim, dtype=form.given)
+        self._slot_of: OrderedDict[int, int] = OrderedDict()
+
+    def read(self, numbers: list[int], out: Tensor, wanted: Tensor) -> list[int]:
+        """Copy the wanted ones of these chunks to `out`; return the places of those not here."""
+        here: list[int] = []
+        slots: list[int] = []
+        missing: list[int] = []
+        for place, (number, is_wanted) in enumerate(zip(numbers, wanted.tolist(), strict=True)):
+            if is_wanted and number in self._slot_of:
+                self._slot_of.move_to_end(number)
+                here.append(place)
+                slots.append(self._slot_of[number])
+            elif is_wanted:
+                missing.append(place)
+        if len(here) == len(numbers):
+            torch.index_select(self._steps, 0, torch.tensor(slots, dtype=torch.int64), out=out)
+        elif here:
+            out[here] = self._steps[slots]
+        return missing
+
+    def write(self, numbers: list[int], steps: Tensor) -> None:
+        """Keep chunks, instead of those that were not used for longest."""
+        numbers, steps = numbers[-self.slots :], steps[-self.slots :]
+        if not self.slots:
+            return
+        slots: list[int] = []
+        for number in numbers:
+            full = len(self._slot_of) == self.slots
+            slot = self._slot_of.popitem(last=False)[1] if full else len(self._slot_of)
+            self._slot_of[number] = slot
+            slots.append(slot)
+        self._steps[slots] = steps
