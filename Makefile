@@ -87,7 +87,7 @@ bench: .venv-bench/.installed ## run every benchmark (BENCHMARKS=path for one, B
 .venv-bench/.installed: $(INSTALLED_FROM)
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python $(INSTALL) "$(TORCH)"
-	.venv-bench/bin/python $(INSTALL) -e '.[bench,rl]'
+	.venv-bench/bin/python $(INSTALL) -e '.[bench,rl,store]'
 	@touch $@
 
 # On a busy machine, threads that wait by spinning make each other 10 times slower.

@@ -4,7 +4,8 @@ Written: bfloat16 steps, against the disk's own sequential rate. Asked: batches 
 C 32), with nothing in the page cache and with everything in RAM, against one read of the summaries
 and one random read of each chunk that is kept. Answers are compared with those of the same memory
 in RAM. Where `memorizing-transformers-pytorch` is installed (FAISS and a memory map), it is
-measured beside ours.
+measured beside ours; it asks for packages that are not needed, so install it by
+`pip install --no-deps memorizing-transformers-pytorch einops-exts einops faiss-cpu`.
 """
 
 import argparse

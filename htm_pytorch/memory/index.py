@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 NAME = "summaries"
-PROBES = 64
-"""Lists of the index that a query reads, of about sqrt(M)."""
-_REFINE = 8
+PROBES = 32
+"""Lists of the index that a query reads, of sqrt(M) / 2."""
+_REFINE = 16
 """Candidates, for each that is asked for, whose summaries are read for exact products."""
 _WIDE = 128
 """From this width on, one bit a number tells summaries apart (RaBitQ, arXiv 2405.12497)."""
@@ -23,7 +23,7 @@ def build(dataset: Any, dim: int) -> Any:
     kind = {"index_type": "IVF_SQ"}
     if dim >= _WIDE and dim % 8 == 0:
         kind = {"index_type": "IVF_RQ", "num_bits": 1}
-    lists = max(1, round(dataset.count_rows() ** 0.5))
+    lists = max(1, round(dataset.count_rows() ** 0.5 / 2))
     return dataset.create_index(
         "summary", name=NAME, metric="dot", num_partitions=lists, replace=True, **kind
     )
