@@ -403,7 +403,7 @@ class ExactMemory(StoredMemory):
     @property
     def valid(self) -> Tensor:
         """[1, M] bool: all of them."""
-        return torch.ones(1, self.chunks, dtype=torch.bool)
+        return self._known.exists[None]
 
 
 class IndexedMemory(StoredMemory):
@@ -485,11 +485,19 @@ class _Known:
         self.length = 0
         number = torch.empty(0, dtype=torch.int64)
         self._columns = torch.empty(0, width), number.int(), number, number
+        self._exists = number.bool()
 
     @property
     def summaries(self) -> Tensor:
         """[M, D]."""
         return self._columns[0][: self.length]
+
+    @property
+    def exists(self) -> Tensor:
+        """[M] bool, True."""
+        if len(self._exists) < self.length:
+            self._exists = torch.ones(len(self._columns[0]), dtype=torch.bool)
+        return self._exists[: self.length]
 
     @property
     def counts(self) -> Tensor:

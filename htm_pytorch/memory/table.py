@@ -19,6 +19,8 @@ FORMAT = "1"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 BATCH_BYTES = 16 * 2**20
 """Of contents read or written at a time."""
+PIECE_BYTES = 2 * 2**20
+"""Of steps in float32, whose means are taken at a time."""
 FRAGMENT_BYTES = 256 * 2**20
 """Of contents in a fragment, after `compact`."""
 _KEEP = datetime.timedelta(hours=1)
@@ -69,11 +71,20 @@ class Format(NamedTuple):
 
     def summarise(self, stored: Tensor, counts: Tensor) -> Tensor:
         """Return the means [M, D] of chunks [M, C, step_bytes] with `counts` [M] steps, float32."""
+        # In pieces that stay in cache, since float32 takes room.
+        piece = max(1, PIECE_BYTES // (4 * self.chunk_size * self.dim))
+        return torch.cat(
+            [
+                self._summarise(*part)
+                for part in zip(stored.split(piece), counts.split(piece), strict=True)
+            ]
+        )
+
+    def _summarise(self, stored: Tensor, counts: Tensor) -> Tensor:
         contents = self.decode(stored).float()[None]
         is_whole = bool((counts == self.chunk_size).all())
-        return summarise(contents, None if is_whole else step_mask(counts, self.chunk_size)[None])[
-            0
-        ]
+        is_step = None if is_whole else step_mask(counts, self.chunk_size)[None]
+        return summarise(contents, is_step)[0]
 
 
 class Chunks(NamedTuple):
@@ -363,7 +374,7 @@ def _schema(form: Format, generation: bytes) -> Any:
         "dtype": str(form.dtype).removeprefix("torch."),
     }
     fields = {
-        "contents": pa.binary(form.chunk_bytes),
+        "contents": pa.list_(pa.uint8(), form.chunk_bytes),
         "summary": pa.list_(pa.float32(), form.dim),
         "steps": pa.int32(),
         "episode": pa.int64(),
@@ -382,7 +393,7 @@ def _batches(chunks: Chunks, form: Format, generation: bytes) -> Iterator[Any]:
         part = Chunks(*(column[start : start + size] for column in chunks))
         stored = part.stored.contiguous()
         columns = [
-            _array(stored, pa.binary(form.chunk_bytes), part.length),
+            pa.FixedSizeListArray.from_arrays(_array(stored, pa.uint8()), form.chunk_bytes),
             pa.FixedSizeListArray.from_arrays(_array(part.summaries, pa.float32()), form.dim),
             _array(part.counts, pa.int32()),
             _array(part.episodes, pa.int64()),
@@ -392,12 +403,11 @@ def _batches(chunks: Chunks, form: Format, generation: bytes) -> Iterator[Any]:
         yield pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def _array(tensor: Tensor, kind: Any, length: int | None = None) -> Any:
+def _array(tensor: Tensor, kind: Any) -> Any:
     import pyarrow as pa
 
     flat = tensor.contiguous().flatten()
-    count = flat.numel() if length is None else length
-    return pa.Array.from_buffers(kind, count, [None, pa.py_buffer(flat.numpy())])
+    return pa.Array.from_buffers(kind, flat.numel(), [None, pa.py_buffer(flat.numpy())])
 
 
 def _tensor(column: Any) -> Tensor:
@@ -406,10 +416,6 @@ def _tensor(column: Any) -> Tensor:
 
     if isinstance(column.type, pa.FixedSizeListType):
         column = column.flatten()
-    elif isinstance(column.type, pa.FixedSizeBinaryType):
-        width = column.type.byte_width
-        bounds = len(column) * width, [None, column.buffers()[1]]
-        column = pa.Array.from_buffers(pa.uint8(), *bounds, offset=column.offset * width)
     return torch.from_dlpack(column) if len(column) else torch.empty(0)
 
 
