@@ -26,7 +26,7 @@ from htm_pytorch.ops.triton_kernels import projected as projected_kernels  # noq
 from htm_pytorch.ops.triton_kernels import tiles  # noqa: E402
 from tests.helpers import memory_of, value_and_gradients  # noqa: E402
 from tests.ops import test_recall  # noqa: E402
-from tests.ops.test_native import (  # noqa: E402
+from tests.ops.native_cases import (  # noqa: E402
     Sizes,
     assert_as_accurate,
     cast,
