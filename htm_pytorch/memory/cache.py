@@ -16,23 +16,18 @@ class ChunkCache:
         self._steps = torch.empty(slots, form.chunk_size, form.dim, dtype=form.given)
         self._slot_of: OrderedDict[int, int] = OrderedDict()
 
-    def read(self, numbers: list[int], out: Tensor, wanted: Tensor) -> list[int]:
-        """Copy the wanted ones of these chunks to `out`; return the places of those not here."""
-        here: list[int] = []
-        slots: list[int] = []
-        missing: list[int] = []
-        for place, (number, is_wanted) in enumerate(zip(numbers, wanted.tolist(), strict=True)):
-            if is_wanted and number in self._slot_of:
-                self._slot_of.move_to_end(number)
-                here.append(place)
-                slots.append(self._slot_of[number])
-            elif is_wanted:
-                missing.append(place)
-        if len(here) == len(numbers):
+    def read(self, numbers: list[int], out: Tensor) -> list[int]:
+        """Copy these chunks to `out`; return the places of those that are not here."""
+        places = [place for place, number in enumerate(numbers) if number in self._slot_of]
+        slots = [self._slot_of[numbers[place]] for place in places]
+        for place in places:
+            self._slot_of.move_to_end(numbers[place])
+        if len(places) == len(numbers):
             torch.index_select(self._steps, 0, torch.tensor(slots, dtype=torch.int64), out=out)
-        elif here:
-            out[here] = self._steps[slots]
-        return missing
+            return []
+        if places:
+            out[places] = self._steps[slots]
+        return sorted(set(range(len(numbers))).difference(places))
 
     def write(self, numbers: list[int], steps: Tensor) -> None:
         """Keep chunks, instead of those that were not used for longest."""

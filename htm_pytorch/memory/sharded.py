@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from htm_pytorch.memory.chunked import ChunkedMemory, _Plan
 from htm_pytorch.memory.files import load_tensors, save_tensors
-from htm_pytorch.memory.home import Home, ScoredHome
+from htm_pytorch.memory.home import Home, is_home, is_scored
 from htm_pytorch.memory.opened import open_memory
 from htm_pytorch.memory.peers import Peers
 from htm_pytorch.shapes import check_mask, check_tensor
@@ -49,7 +49,7 @@ class ShardedMemory:
         timeout: float = 60.0,
     ):
         self.peers = Peers(group, timeout)
-        if not isinstance(local, ScoredHome):
+        if not (is_home(local) and is_scored(local)):
             kind = type(local).__name__
             raise ValueError(f"local: expected a ChunkedMemory or another ScoredHome, got {kind}")
         self.local = local

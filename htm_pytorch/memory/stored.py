@@ -180,10 +180,11 @@ class StoredMemory:
             raise ValueError(f"chunks: expected numbers from 0 to {self.chunks - 1}, got {numbers}")
         form, in_table = self._table.form, self._table.length
         contents = torch.empty(len(numbers), self.chunk_size, self.dim, dtype=self.dtype)
-        waiting = chunks >= in_table
-        if waiting.any():
+        missing = self._cache.read(numbers, contents)
+        waiting = [place for place in missing if numbers[place] >= in_table]
+        if waiting:
             contents[waiting] = form.decode(self._pending.stored[chunks[waiting] - in_table])
-        cold = self._cache.read(numbers, contents, ~waiting)
+        cold = [place for place in missing if numbers[place] < in_table]
         if cold:
             asked = [numbers[place] for place in cold]
             fetched = form.decode(self._table.take(asked))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from htm_pytorch.memory import ChunkedMemory, Home, ShardedMemory, Steps
+from htm_pytorch.memory.home import is_home
 from htm_pytorch.ops import Impl, Recall, attend, attend_with_weights, check_impl
 from htm_pytorch.shapes import (
     check_at_least,
@@ -177,7 +178,7 @@ class HTMAttention(nn.Module):
         if not isinstance(memories, Tensor):
             if mask is not None:
                 raise ValueError(f"mask: expected None beside a {type(memories).__name__}")
-            if not isinstance(memories, ChunkedMemory | Home):
+            if not is_home(memories):
                 kind = type(memories).__name__
                 raise ValueError(f"memories: expected a tensor or a memory, got {kind}")
             if memories.dim != self.dim_memory:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.memory import ChunkedMemory, Home, ShardedMemory, Steps
+from htm_pytorch.memory.home import is_home
 from htm_pytorch.ops import (
     blocked,
     fused_triton,
@@ -392,7 +393,7 @@ def _check(
     positions: Tensor | None,
     chunk_mask: Tensor | None,
 ) -> None:
-    if not isinstance(memory, Memory):
+    if not (isinstance(memory, ChunkedMemory | Steps) or is_home(memory)):
         raise ValueError(
             f"memory: expected a ChunkedMemory, Steps or another Home, got {type(memory).__name__}"
         )

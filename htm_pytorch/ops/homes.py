@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory import ChunkedMemory, Home, ScoredHome, SearchedHome
+from htm_pytorch.memory import ChunkedMemory, Home, ScoredHome
+from htm_pytorch.memory.home import is_scored, is_searched
 from htm_pytorch.ops import kernels, native, reference
 
 
@@ -31,10 +32,10 @@ def fetch(route: Tensor, home: Home, k: int, chunk_mask: Tensor | None) -> Fetch
     """
     device = home.device
     exact = route.detach().to(device, torch.promote_types(route.dtype, torch.float32))
-    if isinstance(home, ScoredHome):
+    if is_scored(home):
         mask = None if chunk_mask is None else chunk_mask.to(device)
         chunks = _score(exact, home, k, mask)
-    elif isinstance(home, SearchedHome):
+    elif is_searched(home):
         if chunk_mask is not None:
             kind = type(home).__name__
             raise ValueError(f"chunk_mask: expected None beside an index ({kind}), got a mask")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from htm_pytorch import ChunkedMemory, HTMAttention, HTMBlock, recall
-from htm_pytorch.memory import Home, SearchedHome, ShardedMemory
+from htm_pytorch.memory import ShardedMemory
+from htm_pytorch.memory.home import is_home, is_searched
 from htm_pytorch.ops import recall_with_weights
 from tests.helpers import assert_near, value_and_gradients
 
@@ -49,7 +50,7 @@ def assert_same(a: Any, b: Any) -> None:
 
 def it_is_a_home(make: Make) -> None:
     home = make()
-    assert isinstance(home, Home)
+    assert is_home(home)
     assert (home.batch, home.chunk_size, home.dim, home.dtype) == (1, SIZE, DIM, torch.float32)
 
 
@@ -105,7 +106,7 @@ def what_was_recalled_has_its_numbers(make: Make) -> None:
     ram, home = in_ram().append(steps, is_first), make().append(steps, is_first)
     route, probe = torch.randn(1, 5, DIM), torch.randn(1, 5, 3, DIM)
     mask, full = None, None
-    if not isinstance(home, SearchedHome):
+    if not is_searched(home):
         mask = torch.rand(1, 5, home.chunks) < 0.5
         mask[:, 0] = False
         full = torch.zeros(1, 5, CHUNKS, dtype=torch.bool)
