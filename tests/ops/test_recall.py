@@ -484,7 +484,7 @@ def bad_inputs() -> dict[str, tuple[dict[str, Any], str]]:
         ),
         "memory-type": (
             {"memory": contents},
-            r"^memory: expected a ChunkedMemory, ShardedMemory, Steps or another Home, got Tensor$",
+            r"^memory: expected a ChunkedMemory, Steps or another Home, got Tensor$",
         ),
         "memory-batch": (
             {"memory": ChunkedMemory.from_chunks(torch.zeros(3, 4, 3, 6))},
