@@ -12,17 +12,17 @@ from torch import Tensor
 NAME = "summaries"
 PROBES = 32
 """Lists of the index that a query reads, of sqrt(M) / 2."""
-_REFINE = 16
+_REFINE = 8
 """Candidates, for each that is asked for, whose summaries are read for exact products."""
 _WIDE = 128
-"""From this width on, one bit a number tells summaries apart (RaBitQ, arXiv 2405.12497)."""
+"""From this width on, two bits a number tell summaries apart (RaBitQ, arXiv 2405.12497)."""
 
 
 def build(dataset: Any, dim: int) -> Any:
     """Index all rows of a Lance dataset; return the dataset of the new version."""
     kind = {"index_type": "IVF_SQ"}
     if dim >= _WIDE and dim % 8 == 0:
-        kind = {"index_type": "IVF_RQ", "num_bits": 1}
+        kind = {"index_type": "IVF_RQ", "num_bits": 2}
     lists = max(1, round(dataset.count_rows() ** 0.5 / 2))
     return dataset.create_index(
         "summary", name=NAME, metric="dot", num_partitions=lists, replace=True, **kind
