@@ -95,7 +95,8 @@ def _title(launch: Any) -> tuple[str, str]:
 def _call_all(shape: Shape, dtype: torch.dtype) -> None:
     from htm_pytorch.ops.triton_kernels.attend import attend
     from htm_pytorch.ops.triton_kernels.attend_backward import attend_backward
-    from htm_pytorch.ops.triton_kernels.pick import pick, pick_backward
+    from htm_pytorch.ops.triton_kernels.pick import pick
+    from htm_pytorch.ops.triton_kernels.pick_backward import pick_backward
     from htm_pytorch.ops.triton_kernels.projected import attend_projected, attend_projected_backward
 
     _, H, D, C, k = shape

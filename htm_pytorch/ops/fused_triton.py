@@ -105,7 +105,7 @@ def _pick(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _pick_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    from htm_pytorch.ops.triton_kernels.pick import pick_backward
+    from htm_pytorch.ops.triton_kernels.pick_backward import pick_backward
 
     with torch.cuda.device_of(arguments[0]):
         return pick_backward(*arguments)

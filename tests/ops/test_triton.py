@@ -21,9 +21,8 @@ pytest.importorskip("numpy", reason="Triton's interpreter needs numpy")
 from htm_pytorch import ChunkedMemory  # noqa: E402
 from htm_pytorch.memory import Steps  # noqa: E402
 from htm_pytorch.ops import attend, fused_triton, projected, recall  # noqa: E402
-from htm_pytorch.ops.triton_kernels import pick as pick_kernels  # noqa: E402
 from htm_pytorch.ops.triton_kernels import projected as projected_kernels  # noqa: E402
-from htm_pytorch.ops.triton_kernels import tiles  # noqa: E402
+from htm_pytorch.ops.triton_kernels import sources, tiles  # noqa: E402
 from tests.helpers import memory_of, value_and_gradients  # noqa: E402
 from tests.ops import test_recall  # noqa: E402
 from tests.ops.native_cases import (  # noqa: E402
@@ -236,7 +235,7 @@ class TestPick:
         seen = torch.rand(2, 3, 150) < 0.7
         given = {"step_mask": mask, "chunk_mask": seen, "size": 2}
         whole = self.picked(device, route, steps, 5, **given)
-        monkeypatch.setattr(pick_kernels, "MEANS_BYTES", 2 * 6 * 4 * 40)
+        monkeypatch.setattr(sources, "MEANS_BYTES", 2 * 6 * 4 * 40)
         assert torch.equal(self.picked(device, route, steps, 5, **given), whole)
         # In chunks of 4.
         parts = {"route": route, "probe": torch.randn(2, 3, 2, 6), "steps": steps[:, :198]}

@@ -1,0 +1,175 @@
+"""The way back from the weights of the picked chunks, to the route and to what was scored."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from htm_pytorch.ops.triton_kernels.products import by_last, power_of_two, sort_picks
+from htm_pytorch.ops.triton_kernels.sources import Source
+
+
+@triton.jit
+def route_backward_kernel(
+    grad_scores,
+    picked,
+    summaries,
+    grad_route,
+    summaries_by_batch,
+    summaries_by_chunk,
+    queries,
+    k,
+    first,
+    count,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SHARED: tl.constexpr,
+    RESUME: tl.constexpr,
+):
+    """Sum the picked summaries, of chunks first to first + count, of one query."""
+    x = tl.program_id(0).to(tl.int64)
+    owner = (x // queries) * (1 - SHARED)
+    d = tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    if RESUME:
+        total += tl.load(grad_route + x * D + d, d < D, other=0.0)
+    for rank in range(k):
+        m = tl.load(picked + x * k + rank) - first
+        here = (m >= 0) & (m < count)
+        summary = summaries + owner * summaries_by_batch + m * summaries_by_chunk + d
+        value = tl.load(summary, d < tl.where(here, D, 0), other=0.0).to(tl.float32)
+        total += tl.where(here, tl.load(grad_scores + x * k + rank), 0.0) * value
+    tl.store(grad_route + x * D + d, total, d < D)
+
+
+@triton.jit
+def source_backward_kernel(
+    grad_scores,
+    route,
+    step_mask,
+    pairs,
+    starts,
+    grad_source,
+    route_by_batch,
+    route_by_query,
+    mask_by_batch,
+    queries,
+    k,
+    chunks,
+    length,
+    missing,
+    eps,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """Sum over the queries that picked one chunk; its steps share what their mean gets."""
+    slot = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    end = tl.load(starts + slot + 1)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(tl.load(starts + slot), end, BLOCK_P):
+        i = start + tl.arange(0, BLOCK_P)
+        pair = tl.load(pairs + i, i < end, other=0).to(tl.int64)
+        x = pair // k
+        index = (x // queries) * route_by_batch + (x % queries) * route_by_query
+        inside = (i < end)[:, None] & (d < D)[None, :]
+        value = tl.load(route + index[:, None] + d[None, :], inside, other=0.0).to(tl.float32)
+        share = tl.load(grad_scores + pair, i < end, other=0.0)
+        total += tl.sum(share[:, None] * value, 0)
+    row = slot // chunks
+    begin = (slot % chunks) * C - missing
+    number = 0
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        there = (c < C) & (begin + c >= 0)
+        if HAS_MASK:
+            there &= tl.load(step_mask + row * mask_by_batch + begin + c, there, other=0) != 0
+        number += tl.sum(there.to(tl.int32), 0)
+    total /= tl.maximum(number, 1).to(tl.float32) + eps
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        exists = (c < C) & (begin + c >= 0)
+        there = exists
+        if HAS_MASK:
+            there &= tl.load(step_mask + row * mask_by_batch + begin + c, there, other=0) != 0
+        value = tl.where(there[:, None], total[None, :], 0.0)
+        index = (row * length + begin + c)[:, None] * D + d[None, :]
+        tl.store(grad_source + index, value, exists[:, None] & (d < D)[None, :])
+
+
+def pick_backward(
+    grad: Tensor,
+    route: Tensor,
+    source: Tensor,
+    step_mask: Tensor | None,
+    picked: Tensor,
+    weights: Tensor,
+    chunk_size: int,
+    eps: float,
+    to_source: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of route and source; the latter empty where it is not asked for."""
+    batch, queries, dim = route.shape
+    grad_source = source.new_zeros((0, 0, 0))
+    if not (picked.numel() and dim):
+        grad_source = source.new_zeros(source.shape) if to_source else grad_source
+        return torch.zeros_like(route, memory_format=torch.contiguous_format), grad_source
+    grad_scores = weights * (grad - (weights * grad).sum(-1, keepdim=True))
+    grad_scores = grad_scores.masked_fill_(picked < 0, 0.0).contiguous()
+    picked, route = picked.contiguous(), by_last(route)
+    scored = Source(source, None, step_mask, chunk_size, eps)
+    grad_route = torch.empty(route.shape, dtype=torch.float32, device=route.device)
+    k = picked.shape[2]
+    for first, count in scored.pieces():
+        summaries = scored.summaries(first, count)
+        route_backward_kernel[(batch * queries,)](
+            grad_scores,
+            picked,
+            summaries,
+            grad_route,
+            summaries.stride(0),
+            summaries.stride(1),
+            queries,
+            k,
+            first,
+            count,
+            D=dim,
+            BLOCK_D=power_of_two(dim),
+            SHARED=scored.rows == 1 < batch,
+            RESUME=first > 0,
+            num_warps=4,
+        )
+    if to_source:
+        grad_source = source.new_empty(source.shape)
+        ordered = sort_picks(picked, scored.rows, scored.chunks)
+        wide = min(power_of_two(dim), 256)
+        mask = scored.step_mask
+        source_backward_kernel[(scored.rows * scored.chunks, triton.cdiv(dim, wide))](
+            grad_scores,
+            route,
+            mask,
+            ordered.pairs,
+            ordered.starts,
+            grad_source,
+            route.stride(0),
+            route.stride(1),
+            0 if mask is None else mask.stride(0),
+            queries,
+            k,
+            scored.chunks,
+            scored.length,
+            -scored.length % chunk_size,
+            scored.eps,
+            C=chunk_size,
+            D=dim,
+            BLOCK_P=16,
+            BLOCK_C=min(power_of_two(chunk_size), 16),
+            BLOCK_D=wide,
+            HAS_MASK=mask is not None,
+            num_warps=4,
+        )
+    return grad_route.to(route.dtype), grad_source
