@@ -131,6 +131,7 @@ class RemoteJournal:
         self.uri = uri
         self.storage_options = storage_options
         self.written = b""
+        self.exists = False
 
     def read(self) -> bytes:
         """Return all of it; nothing where there is none."""
@@ -140,6 +141,7 @@ class RemoteJournal:
             table = lance.dataset(self.uri, storage_options=self.storage_options).to_table()
         except (ValueError, FileNotFoundError):
             return b""
+        self.exists = True
         self.written = table["journal"][0].as_py()
         return self.written
 
@@ -153,6 +155,7 @@ class RemoteJournal:
         import pyarrow as pa
 
         table = pa.table({"journal": pa.array([journal], pa.large_binary())})
-        lance.write_dataset(table, self.uri, mode="overwrite", storage_options=self.storage_options)
-        self.written = journal
+        mode = "overwrite" if self.exists else "create"
+        lance.write_dataset(table, self.uri, mode=mode, storage_options=self.storage_options)
+        self.exists, self.written = True, journal
         return len(journal)
