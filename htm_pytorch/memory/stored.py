@@ -412,7 +412,8 @@ class ExactMemory(StoredMemory):
 class IndexedMemory(StoredMemory):
     """A stored memory whose summaries stay on the disk, where an index finds the best of them.
 
-    It takes 20 bytes of RAM a chunk, and may miss some of the best. Chunks that are not in the
+    It takes 20 bytes of RAM a chunk and what the engine keeps of the index (at most all of it: at a
+    width of 512, 155 bytes a chunk), and may miss some of the best. Chunks that are not in the
     index yet, or all where there is none, are read from the disk for every call.
     """
 
