@@ -30,14 +30,16 @@ class ChunkCache:
         return sorted(set(range(len(numbers))).difference(places))
 
     def write(self, numbers: list[int], steps: Tensor) -> None:
-        """Keep chunks, instead of those that were not used for longest."""
-        numbers, steps = numbers[-self.slots :], steps[-self.slots :]
+        """Keep chunks that are not here, instead of those that were not used for longest."""
         if not self.slots:
             return
+        # Two slots for one chunk would leave one of them to be given to another chunk as well.
+        place_of = {number: place for place, number in enumerate(numbers)}
+        kept = list(place_of.items())[-self.slots :]
         slots: list[int] = []
-        for number in numbers:
+        for number, _ in kept:
             full = len(self._slot_of) == self.slots
             slot = self._slot_of.popitem(last=False)[1] if full else len(self._slot_of)
             self._slot_of[number] = slot
             slots.append(slot)
-        self._steps[slots] = steps
+        self._steps[slots] = steps[[place for _, place in kept]]

@@ -160,6 +160,16 @@ def test_the_cache_is_bounded_and_right(tmp_path: Path) -> None:
         home.close()
 
 
+@pytest.mark.parametrize("slots", [2, 3, 50])
+def test_a_chunk_asked_for_twice_is_cached_once(tmp_path: Path, slots: int) -> None:
+    with make(tmp_path / "m", cache_bytes=slots * SIZE * DIM * 4) as held:
+        steps = steps_from(0, 40)
+        held.append(steps).flush()
+        for numbers in ([3, 3, 7, 5], [3, 7, 5], [7, 1, 7], [5, 3, 1]):
+            expected = steps.view(1, 10, SIZE, DIM)[:, numbers]
+            assert torch.equal(held.fetch(torch.tensor(numbers)).contents, expected)
+
+
 def test_save_makes_a_copy(tmp_path: Path) -> None:
     held = make(tmp_path / "m").append(steps_from(0, 21)).flush().append(steps_from(21, 6))
     held.save(tmp_path / "copy")
