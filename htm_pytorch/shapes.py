@@ -71,6 +71,14 @@ def check_at_least(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
 
 
+def check_numbers(name: str, value: Tensor, count: int) -> None:
+    """Raise a ValueError unless `value` is [U] with numbers from 0 to below `count`."""
+    check_tensor(name, value, "U")
+    numbers = value.tolist()
+    if numbers and not 0 <= min(numbers) <= max(numbers) < count:
+        raise ValueError(f"{name}: expected numbers from 0 to {count - 1}, got {numbers}")
+
+
 def is_transformed() -> bool:
     """Whether a `torch.func` transform or forward-mode differentiation is at work.
 

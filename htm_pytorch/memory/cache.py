@@ -27,7 +27,7 @@ class ChunkCache:
             return []
         if places:
             out[places] = self._steps[slots]
-        return sorted(set(range(len(numbers))).difference(places))
+        return [place for place, number in enumerate(numbers) if number not in self._slot_of]
 
     def write(self, numbers: list[int], steps: Tensor) -> None:
         """Keep chunks that are not here, instead of those that were not used for longest."""

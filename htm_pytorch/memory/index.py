@@ -34,12 +34,10 @@ def length(dataset: Any) -> int:
     return sum(i.num_rows_indexed for i in dataset.describe_indices() if i.name == NAME)
 
 
-def add_missing(dataset: Any) -> bool:
-    """Add the rows that came after the index was built; return whether there is one."""
-    exists = any(i.name == NAME for i in dataset.describe_indices())
-    if exists:
+def add_missing(dataset: Any) -> None:
+    """Add the rows that came after the index was built, where there is one."""
+    if any(i.name == NAME for i in dataset.describe_indices()):
         dataset.optimize.optimize_indices(index_names=[NAME])
-    return exists
 
 
 def nearest(dataset: Any, vectors: Tensor, k: int, probes: int) -> tuple[Tensor, Tensor]:
@@ -67,9 +65,10 @@ def nearest(dataset: Any, vectors: Tensor, k: int, probes: int) -> tuple[Tensor,
     )
     # An address is the number of a fragment and a place in it.
     fragments = dataset.get_fragments()
+    numbers = [fragment.fragment_id for fragment in fragments]
     lengths = torch.tensor([fragment.count_rows() for fragment in fragments])
-    starts = torch.zeros(1 + max(f.fragment_id for f in fragments), dtype=torch.int64)
-    starts[[f.fragment_id for f in fragments]] = lengths.cumsum(0) - lengths
+    starts = torch.zeros(1 + max(numbers), dtype=torch.int64)
+    starts[numbers] = lengths.cumsum(0) - lengths
     address = address.to(torch.int64)
     rank = torch.arange(len(query)) - torch.searchsorted(query, query)
     rows[query, rank] = starts[address >> 32] + (address & 0xFFFFFFFF)

@@ -131,7 +131,6 @@ class RemoteJournal:
         self.uri = uri
         self.storage_options = storage_options
         self.written = b""
-        self.exists = False
 
     def read(self) -> bytes:
         """Return all of it; nothing where there is none."""
@@ -141,7 +140,6 @@ class RemoteJournal:
             table = lance.dataset(self.uri, storage_options=self.storage_options).to_table()
         except (ValueError, FileNotFoundError):
             return b""
-        self.exists = True
         self.written = table["journal"][0].as_py()
         return self.written
 
@@ -155,7 +153,8 @@ class RemoteJournal:
         import pyarrow as pa
 
         table = pa.table({"journal": pa.array([journal], pa.large_binary())})
-        mode = "overwrite" if self.exists else "create"
+        # A journal that was written is never empty: it has its header.
+        mode = "overwrite" if self.written else "create"
         lance.write_dataset(table, self.uri, mode=mode, storage_options=self.storage_options)
-        self.exists, self.written = True, journal
+        self.written = journal
         return len(journal)

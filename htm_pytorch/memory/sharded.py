@@ -15,7 +15,7 @@ from htm_pytorch.memory.files import load_tensors, save_tensors
 from htm_pytorch.memory.home import Home, is_home, is_scored
 from htm_pytorch.memory.opened import open_memory
 from htm_pytorch.memory.peers import Peers
-from htm_pytorch.shapes import check_mask, check_tensor
+from htm_pytorch.shapes import check_mask, check_numbers, check_tensor
 
 
 class ShardedMemory:
@@ -206,18 +206,13 @@ class ShardedMemory:
             ShardError: not all ranks came in time.
         """
         with self.peers.refusing(self.device):
-            check_tensor("chunks", chunks, "U")
-            if len(chunks) and not 0 <= int(chunks.min()) <= int(chunks.max()) < self.chunks:
-                raise ValueError(
-                    f"chunks: expected numbers from 0 to {self.chunks - 1}, got {chunks.tolist()}"
-                )
+            check_numbers("chunks", chunks, self.chunks)
         checksum = zlib.crc32(repr(chunks.tolist()).encode())
         same = {"chunks: U": len(chunks), "chunks (a checksum)": checksum}
         self.peers.agree("fetch", same, [], self.device)
-        number = chunks.to(self.device) // self.peers.size
-        mine = (chunks.to(self.device) % self.peers.size == self.peers.rank) & (
-            number < self.local.chunks
-        )
+        chunks = chunks.to(self.device)
+        number = chunks // self.peers.size
+        mine = (chunks % self.peers.size == self.peers.rank) & (number < self.local.chunks)
         part = self.local.fetch(number[mine])
         shape = (self.batch, len(chunks))
         contents = part.contents.new_zeros(*shape, *part.contents.shape[2:])
@@ -251,11 +246,11 @@ class ShardedMemory:
             raise ValueError(f"rows: expected all of them or none for parts that are a {kind}")
         new = copy.copy(self)
         new.local = self.local.reset(rows)
-        if self._next is not None:
-            new._next = self._next.masked_fill(rows, 0)
         if self._open is not None:
-            new._open, new._next = self._open.reset(rows), self._open.next_slot.masked_fill(rows, 0)
-            new.sizes = (0,) * self.peers.size
+            new._open = self._open.reset(rows)
+            new._next, new.sizes = new._open.next_slot, (0,) * self.peers.size
+        elif self._next is not None:
+            new._next = self._next.masked_fill(rows, 0)
         return new
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -6,8 +6,6 @@ acknowledged is in one of the two.
 """
 
 import contextlib
-import math
-import mmap
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,13 +18,18 @@ from torch import Tensor
 from htm_pytorch.memory.cache import ChunkCache
 from htm_pytorch.memory.chunked import ChunkedMemory
 from htm_pytorch.memory.journal import LocalJournal, Record, RemoteJournal, decode, encode
+from htm_pytorch.memory.known import Known
 from htm_pytorch.memory.table import FORMAT, Chunks, Format, Table, step_mask
-from htm_pytorch.shapes import check_device, check_floating, check_mask, check_tensor
+from htm_pytorch.shapes import (
+    check_device,
+    check_floating,
+    check_mask,
+    check_numbers,
+    check_tensor,
+)
 
 GROUP_BYTES = 4 * 2**20
 """Of closed chunks that the journal holds, before they become a version of the table."""
-GROWTH = 1.5
-"""Of the room for summaries, when it is full."""
 
 
 class _Open(NamedTuple):
@@ -174,10 +177,8 @@ class StoredMemory:
             ValueError: there is no chunk of such a number.
             MemoryFileError: a chunk is not what was stored.
         """
-        check_tensor("chunks", chunks, "U")
+        check_numbers("chunks", chunks, self.chunks)
         numbers: list[int] = chunks.tolist()
-        if numbers and not 0 <= min(numbers) <= max(numbers) < self.chunks:
-            raise ValueError(f"chunks: expected numbers from 0 to {self.chunks - 1}, got {numbers}")
         form, in_table = self._table.form, self._table.length
         contents = torch.empty(len(numbers), self.chunk_size, self.dim, dtype=self.dtype)
         missing = self._cache.read(numbers, contents)
@@ -245,10 +246,10 @@ class StoredMemory:
             k: how many chunks a query keeps.
         """
         if route is None:
-            chosen = torch.randint(max(self.chunks, 1), (64 if self.chunks else 0,))
-            route = self.fetch(chosen).summaries.float()
-            if self.chunks:
-                route = route + torch.randn_like(route) * route.std(1, keepdim=True).nan_to_num()
+            if not self.chunks:
+                return 1.0
+            route = self.fetch(torch.randint(self.chunks, (64,))).summaries.float()
+            route = route + torch.randn_like(route) * route.std(1, keepdim=True)
         check_tensor("route", route, "B Q D", D=self.dim)
         vectors = route.detach().flatten(0, 1).float()
         kept = min(k, self._table.length)
@@ -312,8 +313,8 @@ class StoredMemory:
             f"chunk_size={self.chunk_size}, dim={self.dim}, dtype={self.stored_dtype})"
         )
 
-    def _nothing_known(self) -> "_Known":
-        return _Known(self.dim if self.holds_summaries else 0)
+    def _nothing_known(self) -> Known:
+        return Known(self.dim if self.holds_summaries else 0)
 
     def _check_writable(self) -> None:
         if self.read_only:
@@ -480,75 +481,3 @@ def _close(
     opened = sequence[len(sequence) - rest :].clone()
     first = before.first_step + len(sequence) - rest
     return closed, _Open(opened, first, episode + len(starts) - 1)
-
-
-class _Known:
-    """What is known of every chunk, in RAM; summaries of a width of 0 where they are not wanted."""
-
-    def __init__(self, width: int):
-        self.length = 0
-        number = torch.empty(0, dtype=torch.int64)
-        self._columns = torch.empty(0, width), number.int(), number, number
-        self._exists = number.bool()
-
-    @property
-    def summaries(self) -> Tensor:
-        """[M, D]."""
-        return self._columns[0][: self.length]
-
-    @property
-    def exists(self) -> Tensor:
-        """[M] bool, True."""
-        if len(self._exists) < self.length:
-            self._exists = torch.ones(len(self._columns[0]), dtype=torch.bool)
-        return self._exists[: self.length]
-
-    @property
-    def counts(self) -> Tensor:
-        """[M] int32."""
-        return self._columns[1][: self.length]
-
-    @property
-    def episodes(self) -> Tensor:
-        """[M] int64."""
-        return self._columns[2][: self.length]
-
-    def end(self) -> tuple[int, int]:
-        """Return the number of the step after the last chunk, and the episode of that chunk."""
-        if not self.length:
-            return 0, -1
-        _, counts, episodes, first_steps = (column[self.length - 1] for column in self._columns)
-        return int(first_steps + counts), int(episodes)
-
-    def add(self, chunks: Chunks) -> None:
-        """Add what `chunks` says, but for the steps."""
-        length = self.length + chunks.length
-        if length > len(self._columns[0]):
-            room = max(length, int(GROWTH * len(self._columns[0])))
-            self._columns = tuple(_grown(column, self.length, room) for column in self._columns)
-        summaries, *numbers = self._columns
-        summaries[self.length : length] = chunks.summaries[:, : summaries.shape[1]]
-        for column, new in zip(numbers, chunks[2:], strict=True):
-            column[self.length : length] = new
-        self.length = length
-
-    def truncate(self, length: int) -> None:
-        """Forget what comes after the first `length` chunks."""
-        self.length = min(self.length, length)
-
-
-def _grown(column: Tensor, length: int, room: int) -> Tensor:
-    shape = room, *column.shape[1:]
-    if not math.prod(shape):
-        return column.new_empty(shape)
-    # Pages that nothing is written to cost nothing; large ones are faster to read from end to end.
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        pages = mmap.mmap(-1, math.prod(shape) * column.itemsize, kind)
-        with contextlib.suppress(OSError):
-            pages.madvise(mmap.MADV_HUGEPAGE)
-        grown = torch.frombuffer(pages, dtype=column.dtype).view(shape)
-    else:
-        grown = column.new_empty(shape)
-    grown[:length] = column[:length]
-    return grown

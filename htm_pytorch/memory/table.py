@@ -186,7 +186,8 @@ class Table:
 
     def chunks(self, start: int, with_summaries: bool) -> Iterator[Chunks]:
         """Yield the chunks from number `start` on, a few at a time, with all but their steps."""
-        columns = ["summary", "steps", "episode", "first_step"][not with_summaries :]
+        numbers = ["steps", "episode", "first_step"]
+        columns = [*numbers, "summary"] if with_summaries else numbers
         size = max(1, BATCH_BYTES // (4 * self.form.dim))
         scanner = self._dataset.scanner(
             columns=columns, offset=start, batch_size=size, scan_in_order=True
@@ -195,12 +196,9 @@ class Table:
         try:
             for batch in scanner.to_batches():
                 if batch.num_rows:
-                    *summaries, counts, episodes, first_steps = (
-                        _tensor(batch.column(name)) for name in columns
-                    )
-                    means = summaries[0] if summaries else torch.empty(0)
+                    means = _tensor(batch.column("summary")) if with_summaries else torch.empty(0)
                     means = means.view(batch.num_rows, -1)
-                    yield Chunks(nothing, means, counts, episodes, first_steps)
+                    yield Chunks(nothing, means, *(_tensor(batch.column(n)) for n in numbers))
         except (OSError, ValueError) as error:
             raise MemoryFileError(f"chunks from {start} on cannot be read ({error})") from error
 
@@ -245,7 +243,7 @@ class Table:
         """Make the index of the summaries, instead of the one there was."""
         if self.length:
             self._dataset = index.build(self._dataset, self.form.dim)
-            self._index_reaches_disk()
+            self._reach_disk()
 
     def append(self, chunks: Chunks) -> None:
         """Add chunks: all of them, or none where this raises."""
@@ -281,9 +279,8 @@ class Table:
         """Join small fragments and delete versions and files that were left an hour ago."""
         rows = max(1, FRAGMENT_BYTES // self.form.chunk_bytes)
         self._dataset.optimize.compact_files(target_rows_per_fragment=rows)
+        index.add_missing(self._dataset)
         self._reach_disk()
-        if index.add_missing(self._dataset):
-            self._index_reaches_disk()
         self._dataset.cleanup_old_versions(older_than=_KEEP)
 
     def verify(self) -> Iterator[str]:
@@ -330,15 +327,11 @@ class Table:
         self._dataset.insert(reader, mode="append")
         self._reach_disk(before)
 
-    def _index_reaches_disk(self) -> None:
-        folder = Path(self._dataset.uri, "_indices")
-        if self._sync and folder.is_dir():
-            for path in folder.rglob("*"):
-                (sync_folder if path.is_dir() else sync_file)(path)
-        self._reach_disk(set(self._dataset.fragment_ids()))
-
     def _reach_disk(self, known: set[int] | None = None) -> None:
-        """Wait until the disk has the fragments that are not known, and the newest version."""
+        """Wait until the disk has the fragments that are not known, and the newest version.
+
+        Where none is known, the index too.
+        """
         root = Path(self._dataset.uri)
         if not self._sync or not root.is_dir():
             return
@@ -346,6 +339,9 @@ class Table:
             if known is None or fragment.fragment_id not in known:
                 for file in fragment.data_files():
                     sync_file(root / "data" / file.path)
+        if known is None:
+            for path in (root / "_indices").rglob("*"):
+                (sync_folder if path.is_dir() else sync_file)(path)
         versions = root / "_versions"
         sync_file(max(versions.iterdir(), key=os.path.getmtime))
         for folder in (versions, root / "data", root):
