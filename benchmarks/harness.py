@@ -109,6 +109,24 @@ class Rates:
         return {name: statistics.median(rates) for name, rates in columns}
 
 
+def seconds(run: Callable[[], Any]) -> float:
+    """Return how long one run takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def resident(name: str = "VmRSS") -> int:
+    """Return the bytes of this process that are in RAM: now, or at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def stored_bytes(folder: Path) -> int:
+    """Return the bytes of all files in a folder and those inside it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def peak_memory(run: Callable[[], Any]) -> tuple[int, Any]:
     """Return the most bytes that `run` held at once, its results among them, and the results.
 

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, describe_machine, in_turn, write
-from store import resident, seconds
+from harness import RESULTS, describe_machine, in_turn, resident, seconds, stored_bytes, write
 from torch import Tensor
 
 from htm_pytorch import memory, recall
@@ -90,8 +89,7 @@ def measure(path: Path, kind: str, chunks: int) -> dict[str, Any]:
             writer.append(steps)
         row: dict[str, Any] = {"kind": kind, "chunks": chunks}
         row["build_s"] = seconds(writer.build_index)
-    folder = path / "chunks.lance" / "_indices"
-    row["index_bytes"] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    row["index_bytes"] = stored_bytes(path / "chunks.lance" / "_indices")
     index, row["index_resident_bytes"] = opened(path, "index")
     exact, row["exact_resident_bytes"] = opened(path, "exact")
     assert isinstance(index, IndexedMemory)

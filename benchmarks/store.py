@@ -17,12 +17,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, Rates, describe_machine, write
+from harness import RESULTS, Rates, describe_machine, resident, seconds, stored_bytes, write
 from torch import Tensor
 
 from htm_pytorch import ChunkedMemory, HTMAttention, memory
@@ -51,12 +51,6 @@ def pieces(first: int, last: int) -> Iterator[Tensor]:
     for number in range(first // PIECE, -(-last // PIECE)):
         start = number * PIECE
         yield piece(number)[:, max(first - start, 0) : last - start]
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def write_rate(folder: Path, size: int) -> float:
@@ -98,12 +92,6 @@ def random_reads(folder: Path, count: int) -> float:
     for handle in handles:
         os.close(handle)
     return taken
-
-
-def resident(name: str = "VmRSS") -> int:
-    """Return the bytes of this process that are in RAM: now, or at most (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def layer_and_queries() -> tuple[HTMAttention, Tensor]:
@@ -188,7 +176,7 @@ def grow(folder: Path, sizes: list[int]) -> Iterator[dict[str, Any]]:
             row["ingest / disk"] = row["ingest_bytes_per_s"] / row["disk_bytes_per_s"]
             held.flush()
             row |= ask_alone(path)
-            row["bytes"] = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            row["bytes"] = stored_bytes(path)
             yield row
             first = size
 

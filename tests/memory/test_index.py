@@ -84,7 +84,7 @@ def test_chunks_that_the_index_does_not_know_are_found(
     held.append(topics(500, 128)).build_index()
     monkeypatch.setattr(stored, "GROUP_BYTES", 2**30)
     special = 9 * torch.randn(3, 1, 128)
-    # The first is in the table, the second in the journal, the third closes in another process.
+    # The first is in the table, the second in the journal, the third is new to a reader.
     held.append(special[:1].expand(1, SIZE, 128)).flush()
     held.append(special[1:2].expand(1, SIZE, 128))
     assert held.search(special[:2].transpose(0, 1), 1).tolist() == [[[500], [501]]]

@@ -10,16 +10,12 @@ from torch import Tensor
 from htm_pytorch import HTMAttention
 from htm_pytorch.memory import Steps
 from htm_pytorch.ops import Impl, RecallImpl, recall, recall_with_weights
-from tests.helpers import assert_near, on_cpu, value_and_gradients
+from tests.helpers import assert_near, normal, on_cpu, value_and_gradients
 
 FAST = [impl for impl in on_cpu(RecallImpl) if impl != "reference"]
 NAMES = ["route", "probe", "positions", "steps"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 class Sizes(NamedTuple):

@@ -16,7 +16,7 @@ import htm_pytorch
 from htm_pytorch import ChunkedMemory, HTMAttention, HTMBlock
 from htm_pytorch.nn.attention import sinusoid
 from htm_pytorch.ops import Impl, reference
-from tests.helpers import assert_near, leaf, on_cpu, relative_error, value_and_gradients
+from tests.helpers import assert_near, leaf, normal, on_cpu, relative_error, value_and_gradients
 
 IMPLS = on_cpu(Impl)
 
@@ -24,10 +24,6 @@ IMPLS = on_cpu(Impl)
 def build(kind: Any = HTMAttention, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
     sizes = {"dim": 6, "heads": 2, "topk_mems": 2, "mem_chunk_size": 4, "dim_head": 3}
     return kind(**(sizes | changes)).to(dtype)
-
-
-def normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def gradients_of(layer: nn.Module) -> dict[str, Tensor]:

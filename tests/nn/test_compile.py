@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from htm_pytorch import ChunkedMemory, HTMAttention, HTMBlock, HTMTransformer
 from htm_pytorch.ops import Impl
-from tests.helpers import assert_near, on_cpu
+from tests.helpers import assert_near, normal, on_cpu
 
 pytestmark = pytest.mark.compile
 
@@ -22,10 +22,6 @@ def fresh_compiler() -> None:
 def layer_of(kind: Any = HTMAttention, **changes: Any) -> Any:
     sizes = {"dim": 6, "heads": 2, "topk_mems": 2, "mem_chunk_size": 4, "dim_head": 3}
     return kind(**(sizes | changes)).double()
-
-
-def normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def assert_compiles(

@@ -8,13 +8,9 @@ from torch import Tensor
 
 from htm_pytorch.memory import Steps
 from htm_pytorch.ops import recall
-from tests.helpers import assert_near, memory_of, relative_error
+from tests.helpers import assert_near, memory_of, normal, relative_error
 
 OPERATORS = torch.ops.htm_pytorch
-
-
-def normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 class Sizes(NamedTuple):

@@ -18,7 +18,7 @@ from benchmarks.harness import peak_allocation
 from htm_pytorch import ChunkedMemory
 from htm_pytorch.memory import Steps
 from htm_pytorch.ops import attend, kernels, native, recall
-from tests.helpers import assert_near, memory_of
+from tests.helpers import assert_near, memory_of, normal
 from tests.ops.native_cases import (
     OPERATORS,
     Sizes,
@@ -27,7 +27,6 @@ from tests.ops.native_cases import (
     inputs_of,
     layouts,
     masks_of,
-    normal,
     run,
     with_gradients,
 )

@@ -10,13 +10,12 @@ from torch.autograd import forward_ad
 
 from htm_pytorch import ChunkedMemory
 from htm_pytorch.ops import attend, recall
-from tests.helpers import assert_near
+from tests.helpers import assert_near, normal
 from tests.ops.native_cases import (
     OPERATORS,
     Sizes,
     inputs_of,
     layouts,
-    normal,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.ops import attend, recall
-from tests.helpers import memory_of, relative_error
+from tests.helpers import memory_of, normal, relative_error
 from tests.ops.native_cases import (
     OPERATORS,
     Sizes,
@@ -18,7 +18,6 @@ from tests.ops.native_cases import (
     clear_cut,
     inputs_of,
     masks_of,
-    normal,
     run,
     with_gradients,
 )

@@ -1,6 +1,6 @@
 """`attend` with the kept chunks projected once: its blocks, its sharing, what must not leak."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,24 +10,19 @@ from torch import Tensor
 from htm_pytorch import ChunkedMemory, HTMAttention
 from htm_pytorch.memory import Steps
 from htm_pytorch.ops import Impl, attend, attend_with_weights, projected
-from tests.helpers import assert_near, memory_of, on_cpu, relative_error, value_and_gradients
+from tests.helpers import (
+    assert_near,
+    memory_of,
+    normal,
+    on_cpu,
+    relative_error,
+    value_and_gradients,
+)
 
 IMPLS = on_cpu(Impl)
 NAMES = ["route", "queries", "projections", "positions", "past", "summaries"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    """Set the number of threads; the old one comes back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-def normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 class Sizes(NamedTuple):

@@ -23,7 +23,7 @@ from htm_pytorch.memory import Steps  # noqa: E402
 from htm_pytorch.ops import attend, fused_triton, projected, recall  # noqa: E402
 from htm_pytorch.ops.triton_kernels import projected as projected_kernels  # noqa: E402
 from htm_pytorch.ops.triton_kernels import sources, tiles  # noqa: E402
-from tests.helpers import memory_of, value_and_gradients  # noqa: E402
+from tests.helpers import memory_of, normal, value_and_gradients  # noqa: E402
 from tests.ops import test_recall  # noqa: E402
 from tests.ops.native_cases import (  # noqa: E402
     Sizes,
@@ -32,7 +32,6 @@ from tests.ops.native_cases import (  # noqa: E402
     clear_cut,
     inputs_of,
     masks_of,
-    normal,
     with_gradients,
 )
 
