@@ -330,8 +330,8 @@ def _uses_triton(
         stored = [memory.contents, memory.summaries]
     else:
         stored = [memory.steps]
-    kept = min(k, memory.chunks)
-    error = fused_triton.refusal(impl, route.device, kept, route, positions, *stored)
+    kept, steps = min(k, memory.chunks), memory.chunks * memory.chunk_size
+    error = fused_triton.refusal(impl, route.device, kept, steps, route, positions, *stored)
     if impl == "auto":
         return error is None
     _refuse_transforms(impl)

@@ -26,6 +26,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of the tensors that the kernels take."""
 MOST_KEPT = 1024
 """Chunks a query: its list of the best must fit on chip."""
+MOST_STEPS = 2**31
+"""In each row of a memory: their numbers have 32 bits."""
 
 
 def pick(
@@ -52,7 +54,7 @@ def is_installed() -> bool:
 
 
 def refusal(
-    impl: str, device: torch.device, kept: int, *tensors: Tensor | None
+    impl: str, device: torch.device, kept: int, steps: int, *tensors: Tensor | None
 ) -> Exception | None:
     """Return why the kernels cannot take these, in one sentence; None if they can."""
     if device.type != "cuda" and not (device.type == "cpu" and IS_INTERPRETED):
@@ -67,6 +69,8 @@ def refusal(
         )
     if kept > MOST_KEPT:
         return ValueError(f"impl: {impl!r} expects k <= {MOST_KEPT}, got {kept}")
+    if steps >= MOST_STEPS:
+        return ValueError(f"impl: {impl!r} expects fewer than {MOST_STEPS} steps, got {steps}")
     for tensor in tensors:
         if tensor is not None and tensor.dtype not in DTYPES:
             return ValueError(f"impl: {impl!r} expects one of {DTYPES}, got {tensor.dtype}")

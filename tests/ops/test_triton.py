@@ -156,11 +156,26 @@ class TestAgainstTheReference:
     ) -> None:
         # As for widths and chunks too large for the interpreter.
         monkeypatch.setattr(tiles, "SUMS", 1)
-        monkeypatch.setattr(tiles, "WHOLE_BYTES", 1)
-        for dtype in (torch.float32, torch.bfloat16):
-            sizes = Sizes(1, 2, 19, 3, 37, 24)
-            parts = clear_cut(sizes, dtype, dtype)
-            check(device, 2, parts | masks_of(sizes), str(dtype))
+        monkeypatch.setattr(tiles, "ROWS", 32)
+        for widest in (0, 512):
+            monkeypatch.setattr(tiles, "WIDEST", widest)
+            for dtype in (torch.float32, torch.bfloat16):
+                for masked in (False, True):
+                    sizes = Sizes(1, 2, 19, 3, 37, 24)
+                    parts = clear_cut(sizes, dtype, dtype) | (masks_of(sizes) if masked else {})
+                    check(device, 2, parts, f"{dtype}, {widest=}, {masked=}")
+
+    @pytest.mark.parametrize("chunk_size", [4, 20, 64])
+    def test_groups_of_chunks(
+        self, device: str, chunk_size: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Several chunks, one, and more of them than the query has picked, in one tile.
+        for widest in (0, 512):
+            monkeypatch.setattr(tiles, "WIDEST", widest)
+            for k in (1, 3, 5):
+                sizes = Sizes(1, 2, 3, 6, chunk_size, 24)
+                parts = clear_cut(sizes, torch.bfloat16, torch.bfloat16) | masks_of(sizes)
+                check(device, k, parts, f"{widest=}, {k=}")
 
     @pytest.mark.parametrize("kind", ["chunks", "steps"])
     @pytest.mark.parametrize("stored", DTYPES, ids=str)
@@ -522,6 +537,19 @@ class TestRefusals:
         query = torch.zeros(1, 1, 2, device=device)
         with pytest.raises(ValueError, match=r"^impl: 'triton' expects k <= 1024, got 1030$"):
             recall(query, query[:, :, None], memory, 5_000, impl="triton")
+
+    def test_more_steps_than_are_numbered(
+        self, device: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(fused_triton, "MOST_STEPS", 12)
+        query = torch.zeros(1, 1, 2, device=device)
+        for chunks in (2, 3):
+            memory = ChunkedMemory.from_chunks(torch.zeros(1, chunks, 4, 2, device=device))
+            if chunks == 2:
+                recall(query, query[:, :, None], memory, 1, impl="triton")
+                continue
+            with pytest.raises(ValueError, match=r"^impl: 'triton' expects fewer than 12 steps, "):
+                recall(query, query[:, :, None], memory, 1, impl="triton")
 
     def test_transforms(self, device: str) -> None:
         parts = {name: part.to(device) for name, part in inputs_of(Sizes()).items()}

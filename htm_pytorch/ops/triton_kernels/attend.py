@@ -11,12 +11,15 @@ from htm_pytorch.ops.kernels import by_head
 from htm_pytorch.ops.triton_kernels.products import add_dot
 from htm_pytorch.ops.triton_kernels.tiles import (
     Call,
+    blocks,
+    find_tile,
+    in_groups,
+    in_rows,
     load_heads,
     load_rows,
     multiply,
     score,
-    store_heads,
-    there_in_chunk,
+    store_sums,
 )
 
 
@@ -24,7 +27,7 @@ from htm_pytorch.ops.triton_kernels.tiles import (
 def attend_kernel(
     probe,
     steps,
-    step_mask,
+    words,
     positions,
     picked,
     weights,
@@ -34,7 +37,6 @@ def attend_kernel(
     probe_by_head,
     steps_by_batch,
     steps_by_step,
-    mask_by_batch,
     context_by_batch,
     context_by_query,
     context_by_head,
@@ -45,99 +47,99 @@ def attend_kernel(
     C: tl.constexpr,
     D: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    GROUPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     TYPE: tl.constexpr,
     POSITION_TYPE: tl.constexpr,
+    WHOLE: tl.constexpr,
     SHARED: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
 ):
     """Attend from the heads of one query to the chunks that it picked.
 
-    A chunk of one tile takes a plain softmax, and positions count once, summed over all chunks.
-    Longer ones take an online softmax, with a second sum that is scaled as the largest logit grows.
+    Chunks of one tile, a group of them at a time, take a plain softmax each, and positions count
+    once, summed over all chunks. Longer ones take an online softmax, with a second sum that is
+    scaled as the largest logit grows.
     """
-    WHOLE: tl.constexpr = DEPTH == WIDTH and WIDTH >= D
     # Slices of one query side by side: the second finds its rows in the cache.
     SLICES: tl.constexpr = (D + WIDTH - 1) // WIDTH
     x = tl.program_id(0).to(tl.int64) // SLICES
     slice = tl.program_id(0) % SLICES * WIDTH
     row, q = x // queries, x % queries
-    owner = row * (1 - SHARED)
-    steps += owner * steps_by_batch
+    steps += row * (1 - SHARED) * steps_by_batch
     probe += row * probe_by_batch + q * probe_by_query
-    if HAS_MASK:
-        step_mask += owner * mask_by_batch
     within = tl.arange(0, BLOCK_C)
-    total = tl.zeros([BLOCK_H, WIDTH], tl.float32)
+    last = (x + 1) * k
+    total = tl.zeros([WIDTH, BLOCK_H], tl.float32)
     u = 0
     if WHOLE:
         u = load_heads(probe, probe_by_head, heads, 0, D, BLOCK_H, WIDTH)
     if C <= BLOCK_C:
-        by_position = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
-        attended = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
+        by_position = tl.zeros([GROUPS * BLOCK_C, BLOCK_H], tl.float32)
+        attended = tl.zeros([BLOCK_C, BLOCK_H], tl.float32)
         if HAS_POSITIONS:
+            c = tl.arange(0, GROUPS * BLOCK_C) % BLOCK_C
             by_position = multiply(
-                probe, probe_by_head, heads, positions, within, D, within < C,
+                positions, c, D, c < C, probe, probe_by_head, heads,
                 D, BLOCK_H, DEPTH, POSITION_TYPE,
             )  # fmt: skip
-        for rank in range(k):
-            chunk = tl.load(picked + x * k + rank)
-            there = there_in_chunk(step_mask, chunk, 0, missing, C, BLOCK_C, HAS_MASK)
-            n = chunk * C + within - missing
+        for first in range(x * k, last, GROUPS):
+            n, there, weight = find_tile(
+                picked, weights, words, first, last, 0, missing, C, GROUPS, BLOCK_C, HAS_MASK
+            )
             m = load_rows(steps, n, steps_by_step, there, slice, D, WIDTH)
             logits = by_position + score(
-                u, probe, probe_by_head, heads, m, steps, n, steps_by_step, there,
+                m, u, steps, n, steps_by_step, there, probe, probe_by_head, heads,
                 D, BLOCK_H, DEPTH, TYPE, WHOLE,
             )  # fmt: skip
-            logits = tl.where(there[None, :], logits, float("-inf"))
+            logits = in_groups(tl.where(there[:, None], logits, float("-inf")), GROUPS, BLOCK_C)
             top = tl.max(logits, 1)
-            inside = tl.where(there[None, :], tl.exp(logits - top[:, None]), 0.0)
+            is_there = tl.reshape(there, [GROUPS, BLOCK_C])[:, :, None]
+            inside = tl.where(is_there, tl.exp(logits - top[:, None, :]), 0.0)
             norm = tl.sum(inside, 1)
-            weight = tl.load(weights + x * k + rank)
-            inside *= (weight / tl.where(norm == 0.0, 1.0, norm))[:, None]
-            attended += inside
-            total = add_dot(total, inside, m, TYPE)
+            inside *= (weight[:, None] / tl.where(norm == 0.0, 1.0, norm))[:, None, :]
+            attended += tl.sum(inside, 0)
+            total = add_dot(total, tl.trans(m), in_rows(inside), TYPE)
         if HAS_POSITIONS:
             p = load_rows(positions, within, D, within < C, slice, D, WIDTH)
-            total = add_dot(total, attended, p, POSITION_TYPE)
+            total = add_dot(total, tl.trans(p), attended, POSITION_TYPE)
     else:
-        for rank in range(k):
-            chunk = tl.load(picked + x * k + rank)
-            part = tl.zeros([BLOCK_H, WIDTH], tl.float32)
+        for first in range(x * k, last):
+            weight = tl.load(weights + first)
+            part = tl.zeros([WIDTH, BLOCK_H], tl.float32)
             top = tl.zeros([BLOCK_H], tl.float32) + float("-inf")
             norm = tl.zeros([BLOCK_H], tl.float32)
             for start in range(0, C, BLOCK_C):
-                there = there_in_chunk(step_mask, chunk, start, missing, C, BLOCK_C, HAS_MASK)
-                c = start + within
-                n = chunk * C + c - missing
+                n, there, _ = find_tile(
+                    picked, weights, words, first, last, start, missing, C, 1, BLOCK_C, HAS_MASK
+                )
                 m = load_rows(steps, n, steps_by_step, there, slice, D, WIDTH)
                 logits = score(
-                    u, probe, probe_by_head, heads, m, steps, n, steps_by_step, there,
+                    m, u, steps, n, steps_by_step, there, probe, probe_by_head, heads,
                     D, BLOCK_H, DEPTH, TYPE, WHOLE,
                 )  # fmt: skip
                 if HAS_POSITIONS:
-                    p = load_rows(positions, c, D, there, slice, D, WIDTH)
+                    p = load_rows(positions, start + within, D, there, slice, D, WIDTH)
                     logits += score(
-                        u, probe, probe_by_head, heads, p, positions, c, D, there,
+                        p, u, positions, start + within, D, there, probe, probe_by_head, heads,
                         D, BLOCK_H, DEPTH, POSITION_TYPE, WHOLE,
                     )  # fmt: skip
-                logits = tl.where(there[None, :], logits, float("-inf"))
-                higher = tl.maximum(top, tl.max(logits, 1))
+                logits = tl.where(there[:, None], logits, float("-inf"))
+                higher = tl.maximum(top, tl.max(logits, 0))
                 # Both are minus infinity before the first step that is there.
                 scale = tl.where(top == higher, 1.0, tl.exp(top - higher))
-                inside = tl.where(there[None, :], tl.exp(logits - higher[:, None]), 0.0)
-                norm = norm * scale + tl.sum(inside, 1)
-                part = add_dot(part * scale[:, None], inside, m, TYPE)
+                inside = tl.where(there[:, None], tl.exp(logits - higher[None, :]), 0.0)
+                norm = norm * scale + tl.sum(inside, 0)
+                part = add_dot(part * scale[None, :], tl.trans(m), inside, TYPE)
                 if HAS_POSITIONS:
-                    part = add_dot(part, inside, p, POSITION_TYPE)
+                    part = add_dot(part, tl.trans(p), inside, POSITION_TYPE)
                 top = higher
-            weight = tl.load(weights + x * k + rank)
-            total += part * (weight / tl.where(norm == 0.0, 1.0, norm))[:, None]
+            total += part * (weight / tl.where(norm == 0.0, 1.0, norm))[None, :]
     context += row * context_by_batch + q * context_by_query
-    store_heads(context, context_by_head, heads, slice, total, D, BLOCK_H, WIDTH)
+    store_sums(context, context_by_head, heads, slice, total, D, BLOCK_H, WIDTH)
 
 
 def attend(
@@ -154,17 +156,17 @@ def attend(
     if not context.numel():
         return context
     call = Call(probe, steps, step_mask, positions, picked, weights, chunk_size)
-    launch = call.launch()
+    launch = blocks(call, both=False)
     attend_kernel[call.grid(launch)](
         call.probe,
         call.steps,
-        call.step_mask,
+        call.words(launch),
         call.positions,
         call.picked,
         call.weights,
         context,
         *call.probe.stride()[:3],
-        *call.memory_strides(),
+        *call.steps.stride()[:2],
         *context.stride()[:3],
         call.queries,
         call.heads,

@@ -20,11 +20,15 @@ from htm_pytorch.ops.triton_kernels.products import (
 )
 from htm_pytorch.ops.triton_kernels.tiles import (
     Call,
+    blocks,
+    find_tile,
+    in_groups,
+    in_rows,
     load_heads,
     load_rows,
-    multiply,
-    score,
-    store_heads,
+    score_both,
+    stack,
+    store_sums,
     there_in_chunk,
 )
 
@@ -36,8 +40,8 @@ def _add_by_position(
     """Add to what this program alone reads and writes."""
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     c = start + tl.arange(0, BLOCK_C)
-    places = sums + h[:, None] * C + c[None, :]
-    inside = (h < heads)[:, None] & (c < C)[None, :]
+    places = sums + h[None, :] * C + c[:, None]
+    inside = (h < heads)[None, :] & (c < C)[:, None]
     tl.debug_barrier()
     tl.store(places, value + tl.load(places, inside, other=0.0), inside)
 
@@ -47,7 +51,7 @@ def queries_backward_kernel(
     grad,
     probe,
     steps,
-    step_mask,
+    words,
     positions,
     picked,
     weights,
@@ -66,7 +70,6 @@ def queries_backward_kernel(
     probe_by_head,
     steps_by_batch,
     steps_by_step,
-    mask_by_batch,
     out_by_batch,
     out_by_query,
     out_by_head,
@@ -78,11 +81,13 @@ def queries_backward_kernel(
     C: tl.constexpr,
     D: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    GROUPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     TYPE: tl.constexpr,
     POSITION_TYPE: tl.constexpr,
+    WHOLE: tl.constexpr,
     SHARED: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
@@ -94,131 +99,138 @@ def queries_backward_kernel(
     With g the gradient of the context and a the softmax inside chunk j: the logits get
     w_j a (g . (m + p) - t_j), t_j = sum of a g . (m + p), and w_j itself gets t_j.
     """
-    WHOLE: tl.constexpr = DEPTH == WIDTH and WIDTH >= D
     SLICES: tl.constexpr = (D + WIDTH - 1) // WIDTH
     x = tl.program_id(0).to(tl.int64) // SLICES
     slice = tl.program_id(0) % SLICES * WIDTH
     row, q = x // queries, x % queries
-    owner = row * (1 - SHARED)
-    steps += owner * steps_by_batch
+    steps += row * (1 - SHARED) * steps_by_batch
     probe += row * probe_by_batch + q * probe_by_query
     grad += row * grad_by_batch + q * grad_by_query
-    if HAS_MASK:
-        step_mask += owner * mask_by_batch
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     within = tl.arange(0, BLOCK_C)
-    total = tl.zeros([BLOCK_H, WIDTH], tl.float32)
-    u, g = 0, 0
+    last = (x + 1) * k
+    block = tl.program_id(1).to(tl.int64) * pairs
+    total = tl.zeros([WIDTH, BLOCK_H], tl.float32)
+    both = 0
     if WHOLE:
         u = load_heads(probe, probe_by_head, heads, 0, D, BLOCK_H, WIDTH)
         g = load_heads(grad, grad_by_head, heads, 0, D, BLOCK_H, WIDTH)
+        both = stack(u, g)
     if C <= BLOCK_C:
-        u_position = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
-        g_position = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
-        attended = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
-        earned = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
+        u_position = tl.zeros([GROUPS * BLOCK_C, BLOCK_H], tl.float32)
+        g_position = tl.zeros([GROUPS * BLOCK_C, BLOCK_H], tl.float32)
+        attended = tl.zeros([BLOCK_C, BLOCK_H], tl.float32)
+        earned = tl.zeros([BLOCK_C, BLOCK_H], tl.float32)
         if HAS_POSITIONS:
-            u_position = multiply(
-                probe, probe_by_head, heads, positions, within, D, within < C,
-                D, BLOCK_H, DEPTH, POSITION_TYPE,
+            c = tl.arange(0, GROUPS * BLOCK_C) % BLOCK_C
+            u_position, g_position = score_both(
+                0, 0, positions, c, D, c < C, probe, probe_by_head, grad, grad_by_head, heads,
+                D, BLOCK_H, DEPTH, POSITION_TYPE, False,
             )  # fmt: skip
-            g_position = multiply(
-                grad, grad_by_head, heads, positions, within, D, within < C,
-                D, BLOCK_H, DEPTH, POSITION_TYPE,
-            )  # fmt: skip
-    for rank in range(k):
-        chunk = tl.load(picked + x * k + rank)
-        weight = tl.load(weights + x * k + rank)
-        if C <= BLOCK_C:
-            there = there_in_chunk(step_mask, chunk, 0, missing, C, BLOCK_C, HAS_MASK)
-            n = chunk * C + within - missing
+        for first in range(x * k, last, GROUPS):
+            n, there, weight = find_tile(
+                picked, weights, words, first, last, 0, missing, C, GROUPS, BLOCK_C, HAS_MASK
+            )
             m = load_rows(steps, n, steps_by_step, there, slice, D, WIDTH)
-            logits = u_position + score(
-                u, probe, probe_by_head, heads, m, steps, n, steps_by_step, there,
+            logits, slopes = score_both(
+                m, both, steps, n, steps_by_step, there,
+                probe, probe_by_head, grad, grad_by_head, heads,
                 D, BLOCK_H, DEPTH, TYPE, WHOLE,
             )  # fmt: skip
-            slopes = g_position + score(
-                g, grad, grad_by_head, heads, m, steps, n, steps_by_step, there,
-                D, BLOCK_H, DEPTH, TYPE, WHOLE,
-            )  # fmt: skip
-            logits = tl.where(there[None, :], logits, float("-inf"))
+            logits = tl.where(there[:, None], logits + u_position, float("-inf"))
+            logits = in_groups(logits, GROUPS, BLOCK_C)
+            slopes = in_groups(slopes + g_position, GROUPS, BLOCK_C)
+            is_there = tl.reshape(there, [GROUPS, BLOCK_C])[:, :, None]
             top = tl.max(logits, 1)
-            inside = tl.where(there[None, :], tl.exp(logits - top[:, None]), 0.0)
+            inside = tl.where(is_there, tl.exp(logits - top[:, None, :]), 0.0)
             norm = tl.sum(inside, 1)
             inverse = 1.0 / tl.where(norm == 0.0, 1.0, norm)
-            inside *= inverse[:, None]
-            gained = tl.where(there[None, :], inside * slopes, 0.0)
+            inside *= inverse[:, None, :]
+            gained = tl.where(is_there, inside * slopes, 0.0)
             mean = tl.sum(gained, 1)
-            grad_logits = weight * (gained - inside * mean[:, None])
-            attended += weight * inside
-            earned += grad_logits
-            total = add_dot(total, grad_logits, m, TYPE)
-        else:
+            grad_logits = weight[:, None, None] * (gained - inside * mean[:, None, :])
+            attended += tl.sum(weight[:, None, None] * inside, 0)
+            earned += tl.sum(grad_logits, 0)
+            total = add_dot(total, tl.trans(m), in_rows(grad_logits), TYPE)
+            if slice == 0:
+                pair = first + tl.arange(0, GROUPS)
+                tl.store(grad_weights + block + pair, tl.sum(mean, 1), pair < last)
+                if TO_STEPS:
+                    at = pair[:, None] * heads + h[None, :]
+                    exists = (pair < last)[:, None] & (h < heads)[None, :]
+                    tl.store(tops + at, top, exists)
+                    tl.store(scales + at, weight[:, None] * inverse, exists)
+                    tl.store(means + at, mean, exists)
+        if HAS_POSITIONS:
+            p = load_rows(positions, within, D, within < C, slice, D, WIDTH)
+            total = add_dot(total, tl.trans(p), earned, POSITION_TYPE)
+        if TO_POSITIONS:
+            if slice == 0:
+                at = x * heads * C
+                _add_by_position(earned_sums + at, heads, 0, earned, C, BLOCK_H, BLOCK_C)
+                _add_by_position(attended_sums + at, heads, 0, attended, C, BLOCK_H, BLOCK_C)
+    else:
+        for first in range(x * k, last):
+            weight = tl.load(weights + first)
             top = tl.zeros([BLOCK_H], tl.float32) + float("-inf")
             norm = tl.zeros([BLOCK_H], tl.float32)
             mean = tl.zeros([BLOCK_H], tl.float32)
             for start in range(0, C, BLOCK_C):
-                there = there_in_chunk(step_mask, chunk, start, missing, C, BLOCK_C, HAS_MASK)
-                c = start + within
-                n = chunk * C + c - missing
+                n, there, _ = find_tile(
+                    picked, weights, words, first, last, start, missing, C, 1, BLOCK_C, HAS_MASK
+                )
                 m = load_rows(steps, n, steps_by_step, there, slice, D, WIDTH)
-                logits = score(
-                    u, probe, probe_by_head, heads, m, steps, n, steps_by_step, there,
-                    D, BLOCK_H, DEPTH, TYPE, WHOLE,
-                )  # fmt: skip
-                slopes = score(
-                    g, grad, grad_by_head, heads, m, steps, n, steps_by_step, there,
+                logits, slopes = score_both(
+                    m, both, steps, n, steps_by_step, there,
+                    probe, probe_by_head, grad, grad_by_head, heads,
                     D, BLOCK_H, DEPTH, TYPE, WHOLE,
                 )  # fmt: skip
                 if HAS_POSITIONS:
+                    c = start + within
                     p = load_rows(positions, c, D, there, slice, D, WIDTH)
-                    logits += score(
-                        u, probe, probe_by_head, heads, p, positions, c, D, there,
+                    by_position = score_both(
+                        p, both, positions, c, D, there,
+                        probe, probe_by_head, grad, grad_by_head, heads,
                         D, BLOCK_H, DEPTH, POSITION_TYPE, WHOLE,
                     )  # fmt: skip
-                    slopes += score(
-                        g, grad, grad_by_head, heads, p, positions, c, D, there,
-                        D, BLOCK_H, DEPTH, POSITION_TYPE, WHOLE,
-                    )  # fmt: skip
-                logits = tl.where(there[None, :], logits, float("-inf"))
-                higher = tl.maximum(top, tl.max(logits, 1))
+                    logits += by_position[0]
+                    slopes += by_position[1]
+                logits = tl.where(there[:, None], logits, float("-inf"))
+                higher = tl.maximum(top, tl.max(logits, 0))
                 scale = tl.where(top == higher, 1.0, tl.exp(top - higher))
-                inside = tl.where(there[None, :], tl.exp(logits - higher[:, None]), 0.0)
-                norm = norm * scale + tl.sum(inside, 1)
-                gained = tl.where(there[None, :], inside * slopes, 0.0)
-                mean = mean * scale + tl.sum(gained, 1)
+                inside = tl.where(there[:, None], tl.exp(logits - higher[None, :]), 0.0)
+                norm = norm * scale + tl.sum(inside, 0)
+                gained = tl.where(there[:, None], inside * slopes, 0.0)
+                mean = mean * scale + tl.sum(gained, 0)
                 top = higher
             inverse = 1.0 / tl.where(norm == 0.0, 1.0, norm)
             mean *= inverse
             for start in range(0, C, BLOCK_C):
-                there = there_in_chunk(step_mask, chunk, start, missing, C, BLOCK_C, HAS_MASK)
-                c = start + within
-                n = chunk * C + c - missing
+                n, there, _ = find_tile(
+                    picked, weights, words, first, last, start, missing, C, 1, BLOCK_C, HAS_MASK
+                )
                 m = load_rows(steps, n, steps_by_step, there, slice, D, WIDTH)
-                logits = score(
-                    u, probe, probe_by_head, heads, m, steps, n, steps_by_step, there,
-                    D, BLOCK_H, DEPTH, TYPE, WHOLE,
-                )  # fmt: skip
-                slopes = score(
-                    g, grad, grad_by_head, heads, m, steps, n, steps_by_step, there,
+                logits, slopes = score_both(
+                    m, both, steps, n, steps_by_step, there,
+                    probe, probe_by_head, grad, grad_by_head, heads,
                     D, BLOCK_H, DEPTH, TYPE, WHOLE,
                 )  # fmt: skip
                 if HAS_POSITIONS:
+                    c = start + within
                     p = load_rows(positions, c, D, there, slice, D, WIDTH)
-                    logits += score(
-                        u, probe, probe_by_head, heads, p, positions, c, D, there,
+                    by_position = score_both(
+                        p, both, positions, c, D, there,
+                        probe, probe_by_head, grad, grad_by_head, heads,
                         D, BLOCK_H, DEPTH, POSITION_TYPE, WHOLE,
                     )  # fmt: skip
-                    slopes += score(
-                        g, grad, grad_by_head, heads, p, positions, c, D, there,
-                        D, BLOCK_H, DEPTH, POSITION_TYPE, WHOLE,
-                    )  # fmt: skip
-                share = weight * inverse[:, None] * tl.exp(logits - top[:, None])
-                share = tl.where(there[None, :], share, 0.0)
-                grad_logits = tl.where(there[None, :], share * (slopes - mean[:, None]), 0.0)
-                total = add_dot(total, grad_logits, m, TYPE)
+                    logits += by_position[0]
+                    slopes += by_position[1]
+                share = weight * inverse[None, :] * tl.exp(logits - top[None, :])
+                share = tl.where(there[:, None], share, 0.0)
+                grad_logits = tl.where(there[:, None], share * (slopes - mean[None, :]), 0.0)
+                total = add_dot(total, tl.trans(m), grad_logits, TYPE)
                 if HAS_POSITIONS:
-                    total = add_dot(total, grad_logits, p, POSITION_TYPE)
+                    total = add_dot(total, tl.trans(p), grad_logits, POSITION_TYPE)
                 if TO_POSITIONS:
                     if slice == 0:
                         at = x * heads * C
@@ -228,25 +240,15 @@ def queries_backward_kernel(
                         _add_by_position(
                             attended_sums + at, heads, start, share, C, BLOCK_H, BLOCK_C
                         )
-        if slice == 0:
-            block = tl.program_id(1).to(tl.int64) * pairs
-            tl.store(grad_weights + block + x * k + rank, tl.sum(mean, 0))
-            if TO_STEPS:
-                at = (x * k + rank) * heads + h
-                tl.store(tops + at, top, h < heads)
-                tl.store(scales + at, weight * inverse, h < heads)
-                tl.store(means + at, mean, h < heads)
-    if C <= BLOCK_C:
-        if HAS_POSITIONS:
-            p = load_rows(positions, within, D, within < C, slice, D, WIDTH)
-            total = add_dot(total, earned, p, POSITION_TYPE)
-        if TO_POSITIONS:
             if slice == 0:
-                at = x * heads * C
-                _add_by_position(earned_sums + at, heads, 0, earned, C, BLOCK_H, BLOCK_C)
-                _add_by_position(attended_sums + at, heads, 0, attended, C, BLOCK_H, BLOCK_C)
+                tl.store(grad_weights + block + first, tl.sum(mean, 0))
+                if TO_STEPS:
+                    at = first * heads + h
+                    tl.store(tops + at, top, h < heads)
+                    tl.store(scales + at, weight * inverse, h < heads)
+                    tl.store(means + at, mean, h < heads)
     grad_probe += row * out_by_batch + q * out_by_query
-    store_heads(grad_probe, out_by_head, heads, slice, total, D, BLOCK_H, WIDTH)
+    store_sums(grad_probe, out_by_head, heads, slice, total, D, BLOCK_H, WIDTH)
 
 
 @triton.jit
@@ -380,7 +382,7 @@ def attend_backward(
         return grad_probe.zero_(), torch.zeros_like(weights), grad_steps.zero_(), grad_positions
     call = Call(probe, steps, step_mask, positions, picked, weights, chunk_size)
     grad = by_last(grad)
-    launch = call.launch()
+    launch = blocks(call, both=True)
     grid = call.grid(launch)
     pairs = call.picked.numel()
     exact = {"dtype": torch.float32, "device": probe.device}
@@ -390,12 +392,12 @@ def attend_backward(
     to_positions = bool(grad_positions.numel())
     summed = call.batch * call.queries if to_positions else 0
     by_position = torch.zeros(2, summed, call.heads, chunk_size, **exact).unbind()
-    strides = *grad.stride()[:3], *call.probe.stride()[:3], *call.memory_strides()
+    strides = *grad.stride()[:3], *call.probe.stride()[:3], *call.steps.stride()[:2]
     queries_backward_kernel[grid](
         grad,
         call.probe,
         call.steps,
-        call.step_mask,
+        call.words(launch),
         call.positions,
         call.picked,
         call.weights,
@@ -431,6 +433,7 @@ def attend_backward(
             ordered.starts,
             grad_steps,
             *strides,
+            call.mask_by_batch,
             call.queries,
             call.k,
             call.chunks,

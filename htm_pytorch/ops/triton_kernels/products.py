@@ -61,6 +61,13 @@ def processors(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
+def capability(tensor: Tensor) -> tuple[int, int]:
+    """Return the compute capability of the device; a Hopper GPU's where there is none."""
+    if tensor.device.type != "cuda":
+        return 9, 0
+    return torch.cuda.get_device_capability(tensor.device)
+
+
 def by_last(tensor: Tensor) -> Tensor:
     """Return the tensor with its last axis unbroken."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -1,8 +1,9 @@
-"""How tiles of heads, steps and positions are read, zero where not there, and multiplied."""
+"""How tiles of steps, heads and positions are read, zero where not there, and multiplied.
 
-from typing import Any
+Rows of a tile are steps, columns are heads: then tensor cores take the steps from where they were
+copied to, and the few heads of a query pad no dimension that has many.
+"""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,13 +12,16 @@ from htm_pytorch.ops.triton_kernels.products import (
     Launch,
     add_dot,
     by_last,
+    capability,
     common_type,
     dot,
     power_of_two,
 )
 
-WHOLE_BYTES = 32 * 2**10
-"""Of the largest tile of steps that stays on chip for both of its products."""
+ROWS = 64
+"""Steps of a tile in half precision: the least that a Hopper GPU multiplies from shared memory."""
+WIDEST = 512
+"""Steps of which a tile stays on chip whole; half as wide where a tile of positions is beside."""
 SUMS = 16 * 2**10
 """Numbers that a program sums in registers: a block of heads times a slice of the width."""
 
@@ -34,15 +38,15 @@ def load_heads(
 
 
 @triton.jit
-def store_heads(
-    base, by_head, heads, first, value, D: tl.constexpr, BLOCK_H: tl.constexpr, WIDTH: tl.constexpr
+def store_sums(
+    base, by_head, heads, first, sums, D: tl.constexpr, BLOCK_H: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Store what `load_heads` would load."""
+    """Store sums [WIDTH, BLOCK_H] where `load_heads` would load their transpose."""
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = first + tl.arange(0, WIDTH)
-    places = base + h.to(tl.int64)[:, None] * by_head + d[None, :]
-    value = value.to(base.dtype.element_ty)
-    tl.store(places, value, (h < heads)[:, None] & (d < D)[None, :])
+    places = base + h.to(tl.int64)[None, :] * by_head + d[:, None]
+    value = sums.to(base.dtype.element_ty)
+    tl.store(places, value, (h < heads)[None, :] & (d < D)[:, None])
 
 
 @triton.jit
@@ -59,93 +63,222 @@ def there_in_chunk(
 
 
 @triton.jit
+def words_kernel(
+    step_mask,
+    picked,
+    words,
+    mask_by_batch,
+    pairs_by_row,
+    missing,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    """Write which steps of a tile are there as the bits of one number.
+
+    A copy to shared memory that runs ahead can wait for one number, not for one byte a step.
+    """
+    TILES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    program = tl.program_id(0).to(tl.int64)
+    pair = program // TILES
+    step_mask += pair // pairs_by_row * (1 - SHARED) * mask_by_batch
+    start = program % TILES * BLOCK_C
+    there = there_in_chunk(step_mask, tl.load(picked + pair), start, missing, C, BLOCK_C, True)
+    bits = there.to(tl.int64) << tl.arange(0, BLOCK_C).to(tl.int64)
+    tl.store(words + program, tl.sum(bits, 0))
+
+
+@triton.jit
+def find_tile(
+    picked,
+    weights,
+    words,
+    first,
+    last,
+    start,
+    missing,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """Find steps start to start + BLOCK_C of the chunks of picks first to first + GROUPS.
+
+    Returns:
+        Numbers of the steps, which of them are there, and the weight of each chunk; none, with
+        weight 0, from `last` on.
+    """
+    TILES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    r = tl.arange(0, GROUPS * BLOCK_C)
+    c = start + r % BLOCK_C
+    chunk = tl.zeros([GROUPS * BLOCK_C], tl.int32) - 1
+    word = tl.zeros([GROUPS * BLOCK_C], tl.int64)
+    weight = tl.zeros([GROUPS], tl.float32)
+    # One number at a time, which costs one register, not one in every thread for every row.
+    for i in tl.static_range(GROUPS):
+        pair = first + i
+        mine = r // BLOCK_C == i
+        mine_chunk = tl.load(picked + pair, pair < last, other=-1).to(tl.int32)
+        chunk = tl.where(mine, mine_chunk, chunk)
+        share = tl.load(weights + pair, pair < last, other=0.0)
+        weight = tl.where(tl.arange(0, GROUPS) == i, share, weight)
+        if HAS_MASK:
+            at = words + pair * TILES + start // BLOCK_C
+            word = tl.where(mine, tl.load(at, pair < last, other=0), word)
+    n = chunk * C + c - missing
+    there = (c < C) & (n >= 0)
+    if HAS_MASK:
+        there = (word >> (r % BLOCK_C).to(tl.int64)) & 1 != 0
+    return n, there, weight
+
+
+@triton.jit
 def load_rows(rows, index, by_row, there, first, D: tl.constexpr, WIDTH: tl.constexpr):
     """Load rows, columns first to first + WIDTH. What is not there is not touched."""
     d = first + tl.arange(0, WIDTH)
     inside = there[:, None] & (d < D)[None, :]
-    return tl.load(rows + index[:, None] * by_row + d[None, :], inside, other=0.0)
+    at = index.to(tl.int64) * by_row
+    return tl.load(rows + at[:, None] + d[None, :], inside, other=0.0)
 
 
 @triton.jit
 def multiply(
-    base,
-    by_head,
-    heads,
     rows,
     index,
     by_row,
     there,
+    base,
+    by_head,
+    heads,
     D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     DEPTH: tl.constexpr,
     TYPE: tl.constexpr,
 ):
-    """Multiply a block of heads with rows, both read in pieces of DEPTH columns."""
-    total = tl.zeros([BLOCK_H, index.shape[0]], tl.float32)
+    """Multiply rows with a block of heads, both read in pieces of DEPTH columns."""
+    total = tl.zeros([index.shape[0], BLOCK_H], tl.float32)
     for first in range(0, D, DEPTH):
-        a = load_heads(base, by_head, heads, first, D, BLOCK_H, DEPTH)
-        b = load_rows(rows, index, by_row, there, first, D, DEPTH)
-        total = add_dot(total, a, tl.trans(b), TYPE)
+        m = load_rows(rows, index, by_row, there, first, D, DEPTH)
+        u = load_heads(base, by_head, heads, first, D, BLOCK_H, DEPTH)
+        total = add_dot(total, m, tl.trans(u), TYPE)
     return total
 
 
 @triton.jit
 def score(
-    tile,
-    base,
-    by_head,
-    heads,
     m,
+    u,
     rows,
     index,
     by_row,
     there,
+    base,
+    by_head,
+    heads,
     D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     DEPTH: tl.constexpr,
     TYPE: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Multiply a block of heads with rows: tiles at hand where they are whole, pieces elsewhere."""
+    """Multiply rows with a block of heads: tiles at hand where they are whole, pieces elsewhere."""
     if WHOLE:
-        return dot(tile, tl.trans(m), TYPE)
-    return multiply(base, by_head, heads, rows, index, by_row, there, D, BLOCK_H, DEPTH, TYPE)
+        return dot(m, tl.trans(u), TYPE)
+    return multiply(rows, index, by_row, there, base, by_head, heads, D, BLOCK_H, DEPTH, TYPE)
 
 
-def blocks(
-    heads: int,
-    chunk_size: int,
-    dim: int,
-    probe: torch.dtype,
-    stored: torch.dtype,
-    positions: torch.dtype | None,
-) -> Launch:
+@triton.jit
+def stack(u, g):
+    """Put two blocks of heads [H, D] one below the other, for one product with both."""
+    both = tl.permute(tl.join(u, g), (2, 0, 1))
+    return tl.reshape(both, [2 * u.shape[0], u.shape[1]])
+
+
+@triton.jit
+def score_both(
+    m,
+    both,
+    rows,
+    index,
+    by_row,
+    there,
+    base,
+    by_head,
+    grad,
+    grad_by_head,
+    heads,
+    D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TYPE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Multiply rows with two blocks of heads, as `score` does with one."""
+    if WHOLE:
+        total = dot(m, tl.trans(both), TYPE)
+    else:
+        total = tl.zeros([index.shape[0], 2 * BLOCK_H], tl.float32)
+        for first in range(0, D, DEPTH):
+            piece = load_rows(rows, index, by_row, there, first, D, DEPTH)
+            u = load_heads(base, by_head, heads, first, D, BLOCK_H, DEPTH)
+            g = load_heads(grad, grad_by_head, heads, first, D, BLOCK_H, DEPTH)
+            total = add_dot(total, piece, tl.trans(stack(u, g)), TYPE)
+    return tl.split(tl.permute(tl.reshape(total, [index.shape[0], 2, BLOCK_H]), (0, 2, 1)))
+
+
+@triton.jit
+def in_groups(value, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Split rows [GROUPS * BLOCK_C, H] by the chunk that they are of: [GROUPS, BLOCK_C, H]."""
+    return tl.reshape(value, [GROUPS, BLOCK_C, value.shape[1]])
+
+
+@triton.jit
+def in_rows(value):
+    """Undo `in_groups`."""
+    return tl.reshape(value, [value.shape[0] * value.shape[1], value.shape[2]])
+
+
+def blocks(call: "Call", *, both: bool) -> Launch:
     """Say how a program over the heads of one query is cut, but for flags.
 
-    In half precision a tile of steps stays whole for both products. In float32, whose products
-    split every factor in two, only pieces fit: the second product reads its tile again.
+    `both` is for the way back, where rows meet two blocks of heads.
+
+    In half precision a tile of steps stays whole for both products where tensor cores read shared
+    memory themselves, from Hopper GPUs on. Elsewhere one of its factors would fill the registers,
+    and in float32, whose products split every factor in two, both: there only pieces fit, and the
+    second product reads its tile again.
     """
-    type_ = common_type(probe, stored)
-    exact = type_ == tl.float32
-    wide = power_of_two(dim, 16)
-    whole = not exact and wide <= (1024 if positions is None else 512)
+    probe, steps, positions = call.probe, call.steps, call.positions
+    type_ = common_type(probe.dtype, steps.dtype)
+    position_type = type_ if positions is None else common_type(probe.dtype, positions.dtype)
+    exact = tl.float32 in (type_, position_type)
+    wide = power_of_two(call.dim, 16)
+    beside = positions is not None and call.chunk_size > ROWS
+    widest = WIDEST // 2 if beside else WIDEST
+    whole = not exact and wide <= widest and capability(probe) >= (9, 0)
     width = wide if whole else min(wide, 256)
-    tile = min(WHOLE_BYTES // (width * stored.itemsize), 64 if whole else 32)
-    if not whole and chunk_size > tile:
-        # Two sums at a time, as softmaxes go over several tiles.
-        tile = 16
+    # Softmaxes over several tiles keep two sums at a time, and leave room for less beside them.
+    long = call.chunk_size > ROWS // 2
+    rows = ROWS if whole else ROWS // 4 if exact and long else ROWS // 2
+    depth = 256 if whole and both else 64 if whole or not (exact or long) else 32
+    groups = min(rows // min(power_of_two(call.chunk_size, 16), rows), power_of_two(call.k))
     constants = {
-        "C": chunk_size,
-        "D": dim,
-        "BLOCK_H": min(power_of_two(heads, 16), max(16, SUMS // width)),
-        "BLOCK_C": max(16, min(power_of_two(chunk_size), tile)),
+        "C": call.chunk_size,
+        "D": call.dim,
+        "BLOCK_H": min(power_of_two(call.heads, 16), max(16, SUMS // width)),
+        "GROUPS": groups,
+        "BLOCK_C": rows // groups,
         "WIDTH": width,
-        "DEPTH": wide if whole else min(wide, 32 if chunk_size > tile and exact else 64),
+        "DEPTH": min(wide, depth),
         "TYPE": type_,
-        "POSITION_TYPE": type_ if positions is None else common_type(probe, positions),
+        "POSITION_TYPE": position_type,
+        "WHOLE": whole,
     }
-    large = width >= (64 if exact else 512 if whole else 256)
-    return Launch(constants, num_warps=8 if large else 4, num_stages=2)
+    large = width >= (512 if whole else 256)
+    # Whole tiles are asked for when their picks have come. With five stages that is while the tile
+    # before is multiplied; with four, after that, and there is room for one tile less.
+    stages = (4 if both else 5) if whole else 2 if exact else 3
+    return Launch(constants, num_warps=8 if large else 4, num_stages=stages)
 
 
 class Call:
@@ -170,6 +303,7 @@ class Call:
         self.rows, self.length = steps.shape[:2]
         self.chunks = -(-self.length // chunk_size)
         self.missing = -self.length % chunk_size
+        self.mask_by_batch = 0 if self.step_mask is None else self.step_mask.stride(0)
         self.flags = {
             "SHARED": self.rows == 1 < self.batch,
             "HAS_MASK": step_mask is not None,
@@ -182,13 +316,23 @@ class Call:
         slices = triton.cdiv(self.dim, sizes["WIDTH"])
         return self.batch * self.queries * slices, triton.cdiv(self.heads, sizes["BLOCK_H"])
 
-    def memory_strides(self) -> tuple[int, int, int]:
-        """Return how far apart rows of the memory, its steps, and rows of its mask are."""
-        by_batch = 0 if self.step_mask is None else self.step_mask.stride(0)
-        return self.steps.stride(0), self.steps.stride(1), by_batch
-
-    def launch(self) -> Launch:
-        """Say how programs over queries are compiled."""
-        positions = None if self.positions is None else self.positions.dtype
-        sizes: tuple[Any, ...] = (self.heads, self.chunk_size, self.dim)
-        return blocks(*sizes, self.probe.dtype, self.steps.dtype, positions)
+    def words(self, launch: Launch) -> Tensor | None:
+        """Return the mask of the tiles of each pick, as numbers; None where there is no mask."""
+        if self.step_mask is None:
+            return None
+        size = launch.constants["BLOCK_C"]
+        tiles = triton.cdiv(self.chunk_size, size)
+        words = self.picked.new_empty(self.picked.numel(), tiles)
+        words_kernel[(words.numel(),)](
+            self.step_mask,
+            self.picked,
+            words,
+            self.mask_by_batch,
+            self.queries * self.k,
+            self.missing,
+            C=self.chunk_size,
+            BLOCK_C=size,
+            SHARED=self.flags["SHARED"],
+            num_warps=1,
+        )
+        return words
