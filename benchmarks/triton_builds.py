@@ -93,7 +93,7 @@ def launches(shape: Shape, dtype: torch.dtype, sm: int) -> list[Any]:
 def _title(launch: Any) -> tuple[str, str]:
     """Return a kernel's name and flags, which tell the launches of one shape and dtype apart."""
     kernel, _, keywords = launch
-    flags = [name for name, value in keywords.items() if value is True]
+    flags = [name for name in kernel.arg_names if keywords.get(name) is True]
     size = [f"{name}={keywords[name]}" for name in ("BLOCK_Q",) if name in keywords]
     name = kernel.__name__.removesuffix("_kernel")
     return name, " ".join(sorted(flags) + size)
@@ -141,7 +141,7 @@ def build(kernel: Any, arguments: Any, keywords: dict[str, Any], sm: int) -> dic
 
     names = kernel.arg_names
     given = dict(zip(names, arguments, strict=False))
-    options = {key: keywords[key] for key in ("num_warps", "num_stages") if key in keywords}
+    options = {key: value for key, value in keywords.items() if key not in names}
     given |= {key: value for key, value in keywords.items() if key in names}
     signature, constants, attributes = {}, {}, {}
     declared = {parameter.name for parameter in kernel.params if parameter.is_constexpr}

@@ -543,13 +543,12 @@ class TestRefusals:
     ) -> None:
         monkeypatch.setattr(fused_triton, "MOST_STEPS", 12)
         query = torch.zeros(1, 1, 2, device=device)
-        for chunks in (2, 3):
-            memory = ChunkedMemory.from_chunks(torch.zeros(1, chunks, 4, 2, device=device))
-            if chunks == 2:
-                recall(query, query[:, :, None], memory, 1, impl="triton")
-                continue
-            with pytest.raises(ValueError, match=r"^impl: 'triton' expects fewer than 12 steps, "):
-                recall(query, query[:, :, None], memory, 1, impl="triton")
+        chunks = torch.zeros(1, 3, 4, 2, device=device)
+        fewer = ChunkedMemory.from_chunks(chunks[:, :2])
+        recall(query, query[:, :, None], fewer, 1, impl="triton")
+        memory = ChunkedMemory.from_chunks(chunks)
+        with pytest.raises(ValueError, match=r"^impl: 'triton' expects fewer than 12 steps, got 12"):
+            recall(query, query[:, :, None], memory, 1, impl="triton")
 
     def test_transforms(self, device: str) -> None:
         parts = {name: part.to(device) for name, part in inputs_of(Sizes()).items()}

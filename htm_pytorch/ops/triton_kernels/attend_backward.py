@@ -357,7 +357,8 @@ def steps_launch(call: Call, launch: Launch) -> Launch:
         "WIDTH": min(wide, 128),
         "DEPTH": min(wide, 32 if exact else 64),
     }
-    return Launch(constants, num_warps=8 if constants["WIDTH"] >= 128 else 4, num_stages=2)
+    warps = 8 if constants["WIDTH"] >= 128 else 4
+    return Launch(constants, num_warps=warps, num_stages=2 if exact else 3)
 
 
 def attend_backward(

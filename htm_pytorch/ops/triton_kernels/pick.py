@@ -21,6 +21,9 @@ NOTHING = tl.constexpr(-(2**63))
 """Below every key, and so are the next `LISTED` numbers: places in a list that are still free."""
 LISTED = tl.constexpr(2**32)
 
+BLOCK = 64
+"""Chunks of a tile, and queries of a program where there are many."""
+
 
 @triton.jit
 def _key(score, chunk):
@@ -157,14 +160,13 @@ def merge_kernel(
     tl.store(weights + place, shares, inside)
 
 
-def keep_launch(queries: int, k: int, dim: int, type_: Any) -> Launch:
-    """Say how `keep_kernel` is compiled, but for flags."""
-    few = queries <= 16 or k > 64
+def keep_launch(few: bool, k: int, dim: int, type_: Any) -> Launch:
+    """Say how `keep_kernel` is compiled, but for flags: for few queries a program, or for many."""
     wide = 32 if type_ == tl.float32 else 128 if few else 64
     blocks = {
         "K": power_of_two(k),
-        "BLOCK_Q": 16 if few else 64,
-        "BLOCK_M": 64,
+        "BLOCK_Q": 16 if few else BLOCK,
+        "BLOCK_M": BLOCK,
         "BLOCK_D": min(power_of_two(dim, 16), wide),
     }
     warps = 4 if few and type_ != tl.float32 else 8
@@ -191,12 +193,16 @@ def pick(
     chunk_mask = None if chunk_mask is None else by_last(chunk_mask)
     scored = Source(source, valid, step_mask, chunk_size, eps)
     stored = source.dtype if scored.held else torch.float32
-    launch = keep_launch(queries, k, dim, common_type(route.dtype, stored))
+    tiles = triton.cdiv(scored.piece, BLOCK)
+    # Where large blocks are too few for all processors, small ones find their best sooner, too.
+    scarce = batch * triton.cdiv(queries, BLOCK) * tiles < processors(route)
+    few = queries <= 16 or k > 64 or scarce
+    launch = keep_launch(few, k, dim, common_type(route.dtype, stored))
     sizes = launch.constants
     blocks = triton.cdiv(queries, sizes["BLOCK_Q"])
-    # Enough programs for all processors, each with some tiles; few enough to be merged at once.
+    # Enough programs for all processors; few enough to be merged at once.
     wanted = triton.cdiv(2 * processors(route), batch * blocks)
-    most = min(triton.cdiv(scored.piece, 4 * sizes["BLOCK_M"]), max(1, 2048 // sizes["K"]))
+    most = min(tiles, max(1, 2048 // sizes["K"]))
     splits = max(1, min(wanted, most))
     keys = torch.empty(batch, queries, splits, sizes["K"], dtype=torch.int64, device=route.device)
     for first, count in scored.pieces():
@@ -228,6 +234,7 @@ def pick(
         )
     width = splits * sizes["K"]
     block = max(1, 1024 // power_of_two(width))
+    merging = Launch({"K": sizes["K"], "BLOCK_Q": block, "BLOCK_W": power_of_two(width)})
     merge_kernel[(triton.cdiv(batch * queries, block),)](
         keys,
         picked,
@@ -235,9 +242,6 @@ def pick(
         batch * queries,
         k,
         width,
-        K=sizes["K"],
-        BLOCK_Q=block,
-        BLOCK_W=power_of_two(width),
-        num_warps=4,
+        **merging.options(),
     )
     return picked, weights

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from htm_pytorch.ops.triton_kernels.products import by_last, power_of_two, sort_picks
+from htm_pytorch.ops.triton_kernels.products import Launch, by_last, power_of_two, sort_picks
 from htm_pytorch.ops.triton_kernels.sources import Source
 
 
@@ -137,16 +137,15 @@ def pick_backward(
             k,
             first,
             count,
-            D=dim,
-            BLOCK_D=power_of_two(dim),
             SHARED=scored.rows == 1 < batch,
             RESUME=first > 0,
-            num_warps=4,
+            **Launch({"D": dim, "BLOCK_D": power_of_two(dim)}).options(),
         )
     if to_source:
         grad_source = source.new_empty(source.shape)
         ordered = sort_picks(picked, scored.rows, scored.chunks)
         wide = min(power_of_two(dim), 256)
+        tile = {"BLOCK_P": 16, "BLOCK_C": min(power_of_two(chunk_size), 16), "BLOCK_D": wide}
         mask = scored.step_mask
         source_backward_kernel[(scored.rows * scored.chunks, triton.cdiv(dim, wide))](
             grad_scores,
@@ -164,12 +163,7 @@ def pick_backward(
             scored.length,
             -scored.length % chunk_size,
             scored.eps,
-            C=chunk_size,
-            D=dim,
-            BLOCK_P=16,
-            BLOCK_C=min(power_of_two(chunk_size), 16),
-            BLOCK_D=wide,
             HAS_MASK=mask is not None,
-            num_warps=4,
+            **Launch({"C": chunk_size, "D": dim, **tile}).options(),
         )
     return grad_route.to(route.dtype), grad_source

@@ -36,12 +36,14 @@ class Launch(NamedTuple):
     """What a kernel is compiled with: its constants, and how it is spread over a processor."""
 
     constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
+    num_warps: int = 4
+    num_stages: int = 3
 
     def options(self) -> dict[str, Any]:
         """Return all as keyword arguments of a launch."""
-        return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        # Triton 3.9 warns where fusing is left to it, and its next version decides otherwise.
+        compiled = {name: getattr(self, name) for name in ("num_warps", "num_stages")}
+        return {**self.constants, **compiled, "enable_fp_fusion": True}
 
 
 def common_type(*dtypes: torch.dtype) -> Any:

@@ -312,7 +312,8 @@ def launch_of(chunk_size: int, width: int, type_: Any) -> Launch:
         "BLOCK_E": wide,
         "TYPE": type_,
     }
-    return Launch(constants, num_warps=8 if exact else 4, num_stages=2)
+    # A tile of queries is asked for when their picks have come, while the one before is multiplied.
+    return Launch(constants, num_warps=8 if exact else 4, num_stages=5)
 
 
 class _Call:

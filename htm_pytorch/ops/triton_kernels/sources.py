@@ -56,7 +56,7 @@ def means_launch(chunk_size: int, dim: int) -> Launch:
     """Say how `means_kernel` is compiled, but for flags."""
     wide = min(power_of_two(dim), 256)
     blocks = {"BLOCK_C": min(power_of_two(chunk_size), 16), "BLOCK_D": wide}
-    return Launch({"C": chunk_size, "D": dim, **blocks}, num_warps=4, num_stages=2)
+    return Launch({"C": chunk_size, "D": dim, **blocks}, num_stages=2)
 
 
 class Source:

@@ -330,9 +330,7 @@ class Call:
             self.mask_by_batch,
             self.queries * self.k,
             self.missing,
-            C=self.chunk_size,
-            BLOCK_C=size,
             SHARED=self.flags["SHARED"],
-            num_warps=1,
+            **Launch({"C": self.chunk_size, "BLOCK_C": size}, num_warps=1).options(),
         )
         return words
