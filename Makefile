@@ -63,12 +63,15 @@ test-triton: .venv-triton/.installed ## the Triton kernels, interpreted and comp
 	.venv-triton/bin/python $(INSTALL) -e '.[triton]' "$(TRITON)" einops numpy pytest pytest-xdist
 	@touch $@
 
-test-gpu: .venv/.installed ## the tests that need a CUDA device; if they pass, it is recorded as tested
-	$(BIN)/pytest -m gpu --record-device $(ARGS)
-
 # The parts that promise to need torch and nothing else.
 MINIMAL_TESTS ?= $(wildcard tests/test_architecture.py tests/test_public_api.py \
 	tests/test_shapes.py tests/shapes tests/ops tests/nn tests/memory)
+
+# A Python with torch, Triton, pytest, pytest-xdist and hypothesis, for a machine without a network.
+GPU_PYTHON ?= $(BIN)/python
+
+test-gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),.venv/.installed) ## the tests that need a CUDA device; if all pass, it is recorded as tested
+	$(GPU_PYTHON) -m pytest -n $(WORKERS) --maxprocesses 8 -m gpu --record-device $(MINIMAL_TESTS) $(ARGS)
 
 test-minimal: .venv-minimal/.installed ## tests of shapes, memory, ops and nn with torch and no optional package
 	.venv-minimal/bin/pytest -m 'not slow and not compile' $(MINIMAL_TESTS) $(ARGS)

@@ -179,12 +179,6 @@ def _quiet_stderr() -> Iterator[None]:
 
 def describe_machine(*packages: str) -> dict[str, Any]:
     """Return what a reader needs to judge the figures."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -195,8 +189,20 @@ def describe_machine(*packages: str) -> dict[str, Any]:
         "memory_bytes": memory_bytes(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
-        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
+        "commit": _commit(),
     }
+
+
+def _commit() -> str | None:
+    """Return what git says of this checkout; None where there is no git, or no checkout."""
+    ask = ["git", "describe", "--always", "--dirty"]
+    try:
+        said = subprocess.run(
+            ask, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return said.stdout.strip()
 
 
 def memory_bytes() -> int:

@@ -133,7 +133,7 @@ def _call_all(shape: Shape, dtype: torch.dtype) -> None:
         attend_projected_backward(queries, *call)
 
 
-def build(kernel: Any, arguments: Any, keywords: dict[str, Any], sm: int) -> dict[str, Any]:
+def compiled(kernel: Any, arguments: Any, keywords: dict[str, Any], sm: int) -> Any:
     """Compile one launch as Triton itself would, for `sm`."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -161,7 +161,12 @@ def build(kernel: Any, arguments: Any, keywords: dict[str, Any], sm: int) -> dic
             if value % 16 == 0:
                 attributes[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+
+
+def build(kernel: Any, arguments: Any, keywords: dict[str, Any], sm: int) -> dict[str, Any]:
+    """Return what a launch takes, compiled."""
+    made = compiled(kernel, arguments, keywords, sm)
     return {"shared": made.metadata.shared, "warps": made.metadata.num_warps, **_ptxas(made, sm)}
 
 

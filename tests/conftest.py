@@ -13,6 +13,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores already.
     torch.set_num_threads(1)
 
+GPU_TESTS = {"tests/ops/test_triton.py", "tests/nn/test_attention.py", "tests/nn/test_check.py"}
+"""The files that have tests for GPUs."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -24,13 +27,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     config = session.config
-    if not config.getoption("--record-device") or exitstatus or not torch.cuda.is_available():
+    is_worker = hasattr(config, "workerinput")
+    if is_worker or not config.getoption("--record-device") or exitstatus:
         return
-    # A choice of tests proves nothing, nor do tests that were skipped.
-    chosen = config.getoption("keyword") or config.args_source is pytest.Config.ArgsSource.ARGS
     reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
-    passed = [report.nodeid for report in reporter.stats.get("passed", ())]
-    if not chosen and any("test_triton.py" in name for name in passed):
+    ran = {
+        outcome: {report.nodeid.partition("::")[0] for report in reporter.stats.get(outcome, ())}
+        for outcome in ("passed", "skipped")
+    }
+    # A choice of tests proves nothing, nor do tests that were skipped.
+    chosen = config.getoption("keyword") or any("::" in argument for argument in config.args)
+    if not chosen and GPU_TESTS <= ran["passed"] and not GPU_TESTS & ran["skipped"]:
         fused_triton.record(torch.device("cuda", torch.cuda.current_device()))
 
 
