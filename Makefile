@@ -6,8 +6,9 @@ WORKERS ?= auto
 # More arguments for pytest: make test ARGS='-k recall -x'
 ARGS ?=
 DEMO_ARGS ?=
-# Those that run; the others are what they share.
-BENCHMARKS ?= $(sort $(shell grep -l __main__ benchmarks/*.py))
+# Those that run, on a CPU; the others are what they share.
+BENCHMARKS ?= $(filter-out $(wildcard benchmarks/gpu*.py benchmarks/triton*.py),\
+	$(sort $(shell grep -l __main__ benchmarks/*.py)))
 # More arguments for them: make bench BENCHMARKS=benchmarks/attention.py BENCH_ARGS='--only targets'
 BENCH_ARGS ?=
 
@@ -21,7 +22,7 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help check fix test test-slow test-triton test-gpu test-minimal bench demo clean
+.PHONY: help check fix test test-slow test-triton test-gpu test-minimal bench bench-gpu demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z.][a-z.-]*:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,7 +83,10 @@ test-minimal: .venv-minimal/.installed ## tests of shapes, memory, ops and nn wi
 	.venv-minimal/bin/python $(INSTALL) -e . pytest hypothesis
 	@touch $@
 
-bench: .venv-bench/.installed ## run every benchmark (BENCHMARKS=path for one, BENCH_ARGS=...)
+bench-gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),.venv/.installed) ## the benchmark that needs a CUDA device (BENCH_ARGS=...)
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py $(BENCH_ARGS)
+
+bench: .venv-bench/.installed ## run every other benchmark (BENCHMARKS=path for one, BENCH_ARGS=...)
 	@set -e; for file in $(BENCHMARKS); do \
 		echo "== $$file"; .venv-bench/bin/python $$file $(BENCH_ARGS); \
 	done

@@ -1,4 +1,4 @@
-"""The benchmark for GPUs, where there is none: its rivals are right, and it says what it needs."""
+"""The benchmarks for GPUs, where there is none: all that they compare is right."""
 
 import os
 import subprocess
@@ -13,9 +13,9 @@ import htm_pytorch
 ROOT = Path(htm_pytorch.__file__).parents[1]
 
 
-def run(*options: str) -> "subprocess.CompletedProcess[str]":
+def run(*options: str, script: str = "gpu.py") -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "benchmarks/gpu.py", *options],
+        [sys.executable, f"benchmarks/{script}", *options],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -24,18 +24,36 @@ def run(*options: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-def test_without_a_gpu_it_says_so() -> None:
-    done = run()
+@pytest.mark.parametrize("script", ["gpu.py", "gpu_tune.py"])
+def test_without_a_gpu_it_says_so(script: str) -> None:
+    done = run(script=script)
     assert done.returncode == 1
     assert "needs a CUDA device, and there is none here" in done.stderr
 
 
-def test_dry_run() -> None:
+@pytest.fixture
+def interpreter() -> None:
     pytest.importorskip("triton", reason="needs Triton: pip install htm-pytorch[triton]")
     pytest.importorskip("numpy", reason="Triton's interpreter needs numpy")
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_dry_run() -> None:
     done = run("--dry-run")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["acting", "readme", "training"]
     for line in lines:
         assert {"triton", "blocked", "varlen", "dense"} <= set(line.split())
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_dry_run_of_tuning() -> None:
+    done = run("--dry-run", script="gpu_tune.py")
+    assert done.returncode == 0, done.stderr
+    kernels = [line for line in done.stdout.splitlines() if line.startswith("==")]
+    ways = [line for line in done.stdout.splitlines() if not line.startswith("==")]
+    assert len(kernels) == 9
+    # As it is, and cut in another way, right both times.
+    assert len(ways) == 2 * len(kernels)
+    assert all(way.endswith("right, not timed") for way in ways), ways
