@@ -15,6 +15,7 @@ from htm_pytorch.ops.triton_kernels.products import (
     Launch,
     add_dot,
     by_last,
+    divide_up,
     power_of_two,
     sort_picks,
 )
@@ -422,7 +423,7 @@ def attend_backward(
         ordered = sort_picks(call.picked, call.rows, call.chunks)
         launch = steps_launch(call, launch)
         sizes = launch.constants
-        tiles = triton.cdiv(chunk_size, sizes["BLOCK_C"]) * triton.cdiv(call.dim, sizes["WIDTH"])
+        tiles = divide_up(chunk_size, sizes["BLOCK_C"]) * divide_up(call.dim, sizes["WIDTH"])
         steps_backward_kernel[(call.rows * call.chunks * tiles,)](
             grad,
             call.probe,

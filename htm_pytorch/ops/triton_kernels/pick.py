@@ -12,6 +12,7 @@ from htm_pytorch.ops.triton_kernels.products import (
     add_dot,
     by_last,
     common_type,
+    divide_up,
     power_of_two,
     processors,
 )
@@ -193,15 +194,15 @@ def pick(
     chunk_mask = None if chunk_mask is None else by_last(chunk_mask)
     scored = Source(source, valid, step_mask, chunk_size, eps)
     stored = source.dtype if scored.held else torch.float32
-    tiles = triton.cdiv(scored.piece, BLOCK)
+    tiles = divide_up(scored.piece, BLOCK)
     # Where large blocks are too few for all processors, small ones find their best sooner, too.
-    scarce = batch * triton.cdiv(queries, BLOCK) * tiles < processors(route)
+    scarce = batch * divide_up(queries, BLOCK) * tiles < processors(route)
     few = queries <= 16 or k > 64 or scarce
     launch = keep_launch(few, k, dim, common_type(route.dtype, stored))
     sizes = launch.constants
-    blocks = triton.cdiv(queries, sizes["BLOCK_Q"])
+    blocks = divide_up(queries, sizes["BLOCK_Q"])
     # Enough programs for all processors; few enough to be merged at once.
-    wanted = triton.cdiv(2 * processors(route), batch * blocks)
+    wanted = divide_up(2 * processors(route), batch * blocks)
     most = min(tiles, max(1, 2048 // sizes["K"]))
     splits = max(1, min(wanted, most))
     keys = torch.empty(batch, queries, splits, sizes["K"], dtype=torch.int64, device=route.device)
@@ -224,7 +225,7 @@ def pick(
             queries,
             first,
             count,
-            triton.cdiv(triton.cdiv(count, splits), sizes["BLOCK_M"]) * sizes["BLOCK_M"],
+            divide_up(divide_up(count, splits), sizes["BLOCK_M"]) * sizes["BLOCK_M"],
             splits,
             SHARED=scored.rows == 1 < batch,
             HAS_VALID=usable is not None,
@@ -235,7 +236,7 @@ def pick(
     width = splits * sizes["K"]
     block = max(1, 1024 // power_of_two(width))
     merging = Launch({"K": sizes["K"], "BLOCK_Q": block, "BLOCK_W": power_of_two(width)})
-    merge_kernel[(triton.cdiv(batch * queries, block),)](
+    merge_kernel[(divide_up(batch * queries, block),)](
         keys,
         picked,
         weights,

@@ -5,7 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from htm_pytorch.ops.triton_kernels.products import Launch, by_last, power_of_two, sort_picks
+from htm_pytorch.ops.triton_kernels.products import (
+    Launch,
+    by_last,
+    divide_up,
+    power_of_two,
+    sort_picks,
+)
 from htm_pytorch.ops.triton_kernels.sources import Source
 
 
@@ -147,7 +153,7 @@ def pick_backward(
         wide = min(power_of_two(dim), 256)
         tile = {"BLOCK_P": 16, "BLOCK_C": min(power_of_two(chunk_size), 16), "BLOCK_D": wide}
         mask = scored.step_mask
-        source_backward_kernel[(scored.rows * scored.chunks, triton.cdiv(dim, wide))](
+        source_backward_kernel[(scored.rows * scored.chunks, divide_up(dim, wide))](
             grad_scores,
             route,
             mask,

@@ -53,7 +53,12 @@ def common_type(*dtypes: torch.dtype) -> Any:
 
 def power_of_two(size: int, least: int = 1) -> int:
     """Return the first power of two that is not less than either."""
-    return max(triton.next_power_of_2(size), least)
+    return max(1 << (size - 1).bit_length(), least)
+
+
+def divide_up(size: int, by: int) -> int:
+    """Return how many pieces of `by` cover `size`. Triton's own takes 3 microseconds a call."""
+    return -(-size // by)
 
 
 def processors(tensor: Tensor) -> int:

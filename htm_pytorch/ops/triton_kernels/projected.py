@@ -17,6 +17,7 @@ from htm_pytorch.ops.triton_kernels.products import (
     add_dot,
     by_last,
     common_type,
+    divide_up,
     dot,
     power_of_two,
     sort_picks,
@@ -438,7 +439,7 @@ def attend_projected_backward(
             **call.launch.options(),
         )
         call.add(parts, grad_queries, first)
-    tiles = triton.cdiv(chunk_size, call.launch.constants["BLOCK_C"])
+    tiles = divide_up(chunk_size, call.launch.constants["BLOCK_C"])
     projected_rows_backward_kernel[(call.slots * tiles, call.heads)](
         grad,
         call.queries,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from htm_pytorch.ops.triton_kernels.products import Launch, by_last, power_of_two
+from htm_pytorch.ops.triton_kernels.products import Launch, by_last, divide_up, power_of_two
 
 MEANS_BYTES = 32 * 2**20
 """Of means held at a time, of steps that have no summaries."""
@@ -102,7 +102,7 @@ class Source:
             self.valid = self.valid.flatten()[: self.rows * count].view(self.rows, count)
             seen = self.valid
         launch = means_launch(self.chunk_size, self.dim)
-        blocks = triton.cdiv(self.dim, launch.constants["BLOCK_D"])
+        blocks = divide_up(self.dim, launch.constants["BLOCK_D"])
         means_kernel[(count * self.rows, blocks)](
             self.source,
             self.step_mask,

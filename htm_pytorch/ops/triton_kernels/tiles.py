@@ -14,6 +14,7 @@ from htm_pytorch.ops.triton_kernels.products import (
     by_last,
     capability,
     common_type,
+    divide_up,
     dot,
     power_of_two,
 )
@@ -313,15 +314,15 @@ class Call:
     def grid(self, launch: Launch) -> tuple[int, int]:
         """Return the programs over queries and slices of the width, and over blocks of heads."""
         sizes = launch.constants
-        slices = triton.cdiv(self.dim, sizes["WIDTH"])
-        return self.batch * self.queries * slices, triton.cdiv(self.heads, sizes["BLOCK_H"])
+        slices = divide_up(self.dim, sizes["WIDTH"])
+        return self.batch * self.queries * slices, divide_up(self.heads, sizes["BLOCK_H"])
 
     def words(self, launch: Launch) -> Tensor | None:
         """Return the mask of the tiles of each pick, as numbers; None where there is no mask."""
         if self.step_mask is None:
             return None
         size = launch.constants["BLOCK_C"]
-        tiles = triton.cdiv(self.chunk_size, size)
+        tiles = divide_up(self.chunk_size, size)
         words = self.picked.new_empty(self.picked.numel(), tiles)
         words_kernel[(words.numel(),)](
             self.step_mask,
