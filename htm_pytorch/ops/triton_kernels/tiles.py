@@ -278,7 +278,7 @@ def blocks(call: "Call", *, both: bool) -> Launch:
     large = width >= (512 if whole else 256)
     # Whole tiles are asked for when their picks have come. With five stages that is while the tile
     # before is multiplied; with four, after that, and there is room for one tile less.
-    stages = (4 if both else 5) if whole else 2 if exact else 3
+    stages = (4 if both else 5) if whole else 3
     return Launch(constants, num_warps=8 if large else 4, num_stages=stages)
 
 
