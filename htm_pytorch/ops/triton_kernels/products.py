@@ -27,9 +27,28 @@ def add_dot(total, a, b, TYPE: tl.constexpr):
     """Return total + a b. Of float32, three TensorFloat32 products keep 22 bits of the factors."""
     a, b = a.to(TYPE), b.to(TYPE)
     if INTERPRETED:
+        if tl.float32 == TYPE:
+            return total + _dot_tf32x3(a, b)
         # There, products of bfloat16 are wrong without a word (Triton 3.9, torch 2.13).
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="tf32x3")
+
+
+@triton.jit
+def _dot_tf32x3(a, b):
+    """Multiply as tensor cores do, where the interpreter would keep all bits of the factors."""
+    a_large, b_large = _tf32(a, 1 << 12), _tf32(b, 1 << 12)
+    small = tl.dot(_tf32(a - a_large, 0), b_large) + tl.dot(a_large, _tf32(b - b_large, 0))
+    # Infinity minus itself.
+    small = tl.where(small == small, small, 0.0)
+    return tl.dot(a_large, b_large) + small
+
+
+@triton.jit
+def _tf32(x, ROUND: tl.constexpr):
+    """Keep 10 bits of the fraction: nearest, or cut off if `ROUND` is 0."""
+    bits = (x.to(tl.int32, bitcast=True) + ROUND) & -(1 << 13)
+    return bits.to(tl.float32, bitcast=True)
 
 
 class Launch(NamedTuple):
