@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 import htm_pytorch
 from htm_pytorch import ChunkedMemory, recall
 from htm_pytorch.ops import attention, fused_triton
+from tests import conftest
 
 ROOT = Path(htm_pytorch.__file__).parents[1]
 CUDA = torch.device("cuda", 0)
@@ -110,3 +113,51 @@ def test_the_cpu_never_imports_triton() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[]\n"
+
+
+class TestWhenTheDeviceIsRecorded:
+    @staticmethod
+    def finish(
+        monkeypatch: pytest.MonkeyPatch,
+        passed: Iterable[str],
+        skipped: Iterable[str] = (),
+        *,
+        exitstatus: int = 0,
+        keyword: str = "",
+        arguments: tuple[str, ...] = ("tests/ops", "tests/nn"),
+    ) -> bool:
+        """Whether a session of tests that ended so writes the record."""
+        stats = {
+            outcome: [SimpleNamespace(nodeid=f"{name}::test[cuda]") for name in names]
+            for outcome, names in (("passed", passed), ("skipped", skipped))
+        }
+        config = SimpleNamespace(
+            args=arguments,
+            getoption={"--record-device": True, "keyword": keyword}.get,
+            pluginmanager=SimpleNamespace(get_plugin=lambda name: SimpleNamespace(stats=stats)),
+        )
+        recorded: list[torch.device] = []
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(fused_triton, "record", recorded.append)
+        session: Any = SimpleNamespace(config=config)
+        conftest.pytest_sessionfinish(session, exitstatus)
+        return bool(recorded)
+
+    def test_only_if_all_have_passed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        files = sorted(conftest.GPU_TESTS)
+        assert self.finish(monkeypatch, files)
+        assert self.finish(monkeypatch, [*files, "tests/a.py"], ["tests/b.py"])
+        assert not self.finish(monkeypatch, files, exitstatus=1)
+        assert not self.finish(monkeypatch, files[1:])
+        assert not self.finish(monkeypatch, files, files[:1])
+        assert not self.finish(monkeypatch, files, keyword="attend")
+        chosen = (*files, f"{files[0]}::test")
+        assert not self.finish(monkeypatch, files, arguments=chosen)
+
+    def test_these_are_the_files_with_tests_for_gpus(self) -> None:
+        marked = {
+            str(path.relative_to(ROOT))
+            for path in (ROOT / "tests").rglob("test_*.py")
+            if re.search(r"^ *@pytest.mark.gpu$|marks=pytest.mark.gpu\)", path.read_text(), re.M)
+        }
+        assert marked == conftest.GPU_TESTS
