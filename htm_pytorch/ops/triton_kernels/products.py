@@ -48,7 +48,8 @@ def _dot_tf32x3(a, b):
 def _tf32(x, ROUND: tl.constexpr):
     """Keep 10 bits of the fraction: nearest, or cut off if `ROUND` is 0."""
     bits = (x.to(tl.int32, bitcast=True) + ROUND) & -(1 << 13)
-    return bits.to(tl.float32, bitcast=True)
+    # The bits of NaN may carry over into the sign.
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
 
 
 class Launch(NamedTuple):
