@@ -18,6 +18,7 @@ from htm_pytorch.ops.triton_kernels.products import (
     divide_up,
     power_of_two,
     sort_picks,
+    there_in_chunk,
 )
 from htm_pytorch.ops.triton_kernels.tiles import (
     Call,
@@ -30,7 +31,6 @@ from htm_pytorch.ops.triton_kernels.tiles import (
     score_both,
     stack,
     store_sums,
-    there_in_chunk,
 )
 
 

@@ -11,6 +11,7 @@ from htm_pytorch.ops.triton_kernels.products import (
     divide_up,
     power_of_two,
     sort_picks,
+    there_in_chunk,
 )
 from htm_pytorch.ops.triton_kernels.sources import Source
 
@@ -86,22 +87,19 @@ def source_backward_kernel(
         value = tl.load(route + index[:, None] + d[None, :], inside, other=0.0).to(tl.float32)
         share = tl.load(grad_scores + pair, i < end, other=0.0)
         total += tl.sum(share[:, None] * value, 0)
-    row = slot // chunks
-    begin = (slot % chunks) * C - missing
+    row, chunk = slot // chunks, slot % chunks
+    begin = chunk * C - missing
+    if HAS_MASK:
+        step_mask += row * mask_by_batch
     number = 0
     for start in range(0, C, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        there = (c < C) & (begin + c >= 0)
-        if HAS_MASK:
-            there &= tl.load(step_mask + row * mask_by_batch + begin + c, there, other=0) != 0
+        there = there_in_chunk(step_mask, chunk, start, missing, C, BLOCK_C, HAS_MASK)
         number += tl.sum(there.to(tl.int32), 0)
     total /= tl.maximum(number, 1).to(tl.float32) + eps
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         exists = (c < C) & (begin + c >= 0)
-        there = exists
-        if HAS_MASK:
-            there &= tl.load(step_mask + row * mask_by_batch + begin + c, there, other=0) != 0
+        there = there_in_chunk(step_mask, chunk, start, missing, C, BLOCK_C, HAS_MASK)
         value = tl.where(there[:, None], total[None, :], 0.0)
         index = (row * length + begin + c)[:, None] * D + d[None, :]
         tl.store(grad_source + index, value, exists[:, None] & (d < D)[None, :])

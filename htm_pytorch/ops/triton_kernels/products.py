@@ -1,4 +1,4 @@
-"""What the kernels share: matrix products, how blocks are cut, and picks sorted by their chunk."""
+"""What the kernels share: matrix products, which steps there are, picks sorted by their chunk."""
 
 from typing import Any, NamedTuple
 
@@ -50,6 +50,19 @@ def _tf32(x, ROUND: tl.constexpr):
     bits = (x.to(tl.int32, bitcast=True) + ROUND) & -(1 << 13)
     # The bits of NaN may carry over into the sign.
     return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def there_in_chunk(
+    step_mask, chunk, start, missing, C: tl.constexpr, BLOCK_C: tl.constexpr, HAS_MASK: tl.constexpr
+):
+    """Say which steps of a tile exist and may be attended; where no chunk was kept (-1), none."""
+    c = start + tl.arange(0, BLOCK_C)
+    n = chunk * C + c - missing
+    there = (c < C) & (n >= 0)
+    if HAS_MASK:
+        there &= tl.load(step_mask + n, there, other=0) != 0
+    return there
 
 
 class Launch(NamedTuple):

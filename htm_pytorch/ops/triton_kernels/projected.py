@@ -21,6 +21,7 @@ from htm_pytorch.ops.triton_kernels.products import (
     dot,
     power_of_two,
     sort_picks,
+    there_in_chunk,
 )
 from htm_pytorch.ops.triton_kernels.tiles import load_rows
 
@@ -38,15 +39,6 @@ def _find_pairs(ordered, starts, tile_starts, chunk_of, tile, slots, BLOCK_R: tl
     i = first + tl.arange(0, BLOCK_R)
     inside = i < tl.where(exists, tl.load(starts + slot + 1), 0)
     return slot.to(tl.int64), tl.load(ordered + i, inside, other=0).to(tl.int64), inside
-
-
-@triton.jit
-def _there(step_mask, slot, start, C: tl.constexpr, BLOCK_C: tl.constexpr, HAS_MASK: tl.constexpr):
-    c = start + tl.arange(0, BLOCK_C)
-    there = c < C
-    if HAS_MASK:
-        there &= tl.load(step_mask + slot * C + c, there, other=0) != 0
-    return there
 
 
 @triton.jit
@@ -94,7 +86,7 @@ def projected_kernel(
     norm = tl.zeros([BLOCK_R], tl.float32)
     total = tl.zeros([BLOCK_R, BLOCK_E], tl.float32)
     for start in range(0, C, BLOCK_C):
-        there = _there(step_mask, slot, start, C, BLOCK_C, HAS_MASK)
+        there = there_in_chunk(step_mask, slot, start, 0, C, BLOCK_C, HAS_MASK)
         n = slot * C + start + tl.arange(0, BLOCK_C)
         keys = load_rows(base, n, projected_by_step, there, 0, E, BLOCK_E)
         values = load_rows(base + projected_by_kind, n, projected_by_step, there, 0, E, BLOCK_E)
@@ -169,7 +161,7 @@ def projected_queries_backward_kernel(
     norm = tl.zeros([BLOCK_R], tl.float32)
     mean = tl.zeros([BLOCK_R], tl.float32)
     for start in range(0, C, BLOCK_C):
-        there = _there(step_mask, slot, start, C, BLOCK_C, HAS_MASK)
+        there = there_in_chunk(step_mask, slot, start, 0, C, BLOCK_C, HAS_MASK)
         n = slot * C + start + tl.arange(0, BLOCK_C)
         keys = load_rows(base, n, projected_by_step, there, 0, E, BLOCK_E)
         values = load_rows(base + projected_by_kind, n, projected_by_step, there, 0, E, BLOCK_E)
@@ -187,7 +179,7 @@ def projected_queries_backward_kernel(
     factor = tl.load(weights + pair, inside, other=0.0) * inverse
     total = tl.zeros([BLOCK_R, BLOCK_E], tl.float32)
     for start in range(0, C, BLOCK_C):
-        there = _there(step_mask, slot, start, C, BLOCK_C, HAS_MASK)
+        there = there_in_chunk(step_mask, slot, start, 0, C, BLOCK_C, HAS_MASK)
         n = slot * C + start + tl.arange(0, BLOCK_C)
         keys = load_rows(base, n, projected_by_step, there, 0, E, BLOCK_E)
         values = load_rows(base + projected_by_kind, n, projected_by_step, there, 0, E, BLOCK_E)
@@ -243,7 +235,7 @@ def projected_rows_backward_kernel(
     slot = tl.program_id(0).to(tl.int64) // TILES
     start = tl.program_id(0) % TILES * BLOCK_C
     head = tl.program_id(1)
-    there = _there(step_mask, slot, start, C, BLOCK_C, HAS_MASK)
+    there = there_in_chunk(step_mask, slot, start, 0, C, BLOCK_C, HAS_MASK)
     c = start + tl.arange(0, BLOCK_C)
     n = slot * C + c
     base = projected + head * projected_by_head

@@ -5,7 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from htm_pytorch.ops.triton_kernels.products import Launch, by_last, divide_up, power_of_two
+from htm_pytorch.ops.triton_kernels.products import (
+    Launch,
+    by_last,
+    divide_up,
+    power_of_two,
+    there_in_chunk,
+)
 
 MEANS_BYTES = 32 * 2**20
 """Of means held at a time, of steps that have no summaries."""
@@ -34,14 +40,15 @@ def means_kernel(
     out = tl.program_id(0).to(tl.int64)
     row, at = out // count, out % count
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    begin = (first + at) * C - missing
+    chunk = first + at
+    begin = chunk * C - missing
+    if HAS_MASK:
+        step_mask += row * mask_by_batch
     total = tl.zeros([BLOCK_D], tl.float32)
     number = 0
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        there = (c < C) & (begin + c >= 0)
-        if HAS_MASK:
-            there &= tl.load(step_mask + row * mask_by_batch + begin + c, there, other=0) != 0
+        there = there_in_chunk(step_mask, chunk, start, missing, C, BLOCK_C, HAS_MASK)
         index = row * steps_by_batch + (begin + c)[:, None] * steps_by_step + d[None, :]
         part = tl.load(steps + index, there[:, None] & (d < D)[None, :], other=0.0)
         total += tl.sum(part.to(tl.float32), 0)

@@ -17,6 +17,7 @@ from htm_pytorch.ops.triton_kernels.products import (
     divide_up,
     dot,
     power_of_two,
+    there_in_chunk,
 )
 
 ROWS = 64
@@ -48,19 +49,6 @@ def store_sums(
     places = base + h.to(tl.int64)[None, :] * by_head + d[:, None]
     value = sums.to(base.dtype.element_ty)
     tl.store(places, value, (h < heads)[None, :] & (d < D)[:, None])
-
-
-@triton.jit
-def there_in_chunk(
-    step_mask, chunk, start, missing, C: tl.constexpr, BLOCK_C: tl.constexpr, HAS_MASK: tl.constexpr
-):
-    """Say which steps of a tile exist and may be attended; where no chunk was kept (-1), none."""
-    c = start + tl.arange(0, BLOCK_C)
-    n = chunk * C + c - missing
-    there = (c < C) & (n >= 0)
-    if HAS_MASK:
-        there &= tl.load(step_mask + n, there, other=0) != 0
-    return there
 
 
 @triton.jit
