@@ -1,6 +1,7 @@
 """The ranks that share a memory, and collectives that end within a set time."""
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -46,10 +47,23 @@ class Peers:
         is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
         if not is_number or not 0 < timeout < math.inf:
             raise ValueError(f"timeout: expected seconds > 0, got {timeout!r}")
-        self.group = group
+        # A process aborts at its end if its group still lives: what destroys it must be the last.
+        self._group = weakref.ref(group)
         self.timeout = timeout
         self.rank = group.rank()
         self.size = group.size()
+
+    @property
+    def group(self) -> "dist.ProcessGroup":
+        """The process group.
+
+        Raises:
+            ShardError: it was destroyed.
+        """
+        group = self._group()
+        if group is None:
+            raise ShardError("the process group of this memory was destroyed")
+        return group
 
     def all_gather(self, what: str, tensor: Tensor) -> Tensor:
         """Return the tensors of all ranks, [R, ...]; `what` is for the error.

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from htm_pytorch import ChunkedMemory
-from htm_pytorch.memory import ShardedMemory
+from htm_pytorch import ChunkedMemory, recall
+from htm_pytorch.memory import ShardedMemory, ShardError
 from htm_pytorch.ops import kernels
 from htm_pytorch.ops.sharded import choose, order
 from tests.ops import shard_cases
@@ -252,6 +252,22 @@ def test_the_best_of_many_lists(absent: float) -> None:
 def test_without_a_process_group() -> None:
     with pytest.raises(ValueError, match="^group: expected torch.distributed to be initialised"):
         ShardedMemory(ChunkedMemory.empty(1, 2, 3, 4))
+
+
+def test_a_memory_does_not_keep_its_group_alive(tmp_path: Any) -> None:
+    """A process whose group outlives `destroy_process_group` may abort when it ends."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        memory = ShardedMemory(ChunkedMemory.empty(1, 2, 3, 4)).append(torch.ones(1, 7, 4))
+        query = torch.ones(1, 1, 4, requires_grad=True)
+        context = recall(query, query[:, :, None], memory, 1)
+    finally:
+        dist.destroy_process_group()
+    gone = "^the process group of this memory was destroyed$"
+    with pytest.raises(ShardError, match=gone):
+        recall(query, query[:, :, None], memory, 1)
+    with pytest.raises(ShardError, match=gone):
+        context.sum().backward()
 
 
 @pytest.mark.parametrize("timeout", [0, -1.0, float("inf"), float("nan"), True, "1"])
