@@ -47,7 +47,7 @@ class Peers:
         is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
         if not is_number or not 0 < timeout < math.inf:
             raise ValueError(f"timeout: expected seconds > 0, got {timeout!r}")
-        # A process aborts at its end if its group still lives: what destroys it must be the last.
+        # Weakly: a process may abort at its end where its group outlives `destroy_process_group`.
         self._group = weakref.ref(group)
         self.timeout = timeout
         self.rank = group.rank()

@@ -23,9 +23,9 @@ from htm_pytorch.ops.triton_kernels.products import (
 ROWS = 64
 """Steps of a tile in half precision: the least that a Hopper GPU multiplies from shared memory."""
 WIDEST = 512
-"""Steps of which a tile stays on chip whole; half as wide where a tile of positions is beside."""
-SUMS = 16 * 2**10
-"""Numbers that a program sums in registers: a block of heads times a slice of the width."""
+"""Steps of which a tile stays on chip whole; half as wide in chunks of several tiles."""
+SUMS = 8 * 2**10
+"""Numbers that a program sums in registers, half as many in float32: heads times the width."""
 
 
 @triton.jit
@@ -242,19 +242,19 @@ def blocks(call: "Call", *, both: bool) -> Launch:
     position_type = type_ if positions is None else common_type(probe.dtype, positions.dtype)
     exact = tl.float32 in (type_, position_type)
     wide = power_of_two(call.dim, 16)
-    beside = positions is not None and call.chunk_size > ROWS
-    widest = WIDEST // 2 if beside else WIDEST
+    widest = WIDEST if call.chunk_size <= ROWS else WIDEST // 2
     whole = not exact and wide <= widest and capability(probe) >= (9, 0)
     width = wide if whole else min(wide, 256)
     # Softmaxes over several tiles keep two sums at a time, and leave room for less beside them.
     long = call.chunk_size > ROWS // 2
     rows = ROWS if whole else ROWS // 4 if exact and long else ROWS // 2
     depth = 256 if whole and both else 64 if whole or not (exact or long) else 32
+    sums = SUMS // 2 if exact else SUMS
     groups = min(rows // min(power_of_two(call.chunk_size, 16), rows), power_of_two(call.k))
     constants = {
         "C": call.chunk_size,
         "D": call.dim,
-        "BLOCK_H": min(power_of_two(call.heads, 16), max(16, SUMS // width)),
+        "BLOCK_H": min(power_of_two(call.heads, 16), max(16, sums // width)),
         "GROUPS": groups,
         "BLOCK_C": rows // groups,
         "WIDTH": width,
@@ -265,8 +265,9 @@ def blocks(call: "Call", *, both: bool) -> Launch:
     }
     large = width >= (512 if whole else 256)
     # Whole tiles are asked for when their picks have come. With five stages that is while the tile
-    # before is multiplied; with four, after that, and there is room for one tile less.
-    stages = (4 if both else 5) if whole else 3
+    # before is multiplied; with four, after that, and there is room for one tile less. Tiles of
+    # one chunk, and pieces, wait for no pick.
+    stages = (4 if both else 5) if whole and call.chunk_size <= rows else 3
     return Launch(constants, num_warps=8 if large else 4, num_stages=stages)
 
 
