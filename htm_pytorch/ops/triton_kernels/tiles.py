@@ -25,7 +25,7 @@ ROWS = 64
 WIDEST = 512
 """Steps of which a tile stays on chip whole; half as wide in chunks of several tiles."""
 SUMS = 8 * 2**10
-"""Numbers that a program sums in registers, half as many in float32: heads times the width."""
+"""Numbers that a program sums, heads times the width; half of it in float32 and long chunks."""
 
 
 @triton.jit
@@ -249,7 +249,7 @@ def blocks(call: "Call", *, both: bool) -> Launch:
     long = call.chunk_size > ROWS // 2
     rows = ROWS if whole else ROWS // 4 if exact and long else ROWS // 2
     depth = 256 if whole and both else 64 if whole or not (exact or long) else 32
-    sums = SUMS // 2 if exact else SUMS
+    sums = SUMS // 2 if exact or call.chunk_size > rows else SUMS
     groups = min(rows // min(power_of_two(call.chunk_size, 16), rows), power_of_two(call.k))
     constants = {
         "C": call.chunk_size,
