@@ -8,10 +8,10 @@ Prints, for each kernel and setting of `gpu.py`, every way that fits, the fastes
 
 import argparse
 import contextlib
+import importlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -30,8 +30,8 @@ class Knob(NamedTuple):
 
     name: str
     settings: tuple[str, ...]
-    modules: tuple[str, ...]
-    """Those of `triton_kernels` that call `decide`."""
+    module: str
+    """That of `triton_kernels` which calls `decide`."""
     decide: str
     """The function that returns a `Launch`."""
     ways: Ways
@@ -92,7 +92,7 @@ KNOBS = (
     Knob(
         "pick",
         ("acting", "readme", "training", "long"),
-        ("pick",),
+        "pick",
         "keep_launch",
         {"BLOCK_Q": (16, 32, 64), "BLOCK_D": (32, 64, 128)} | WARPS_AND_STAGES,
         lambda call: _pick(call.inputs),
@@ -100,7 +100,7 @@ KNOBS = (
     Knob(
         "attend",
         ("acting", "readme", "long"),
-        ("attend",),
+        "attend",
         "blocks",
         {"DEPTH": (64, 128)} | WARPS_AND_STAGES,
         _attend,
@@ -108,7 +108,7 @@ KNOBS = (
     Knob(
         "queries backward",
         ("readme", "training"),
-        ("attend_backward",),
+        "attend_backward",
         "blocks",
         {"DEPTH": (64, 128, 256)} | WARPS_AND_STAGES,
         _attend_backward(False),
@@ -116,7 +116,7 @@ KNOBS = (
     Knob(
         "steps backward",
         ("training",),
-        ("attend_backward",),
+        "attend_backward",
         "steps_launch",
         {"BLOCK_R": (16, 32, 64), "WIDTH": (64, 128, 256)} | WARPS_AND_STAGES,
         _attend_backward(True),
@@ -124,7 +124,7 @@ KNOBS = (
     Knob(
         "projected",
         ("training", "64K"),
-        ("projected",),
+        "projected",
         "launch_of",
         {"BLOCK_R": (32, 64, 128)} | WARPS_AND_STAGES,
         _projected,
@@ -135,20 +135,16 @@ KNOBS = (
 @contextlib.contextmanager
 def cut(knob: Knob, way: dict[str, Any]) -> Iterator[None]:
     """Cut the kernel this way while the block runs."""
-    from htm_pytorch.ops import triton_kernels
+    module = importlib.import_module(f"htm_pytorch.ops.triton_kernels.{knob.module}")
+    decide = getattr(module, knob.decide)
 
-    with contextlib.ExitStack() as stack:
-        for name in knob.modules:
-            module: ModuleType = __import__(f"{triton_kernels.__name__}.{name}", fromlist=["_"])
-            decide = getattr(module, knob.decide)
+    def decided(*args: Any, **keywords: Any) -> Any:
+        launch = decide(*args, **keywords)
+        fields = {name: value for name, value in way.items() if name in launch._fields}
+        constants = {name: value for name, value in way.items() if name not in launch._fields}
+        return launch._replace(constants=launch.constants | constants, **fields)
 
-            def decided(*args: Any, _decide: Any = decide, **keywords: Any) -> Any:
-                launch = _decide(*args, **keywords)
-                fields = {name: value for name, value in way.items() if name in launch._fields}
-                constants = {n: v for n, v in way.items() if n not in launch._fields}
-                return launch._replace(constants=launch.constants | constants, **fields)
-
-            stack.enter_context(mock.patch.object(module, knob.decide, decided))
+    with mock.patch.object(module, knob.decide, decided):
         yield
 
 

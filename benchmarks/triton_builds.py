@@ -39,15 +39,14 @@ class Shape(NamedTuple):
     k: int
 
 
-SHAPES = [
+MAIN_SHAPES = [
     Shape("readme", 8, 512, 32, 8),
     Shape("agent", 8, 256, 16, 8),
     Shape("small", 8, 64, 32, 8),
     Shape("large", 12, 1024, 64, 8),
-    # Not main shapes: these must fit, and may spill some numbers.
-    Shape("long", 4, 256, 200, 8),
-    Shape("heads", 32, 512, 32, 8),
 ]
+# The others must fit, and may spill some numbers.
+SHAPES = [*MAIN_SHAPES, Shape("long", 4, 256, 200, 8), Shape("heads", 32, 512, 32, 8)]
 
 
 class Build(NamedTuple):
@@ -66,7 +65,7 @@ class Build(NamedTuple):
     @property
     def fits(self) -> bool:
         """Whether it can be launched, and keeps everything where it is fast."""
-        is_main = self.shape in ("readme", "agent", "small", "large")
+        is_main = self.shape in {shape.name for shape in MAIN_SHAPES}
         forgiven = FORGIVEN if is_main and "TO_POSITIONS" not in self.flags else FORGIVEN_ELSEWHERE
         return self.shared <= SHARED_LIMIT[self.sm] and self.spilled <= forgiven
 

@@ -30,6 +30,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     is_worker = hasattr(config, "workerinput")
     if is_worker or not config.getoption("--record-device") or exitstatus:
         return
+    if not torch.cuda.is_available():
+        return
     reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
     ran = {
         outcome: {report.nodeid.partition("::")[0] for report in reporter.stats.get(outcome, ())}

@@ -137,6 +137,7 @@ class TestWhenTheDeviceIsRecorded:
             pluginmanager=SimpleNamespace(get_plugin=lambda name: SimpleNamespace(stats=stats)),
         )
         recorded: list[torch.device] = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(fused_triton, "record", recorded.append)
         session: Any = SimpleNamespace(config=config)

@@ -74,8 +74,7 @@ def compile_all(seen: dict[Launch, str], folder: Path) -> str:
 
 def _compile(launch: Launch) -> str:
     """Return what is wrong, in one line."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from triton_builds import SHARED_LIMIT, compiled
+    from benchmarks.triton_builds import SHARED_LIMIT, compiled
 
     kernel = getattr(importlib.import_module(launch.module), launch.kernel)
     arguments = [

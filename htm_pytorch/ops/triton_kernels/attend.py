@@ -17,7 +17,6 @@ from htm_pytorch.ops.triton_kernels.tiles import (
     in_rows,
     load_heads,
     load_rows,
-    multiply,
     score,
     store_sums,
 )
@@ -82,9 +81,9 @@ def attend_kernel(
         attended = tl.zeros([BLOCK_C, BLOCK_H], tl.float32)
         if HAS_POSITIONS:
             c = tl.arange(0, GROUPS * BLOCK_C) % BLOCK_C
-            by_position = multiply(
-                positions, c, D, c < C, probe, probe_by_head, heads,
-                D, BLOCK_H, DEPTH, POSITION_TYPE,
+            by_position = score(
+                0, 0, positions, c, D, c < C, probe, probe_by_head, heads,
+                D, BLOCK_H, DEPTH, POSITION_TYPE, False,
             )  # fmt: skip
         for first in range(x * k, last, GROUPS):
             n, there, weight = find_tile(

@@ -75,7 +75,7 @@ class Launch(NamedTuple):
     def options(self) -> dict[str, Any]:
         """Return all as keyword arguments of a launch."""
         # Triton 3.9 warns where fusing is left to it, and its next version decides otherwise.
-        compiled = {name: getattr(self, name) for name in ("num_warps", "num_stages")}
+        compiled = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return {**self.constants, **compiled, "enable_fp_fusion": True}
 
 

@@ -83,7 +83,7 @@ class Source:
         self.chunk_size = chunk_size
         self.eps = 0.0 if step_mask is None else eps
         self.rows, self.length, self.dim = source.shape
-        self.chunks = -(-self.length // chunk_size)
+        self.chunks = divide_up(self.length, chunk_size)
         self.held = chunk_size == 1 and step_mask is None
         self.piece = self.chunks
         if not self.held:

@@ -131,29 +131,6 @@ def load_rows(rows, index, by_row, there, first, D: tl.constexpr, WIDTH: tl.cons
 
 
 @triton.jit
-def multiply(
-    rows,
-    index,
-    by_row,
-    there,
-    base,
-    by_head,
-    heads,
-    D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    DEPTH: tl.constexpr,
-    TYPE: tl.constexpr,
-):
-    """Multiply rows with a block of heads, both read in pieces of DEPTH columns."""
-    total = tl.zeros([index.shape[0], BLOCK_H], tl.float32)
-    for first in range(0, D, DEPTH):
-        m = load_rows(rows, index, by_row, there, first, D, DEPTH)
-        u = load_heads(base, by_head, heads, first, D, BLOCK_H, DEPTH)
-        total = add_dot(total, m, tl.trans(u), TYPE)
-    return total
-
-
-@triton.jit
 def score(
     m,
     u,
@@ -170,10 +147,15 @@ def score(
     TYPE: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Multiply rows with a block of heads: tiles at hand where they are whole, pieces elsewhere."""
+    """Multiply rows with a block of heads: tiles at hand where they are whole, elsewhere pieces."""
     if WHOLE:
         return dot(m, tl.trans(u), TYPE)
-    return multiply(rows, index, by_row, there, base, by_head, heads, D, BLOCK_H, DEPTH, TYPE)
+    total = tl.zeros([index.shape[0], BLOCK_H], tl.float32)
+    for first in range(0, D, DEPTH):
+        piece = load_rows(rows, index, by_row, there, first, D, DEPTH)
+        part = load_heads(base, by_head, heads, first, D, BLOCK_H, DEPTH)
+        total = add_dot(total, piece, tl.trans(part), TYPE)
+    return total
 
 
 @triton.jit
@@ -291,7 +273,7 @@ class Call:
         self.batch, self.queries, self.heads, self.dim = probe.shape
         self.k, self.chunk_size = picked.shape[2], chunk_size
         self.rows, self.length = steps.shape[:2]
-        self.chunks = -(-self.length // chunk_size)
+        self.chunks = divide_up(self.length, chunk_size)
         self.missing = -self.length % chunk_size
         self.mask_by_batch = 0 if self.step_mask is None else self.step_mask.stride(0)
         self.flags = {
