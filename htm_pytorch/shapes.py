@@ -71,6 +71,12 @@ def check_at_least(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
 
 
+def check_number(name: str, value: int, count: int) -> None:
+    """Raise a ValueError unless `value` is an integer from 0 to below `count`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
+        raise ValueError(f"{name}: expected an integer from 0 to {count - 1}, got {value!r}")
+
+
 def check_numbers(name: str, value: Tensor, count: int) -> None:
     """Raise a ValueError unless `value` is [U] with numbers from 0 to below `count`."""
     check_tensor(name, value, "U")

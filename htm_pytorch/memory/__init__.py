@@ -3,24 +3,36 @@
 from htm_pytorch.memory.chunked import ChunkedMemory, Unrolled
 from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.home import Home, ScoredHome, SearchedHome
+from htm_pytorch.memory.many import Memories, open_many
 from htm_pytorch.memory.opened import open_memory as open
 from htm_pytorch.memory.peers import ShardError
+from htm_pytorch.memory.reading import Found
+from htm_pytorch.memory.repair import Report, repair
 from htm_pytorch.memory.sharded import ShardedMemory
+from htm_pytorch.memory.span import Span
 from htm_pytorch.memory.steps import Steps
 from htm_pytorch.memory.stored import ExactMemory, IndexedMemory, StoredMemory
+from htm_pytorch.memory.view import View
 
 __all__ = [
     "ChunkedMemory",
     "ExactMemory",
+    "Found",
     "Home",
     "IndexedMemory",
+    "Memories",
     "MemoryFileError",
+    "Report",
     "ScoredHome",
     "SearchedHome",
     "ShardError",
     "ShardedMemory",
+    "Span",
     "Steps",
     "StoredMemory",
     "Unrolled",
+    "View",
     "open",
+    "open_many",
+    "repair",
 ]

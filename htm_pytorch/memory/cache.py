@@ -1,45 +1,73 @@
 """The chunks of a stored memory that were used last."""
 
+import threading
 from collections import OrderedDict
 
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory.table import Format
+from htm_pytorch.memory.formats import CPU, Format
 
 
 class ChunkCache:
-    """Decoded chunks of a table, by their numbers; those that were not used for longest go."""
+    """Decoded chunks by the numbers of their first steps; those not used for longest go.
+
+    Several threads may read and write it.
+    """
 
     def __init__(self, form: Format, slots: int):
         self.slots = slots
-        self._steps = torch.empty(slots, form.chunk_size, form.dim, dtype=form.given)
+        sizes = slots, form.chunk_size, form.dim
+        self._steps = torch.empty(sizes, dtype=form.given, device=CPU)
         self._slot_of: OrderedDict[int, int] = OrderedDict()
+        self._free = list(range(slots))[::-1]
+        self._mutex = threading.Lock()
 
-    def read(self, numbers: list[int], out: Tensor) -> list[int]:
+    @property
+    def nbytes(self) -> int:
+        """Of the chunks that are here."""
+        return len(self._slot_of) * self._steps[:1].nbytes
+
+    def read(self, first_steps: list[int], out: Tensor) -> list[int]:
         """Copy these chunks to `out`; return the places of those that are not here."""
-        places = [place for place, number in enumerate(numbers) if number in self._slot_of]
-        slots = [self._slot_of[numbers[place]] for place in places]
-        for place in places:
-            self._slot_of.move_to_end(numbers[place])
-        if len(places) == len(numbers):
-            torch.index_select(self._steps, 0, torch.tensor(slots, dtype=torch.int64), out=out)
-            return []
-        if places:
-            out[places] = self._steps[slots]
-        return [place for place, number in enumerate(numbers) if number not in self._slot_of]
+        with self._mutex:
+            slots: list[int] = []
+            places: list[int] = []
+            for place, first_step in enumerate(first_steps):
+                slot = self._slot_of.get(first_step)
+                if slot is not None:
+                    self._slot_of.move_to_end(first_step)
+                    slots.append(slot)
+                    places.append(place)
+            if len(places) == len(first_steps):
+                index = torch.tensor(slots, dtype=torch.int64, device=CPU)
+                torch.index_select(self._steps, 0, index, out=out)
+                return []
+            if places:
+                out[places] = self._steps[slots]
+        here = set(places)
+        return [place for place in range(len(first_steps)) if place not in here]
 
-    def write(self, numbers: list[int], steps: Tensor) -> None:
+    def write(self, first_steps: list[int], steps: Tensor) -> None:
         """Keep chunks that are not here, instead of those that were not used for longest."""
         if not self.slots:
             return
-        # Two slots for one chunk would leave one of them to be given to another chunk as well.
-        place_of = {number: place for place, number in enumerate(numbers)}
-        kept = list(place_of.items())[-self.slots :]
-        slots: list[int] = []
-        for number, _ in kept:
-            full = len(self._slot_of) == self.slots
-            slot = self._slot_of.popitem(last=False)[1] if full else len(self._slot_of)
-            self._slot_of[number] = slot
-            slots.append(slot)
-        self._steps[slots] = steps[[place for _, place in kept]]
+        place_of = {first_step: place for place, first_step in enumerate(first_steps)}
+        with self._mutex:
+            # Two slots for one chunk would leave one of them to be given to another chunk as well;
+            # and another thread may have fetched it meanwhile.
+            new = [(step, p) for step, p in place_of.items() if step not in self._slot_of]
+            new = new[-self.slots :]
+            slots: list[int] = []
+            try:
+                for _ in new:
+                    if self._free:
+                        slots.append(self._free.pop())
+                    else:
+                        slots.append(self._slot_of.popitem(last=False)[1])
+                self._steps[slots] = steps[[place for _, place in new]]
+                # Published only when they are filled.
+                self._slot_of.update(zip((step for step, _ in new), slots, strict=True))
+            except BaseException:
+                self._free += set(slots) - set(self._slot_of.values())
+                raise

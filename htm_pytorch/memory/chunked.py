@@ -7,14 +7,33 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.memory.files import MemoryFileError, load_tensors, save_tensors
+from htm_pytorch.memory.span import Span, no_such_chunks
 from htm_pytorch.shapes import (
     check_at_least,
     check_device,
     check_floating,
     check_mask,
+    check_number,
+    check_numbers,
     check_tensor,
     may_look_at,
 )
+
+_AXES = {
+    "contents": "B M C D",
+    "summaries": "B M D",
+    "valid": "B M",
+    "step_mask": "B M C",
+    "open_steps": "B C D",
+    "open_count": "B",
+    "next_slot": "B",
+    "first_steps": "B M",
+    "episodes": "B M",
+    "step_count": "B",
+    "episode": "B",
+}
+_NUMBERS = ("first_steps", "episodes", "step_count", "episode")
+"""The parts that older files lack: the numbers of steps and episodes."""
 
 
 class ChunkedMemory(NamedTuple):
@@ -22,7 +41,8 @@ class ChunkedMemory(NamedTuple):
 
     Steps collect in the open chunk; when it holds C steps it closes, its summary is fixed, and
     from then on it can be recalled. The M closed chunks are a ring: each row writes at its own
-    slot and forgets its oldest chunk when full. A step never moves from its chunk.
+    slot and forgets its oldest chunk when full. A step never moves from its chunk, and its number
+    is its place in everything that its row was given since it was emptied (`spans`).
 
     Build one with `empty`, `from_steps` or `from_chunks`. Batch 1 may be read by any batch of
     queries without a copy.
@@ -42,6 +62,14 @@ class ChunkedMemory(NamedTuple):
     """[B] int64, how many steps the open chunk holds."""
     next_slot: Tensor
     """[B] int64, the slot that the next closed chunk takes."""
+    first_steps: Tensor
+    """[B, M] int64, the number of each chunk's first step; says nothing of invalid chunks."""
+    episodes: Tensor
+    """[B, M] int64, the episode of each chunk; says nothing of invalid chunks."""
+    step_count: Tensor
+    """[B] int64, how many steps the row was given, those that were dropped or forgotten too."""
+    episode: Tensor
+    """[B] int64, the episode of the newest step, counted from 0; -1 before the first step."""
     keep_across_episodes: bool = False
     """Whether chunks of earlier episodes stay visible after `is_first`."""
 
@@ -71,7 +99,9 @@ class ChunkedMemory(NamedTuple):
         valid = contents.new_zeros(batch, chunks, dtype=torch.bool)
         step_mask = valid.new_zeros(batch, chunks, chunk_size) if keep_across_episodes else None
         summaries = contents.new_zeros(batch, chunks, dim)
-        return cls._closed(contents, summaries, valid, step_mask, keep_across_episodes)
+        first_steps = valid.new_zeros(batch, chunks, dtype=torch.int64)
+        counted = first_steps, first_steps.new_zeros(batch)
+        return cls._closed(contents, summaries, valid, step_mask, *counted, keep_across_episodes)
 
     @classmethod
     def from_steps(
@@ -84,6 +114,9 @@ class ChunkedMemory(NamedTuple):
         eps: float = 0.0,
     ) -> Self:
         """Return a memory of all `steps` [B, N, D], every one of which can be recalled.
+
+        Step n of them has the number n, in episode 0. With a mask, `spans` says of a chunk which
+        is the first of its valid steps, and how many are valid: others may lie between them.
 
         Args:
             steps: the past, oldest first; N may be 0 and need not be a multiple of `chunk_size`.
@@ -105,11 +138,11 @@ class ChunkedMemory(NamedTuple):
             eps = 0.0
         elif may_look_at(mask) and bool(mask.all()):
             mask = None
+        # A short chunk is padded at its oldest end, where positions are largest.
+        before = 0 if borders == "newest" else length - length % chunk_size
         if missing:
             if mask is None:
                 mask = steps.new_ones(batch, length, dtype=torch.bool)
-            # A short chunk is padded at its oldest end, where positions are largest.
-            before = 0 if borders == "newest" else length - length % chunk_size
             steps = _insert(steps, before, missing)
             mask = _insert(mask, before, missing)
         # The number of chunks is spelled out: it could not be inferred for a batch of 0.
@@ -122,13 +155,22 @@ class ChunkedMemory(NamedTuple):
             if step_mask is None
             else step_mask.any(-1)
         )
-        return cls._closed(contents, summaries, valid, step_mask)
+        place = torch.arange(0, sizes[1] * chunk_size, chunk_size, device=steps.device)
+        place = place.repeat(batch, 1)
+        if step_mask is not None:
+            place = place + step_mask.byte().argmax(-1)
+        if missing:
+            place = torch.where(place < before, place, place - missing)
+        step_count = place.new_full((batch,), length)
+        return cls._closed(contents, summaries, valid, step_mask, place, step_count)
 
     @classmethod
     def from_chunks(
         cls, contents: Tensor, valid: Tensor | None = None, *, summaries: Tensor | None = None
     ) -> Self:
         """Return a memory of closed chunks, oldest first.
+
+        Its steps that can be recalled are numbered from 0 on, in episode 0.
 
         Args:
             contents: [B, M, C, D].
@@ -149,7 +191,11 @@ class ChunkedMemory(NamedTuple):
         check_device("summaries", summaries, contents.device)
         if valid is None:
             valid = contents.new_ones(batch, chunks, dtype=torch.bool)
-        return cls._closed(contents, summaries, valid.any(-1) if by_step else valid, step_mask)
+        elif by_step:
+            valid = valid.any(-1)
+        counts = _count(valid, step_mask, chunk_size)
+        first_steps = counts.cumsum(1) - counts
+        return cls._closed(contents, summaries, valid, step_mask, first_steps, counts.sum(1))
 
     @classmethod
     def _closed(
@@ -158,6 +204,8 @@ class ChunkedMemory(NamedTuple):
         summaries: Tensor,
         valid: Tensor,
         step_mask: Tensor | None,
+        first_steps: Tensor,
+        step_count: Tensor,
         keep_across_episodes: bool = False,
     ) -> Self:
         batch, chunks, chunk_size, dim = contents.shape
@@ -171,6 +219,10 @@ class ChunkedMemory(NamedTuple):
             open_steps=contents.new_zeros(batch, chunk_size, dim),
             open_count=newest.new_zeros(batch),
             next_slot=newest % max(chunks, 1),
+            first_steps=first_steps,
+            episodes=torch.zeros_like(first_steps),
+            step_count=step_count,
+            episode=step_count.clamp(max=1) - 1,
             keep_across_episodes=keep_across_episodes,
         )
 
@@ -212,7 +264,8 @@ class ChunkedMemory(NamedTuple):
                 memory to them.
             is_first: [B, T] bool, True where a row starts a new episode: its open chunk is
                 dropped and its earlier chunks become invisible (or stay, and the open chunk
-                closes early, with `keep_across_episodes`). Other rows are not touched.
+                closes early, with `keep_across_episodes`). Other rows are not touched. The first
+                step of an empty row begins episode 0, marked or not.
         """
         return self._after(self._plan(steps, is_first))
 
@@ -247,6 +300,8 @@ class ChunkedMemory(NamedTuple):
             summaries=torch.cat([self.summaries, closed.summaries[:, :new]], 1),
             valid=torch.cat([self.valid, exists], 1),
             step_mask=step_mask,
+            first_steps=torch.cat([self.first_steps, closed.first_steps[:, :new]], 1),
+            episodes=torch.cat([self.episodes, closed.episodes[:, :new]], 1),
         )
         return Unrolled(read, torch.cat([visible, seen], 2), self._after(plan, closed))
 
@@ -259,15 +314,45 @@ class ChunkedMemory(NamedTuple):
             open_steps=self.open_steps.masked_fill(rows[:, None, None], 0.0),
             open_count=self.open_count.masked_fill(rows, 0),
             next_slot=self.next_slot.masked_fill(rows, 0),
+            step_count=self.step_count.masked_fill(rows, 0),
+            episode=self.episode.masked_fill(rows, -1),
         )
 
     def fetch(self, chunks: Tensor) -> Self:
-        """Return the chunks numbered [U] int64, of every row, as a memory of U chunks."""
+        """Return the chunks numbered [U] int64, of every row, as a memory of U chunks.
+
+        They hold the steps that they held here, by the same numbers.
+        """
         check_tensor("chunks", chunks, "U")
-        step_mask = None if self.step_mask is None else self.step_mask[:, chunks]
-        return self._closed(
-            self.contents[:, chunks], self.summaries[:, chunks], self.valid[:, chunks], step_mask
+        fetched = self._closed(
+            self.contents[:, chunks],
+            self.summaries[:, chunks],
+            self.valid[:, chunks],
+            None if self.step_mask is None else self.step_mask[:, chunks],
+            self.first_steps[:, chunks],
+            self.step_count,
         )
+        return fetched._replace(episodes=self.episodes[:, chunks], episode=self.episode)
+
+    def spans(self, chunks: Tensor, row: int = 0) -> list[Span]:
+        """Return which steps the chunks numbered [U] int64 of a row hold, in the order asked.
+
+        Steps that were dropped, since an episode began before their chunk was full, have numbers
+        like others.
+
+        Raises:
+            ValueError: there is no such row, or no chunk of a number that can be recalled.
+        """
+        check_numbers("chunks", chunks, self.chunks)
+        check_number("row", row, self.batch)
+        at = row, chunks.to(self.device)
+        step_mask = None if self.step_mask is None else self.step_mask[at]
+        counts = _count(self.valid[at], step_mask, self.chunk_size)
+        columns = torch.stack([at[1], self.first_steps[at], counts, self.episodes[at]], 1)
+        spans = [Span(*numbers) for numbers in columns.tolist()]
+        if missing := [span.chunk for span in spans if not span.count]:
+            raise no_such_chunks(missing)
+        return spans
 
     def detach(self) -> Self:
         """Return the memory cut from the graph that its steps came from."""
@@ -300,14 +385,28 @@ class ChunkedMemory(NamedTuple):
     ) -> Self:
         """Read what `save` wrote.
 
+        A file from before steps had numbers does not say which it holds: then the first of the
+        oldest chunk that can be recalled is step 0, and all are of episode 0.
+
         Raises:
             FileNotFoundError: no such file.
             MemoryFileError: a ValueError; truncated, or not a memory of this format.
         """
         tensors, metadata = load_tensors(path, "ChunkedMemory")
-        needed = set(cls._fields) - {"step_mask", "keep_across_episodes"}
+        needed = set(_AXES) - {"step_mask"}
+        if needed - set(tensors) == set(_NUMBERS):
+            needed -= set(_NUMBERS)
         if set(tensors) - {"step_mask"} != needed or "keep_across_episodes" not in metadata:
-            raise MemoryFileError(f"path: {str(path)!r} lacks a part: expected {sorted(needed)}")
+            raise MemoryFileError(
+                f"path: {str(path)!r} lacks a part: expected {sorted(needed)}, "
+                f"got {sorted(tensors)}"
+            )
+        try:
+            _check_parts(tensors)
+        except ValueError as error:
+            raise MemoryFileError(f"path: {str(path)!r} is damaged ({error})") from error
+        if "first_steps" not in tensors:
+            tensors |= _number(tensors)
         keep = metadata["keep_across_episodes"] == "1"
         step_mask = tensors.pop("step_mask", None)
         memory = cls(**tensors, step_mask=step_mask, keep_across_episodes=keep)
@@ -334,6 +433,13 @@ class ChunkedMemory(NamedTuple):
             last_first = time.new_full((batch, length), -1)
         else:
             last_first = torch.where(is_first, time, -1).cummax(1).values
+        episode = self.episode
+        if length:
+            # The first step of all begins episode 0, marked or not.
+            begun = episode if is_first is None else episode + is_first[:, 0]
+            episode = begun.clamp(min=0)
+        if is_first is not None and length > 1:
+            episode = episode + is_first[:, 1:].sum(1)
         since_border = torch.where(last_first < 0, count[:, None] + time, time - last_first)
         held = since_border % size + 1
         # Column t: the chunk that closed just before step t; the last column: after all steps.
@@ -359,6 +465,10 @@ class ChunkedMemory(NamedTuple):
             sequence=torch.cat([self.open_steps, steps], 1),
             count_before=count,
             count_after=before[:, -1],
+            step_before=self.step_count,
+            episode_before=self.episode,
+            episode_after=episode,
+            is_first=is_first,
             last_first=last_first,
             closed_before=total[:, :-1],
             closings=total[:, -1],
@@ -369,7 +479,10 @@ class ChunkedMemory(NamedTuple):
 
     def _after(self, plan: "_Plan", closed: "_Closed | None" = None) -> Self:
         opened = self._replace(
-            open_steps=plan.newest(plan.count_after), open_count=plan.count_after
+            open_steps=plan.newest(plan.count_after),
+            open_count=plan.count_after,
+            step_count=plan.step_before + plan.last_first.shape[1],
+            episode=plan.episode_after,
         )
         if not self.keep_across_episodes:
             forgotten = (plan.last_first >= 0).any(1, keepdim=True)
@@ -386,15 +499,14 @@ class ChunkedMemory(NamedTuple):
         rank = rank.clamp(min=0)
 
         def put(new: Tensor, old: Tensor) -> Tensor:
-            def spread(index: Tensor) -> Tensor:
-                return index.view(*index.shape, *(1,) * (new.ndim - 2)).expand(
-                    -1, -1, *new.shape[2:]
+            source, target, is_new = rank, slot, happened
+            if rest := new.shape[2:]:
+                source, target, is_new = (
+                    index.view(*index.shape, *(1,) * len(rest)).expand(-1, -1, *rest)
+                    for index in (rank, slot, happened)
                 )
-
-            written = new.gather(1, spread(rank)).where(
-                spread(happened), old.gather(1, spread(slot))
-            )
-            return old.scatter(1, spread(slot), written)
+            written = new.gather(1, source).where(is_new, old.gather(1, target))
+            return old.scatter(1, target, written)
 
         visible = torch.ones_like(plan.end, dtype=torch.bool)
         if not self.keep_across_episodes:
@@ -405,6 +517,8 @@ class ChunkedMemory(NamedTuple):
             valid=put(visible, opened.valid),
             step_mask=None if self.step_mask is None else put(closed.step_mask, self.step_mask),
             next_slot=(self.next_slot + plan.closings) % self.chunks,
+            first_steps=put(closed.first_steps, self.first_steps),
+            episodes=put(closed.episodes, self.episodes),
         )
 
 
@@ -442,6 +556,10 @@ class _Plan(NamedTuple):
     sequence: Tensor  # [B, C + T, D] the open chunk's steps and the new ones
     count_before: Tensor  # [B] steps in the open chunk before the call
     count_after: Tensor  # [B] and after it
+    step_before: Tensor  # [B] the number of the first new step
+    episode_before: Tensor  # [B] the episode of the step before the call
+    episode_after: Tensor  # [B] and of the last new one
+    is_first: Tensor | None  # [B, T] which of the new steps begin an episode
     last_first: Tensor  # [B, T] when the episode of each step began; -1: before this call
     closed_before: Tensor  # [B, T] chunks closed in this call before each step
     closings: Tensor  # [B] chunks closed in this call
@@ -478,15 +596,65 @@ class _Plan(NamedTuple):
         step_mask = slot >= size - self.length[..., None]
         steps = self.at((self.end[..., None] - (size - 1) + slot).flatten(1))
         contents = steps.view(*step_mask.shape, -1).masked_fill(~step_mask[..., None], 0.0)
-        return _Closed(contents, summarise(contents, step_mask), step_mask)
+        return _Closed(
+            contents,
+            summarise(contents, step_mask),
+            step_mask,
+            self.step_before[:, None] + self.end - self.length + 1,
+            self._episodes(),
+        )
+
+    def _episodes(self) -> Tensor:
+        """Return the episodes [B, M'] of the chunks that close."""
+        after = self.episode_after[:, None]
+        if self.is_first is None:
+            return after.expand_as(self.end)
+        begun = self.is_first.cumsum(1)
+        of_steps = torch.cat([self.episode_before[:, None], after - begun[:, -1:] + begun], 1)
+        # What did not happen ends after the last step.
+        return of_steps.gather(1, (self.end + 1).clamp(max=begun.shape[1]))
 
 
 class _Closed(NamedTuple):
     contents: Tensor  # [B, M', C, D]
     summaries: Tensor  # [B, M', D]
     step_mask: Tensor  # [B, M', C]
+    first_steps: Tensor  # [B, M']
+    episodes: Tensor  # [B, M']
 
 
 def _insert(steps: Tensor, before: int, missing: int) -> Tensor:
     padding = steps.new_zeros(steps.shape[0], missing, *steps.shape[2:])
     return torch.cat([steps[:, :before], padding, steps[:, before:]], 1)
+
+
+def _count(valid: Tensor, step_mask: Tensor | None, chunk_size: int) -> Tensor:
+    """How many steps chunks [...] hold that can be recalled; `step_mask` is [..., C]."""
+    return valid * (chunk_size if step_mask is None else step_mask.sum(-1))
+
+
+def _check_parts(tensors: dict[str, Tensor]) -> None:
+    check_tensor("contents", tensors["contents"], _AXES["contents"])
+    sizes = dict(zip("BMCD", tensors["contents"].shape, strict=True))
+    for name, part in tensors.items():
+        axes = _AXES[name]
+        check_tensor(name, part, axes, **{axis: sizes[axis] for axis in axes.split()})
+        if name in _NUMBERS and part.dtype != torch.int64:
+            raise ValueError(f"{name}: expected dtype torch.int64, got {part.dtype}")
+
+
+def _number(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Number the steps of parts that do not say, from the oldest chunk on."""
+    valid, next_slot = tensors["valid"], tensors["next_slot"]
+    counts = _count(valid, tensors.get("step_mask"), tensors["contents"].shape[2])
+    chunks = valid.shape[1]
+    oldest_first = (next_slot[:, None] + torch.arange(chunks)) % max(chunks, 1)
+    ordered = counts.gather(1, oldest_first)
+    first_steps = torch.zeros_like(counts).scatter(1, oldest_first, ordered.cumsum(1) - ordered)
+    step_count = counts.sum(1) + tensors["open_count"]
+    return {
+        "first_steps": first_steps,
+        "episodes": torch.zeros_like(first_steps),
+        "step_count": step_count,
+        "episode": step_count.clamp(max=1) - 1,
+    }

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.memory.chunked import ChunkedMemory
+from htm_pytorch.memory.span import Span
 
 
 class Home(Protocol):
@@ -58,6 +59,16 @@ class Home(Protocol):
         """Return the chunks numbered [U] int64, of every row, as a memory in RAM."""
         ...
 
+    def spans(self, chunks: Tensor, row: int = 0) -> list[Span]:
+        """Return which steps the chunks numbered [U] int64 of a row hold, in the order asked.
+
+        The home knows; the memory that `fetch` returns may number its steps anew.
+
+        Raises:
+            ValueError: there is no such row, or no chunk of a number that can be recalled.
+        """
+        ...
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a copy of the memory to `path`."""
         ...
@@ -97,11 +108,11 @@ def is_home(memory: object) -> TypeGuard[Home]:
     return all(hasattr(memory, name) for name in _MEMBERS)
 
 
-def is_scored(memory: Home) -> TypeGuard[ScoredHome]:
+def is_scored(memory: object) -> TypeGuard[ScoredHome]:
     """Whether its summaries are at hand."""
     return hasattr(memory, "summaries") and hasattr(memory, "valid")
 
 
-def is_searched(memory: Home) -> TypeGuard[SearchedHome]:
+def is_searched(memory: object) -> TypeGuard[SearchedHome]:
     """Whether it finds chunks itself."""
     return hasattr(memory, "search")

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from htm_pytorch.memory.formats import CPU
+
 NAME = "summaries"
 PROBES = 32
 """Lists of the index that a query reads, of sqrt(M) / 2."""
@@ -36,41 +38,47 @@ def length(dataset: Any) -> int:
 
 def add_missing(dataset: Any) -> None:
     """Add the rows that came after the index was built, where there is one."""
-    if any(i.name == NAME for i in dataset.describe_indices()):
+    if exists(dataset):
         dataset.optimize.optimize_indices(index_names=[NAME])
 
 
-def nearest(dataset: Any, vectors: Tensor, k: int, probes: int) -> tuple[Tensor, Tensor]:
-    """Return the rows [X, k] of about the largest products of `vectors` [X, D] and summaries.
+def exists(dataset: Any) -> bool:
+    """Whether there is an index."""
+    return any(i.name == NAME for i in dataset.describe_indices())
 
-    Best first, and the products; -1 and -inf where fewer were found. Rows that are not in the
-    index are all compared.
+
+def nearest(
+    dataset: Any, vectors: Tensor, k: int, probes: int, condition: str | None
+) -> tuple[Tensor, Tensor]:
+    """Return the chunks [X, k] of about the largest products of `vectors` [X, D] and summaries.
+
+    Chunks are named by their first steps. Best first, and the products; -1 and -inf where fewer
+    were found. Rows that are not in the index are all compared, and those that do not fulfil the
+    SQL `condition` are left out before the search.
     """
-    rows = torch.full((len(vectors), k), -1)
-    products = torch.full(rows.shape, -torch.inf)
-    if not rows.numel():
-        return rows, products
+    first_steps = torch.full((len(vectors), k), -1, device=CPU)
+    products = torch.full(first_steps.shape, -torch.inf, dtype=torch.float32, device=CPU)
+    if not first_steps.numel():
+        return first_steps, products
     asked = {
         "column": "summary",
-        "q": vectors.numpy(),
+        "q": vectors.float().numpy(),
         "k": k,
         "metric": "dot",
         "nprobes": probes,
         "refine_factor": _REFINE,
     }
-    found = dataset.scanner(columns=["_rowid", "_distance"], nearest=asked).to_table()
-    query, address, distance = (
+    found = dataset.scanner(
+        columns=["first_step", "_distance"],
+        nearest=asked,
+        filter=condition,
+        prefilter=condition is not None,
+    ).to_table()
+    query, first_step, distance = (
         torch.from_numpy(found[name].to_numpy().copy())
-        for name in ("query_index", "_rowid", "_distance")
+        for name in ("query_index", "first_step", "_distance")
     )
-    # An address is the number of a fragment and a place in it.
-    fragments = dataset.get_fragments()
-    numbers = [fragment.fragment_id for fragment in fragments]
-    lengths = torch.tensor([fragment.count_rows() for fragment in fragments])
-    starts = torch.zeros(1 + max(numbers), dtype=torch.int64)
-    starts[numbers] = lengths.cumsum(0) - lengths
-    address = address.to(torch.int64)
-    rank = torch.arange(len(query)) - torch.searchsorted(query, query)
-    rows[query, rank] = starts[address >> 32] + (address & 0xFFFFFFFF)
+    rank = torch.arange(len(query), device=CPU) - torch.searchsorted(query, query)
+    first_steps[query, rank] = first_step
     products[query, rank] = 1 - distance
-    return rows, products
+    return first_steps, products

@@ -3,36 +3,39 @@
 import contextlib
 import math
 import mmap
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory.table import Chunks
+from htm_pytorch.memory.formats import CPU, Chunks
 
 GROWTH = 1.5
 """Of the room for summaries, when it is full."""
 
 
 class Known:
-    """What is known of every chunk, in RAM; summaries of a width of 0 where they are not wanted."""
+    """What is known of every chunk, in RAM; summaries of a width of 0 where they are not wanted.
 
-    def __init__(self, width: int):
-        self.length = 0
-        number = torch.empty(0, dtype=torch.int64)
-        self._columns = torch.empty(0, width), number.int(), number, number
-        self._exists = number.bool()
+    A value: `extended` returns another one. Both share their room, of which each sees its own part.
+    """
+
+    def __init__(self, columns: tuple[Tensor, ...], length: int):
+        self._columns = columns
+        self.length = length
+
+    @classmethod
+    def nothing(cls, width: int) -> Self:
+        """Return what is known of no chunks."""
+        number = torch.empty(0, dtype=torch.int64, device=CPU)
+        summaries = torch.empty(0, width, dtype=torch.float32, device=CPU)
+        times = torch.empty(0, 2, dtype=torch.float64, device=CPU)
+        return cls((summaries, number.int(), number, number, times, number.bool()), 0)
 
     @property
     def summaries(self) -> Tensor:
-        """[M, D]."""
+        """[M, D] float32."""
         return self._columns[0][: self.length]
-
-    @property
-    def exists(self) -> Tensor:
-        """[M] bool, True."""
-        if len(self._exists) < self.length:
-            self._exists = torch.ones(len(self._columns[0]), dtype=torch.bool)
-        return self._exists[: self.length]
 
     @property
     def counts(self) -> Tensor:
@@ -44,28 +47,56 @@ class Known:
         """[M] int64."""
         return self._columns[2][: self.length]
 
-    def end(self) -> tuple[int, int]:
-        """Return the number of the step after the last chunk, and the episode of that chunk."""
-        if not self.length:
-            return 0, -1
-        _, counts, episodes, first_steps = (column[self.length - 1] for column in self._columns)
-        return int(first_steps + counts), int(episodes)
+    @property
+    def first_steps(self) -> Tensor:
+        """[M] int64, rising."""
+        return self._columns[3][: self.length]
 
-    def add(self, chunks: Chunks) -> None:
-        """Add what `chunks` says, but for the steps."""
+    @property
+    def times(self) -> Tensor:
+        """[M, 2] float64, of the first and the last step; NaN where none is known."""
+        return self._columns[4][: self.length]
+
+    @property
+    def marked(self) -> Tensor:
+        """[M] bool, those of whose steps there is more to say."""
+        return self._columns[5][: self.length]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the part of the room that is used."""
+        return sum(column[: self.length].nbytes for column in self._columns)
+
+    def extended(self, chunks: Chunks) -> "Known":
+        """Return what is known of these and `chunks`; only the newest of such values may grow."""
+        if not chunks.length:
+            return self
         length = self.length + chunks.length
-        if length > len(self._columns[0]):
-            room = max(length, int(GROWTH * len(self._columns[0])))
-            self._columns = tuple(_grown(column, self.length, room) for column in self._columns)
-        summaries, *numbers = self._columns
-        summaries[self.length : length] = chunks.summaries[:, : summaries.shape[1]]
-        for column, new in zip(numbers, chunks[2:], strict=True):
-            column[self.length : length] = new
-        self.length = length
+        columns = self._columns
+        if length > len(columns[1]):
+            room = max(length, int(GROWTH * len(columns[1])))
+            columns = tuple(_grown(column, self.length, room) for column in columns)
+        summaries, counts, episodes, first_steps, times, marked = (
+            column[self.length : length] for column in columns
+        )
+        summaries.copy_(chunks.summaries[:, : summaries.shape[1]])
+        counts.copy_(chunks.counts)
+        episodes.copy_(chunks.episodes)
+        first_steps.copy_(chunks.first_steps)
+        times.copy_(chunks.times)
+        marked.copy_(chunks.marked)
+        return Known(columns, length)
 
-    def truncate(self, length: int) -> None:
-        """Forget what comes after the first `length` chunks."""
-        self.length = min(self.length, length)
+    def part(self, length: int) -> "Known":
+        """Return what is known of the first `length` chunks."""
+        return Known(self._columns, min(length, self.length))
+
+    def chosen(self, order: Tensor) -> "Known":
+        """Return what is known of the chunks `order` [M] int64, in room of its own."""
+        columns = tuple(_grown(column, self.length, len(column)) for column in self._columns)
+        for column, old in zip(columns, self._columns, strict=True):
+            torch.index_select(old[: self.length], 0, order, out=column[: len(order)])
+        return Known(columns, len(order))
 
 
 def _grown(column: Tensor, length: int, room: int) -> Tensor:

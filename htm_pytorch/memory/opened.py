@@ -1,18 +1,21 @@
 """`memory.open`: from a place to the memory that is stored there."""
 
 import contextlib
+import importlib.util
 import os
-from pathlib import Path
 from typing import Literal
 
 import torch
-from filelock import FileLock, Timeout
 
-from htm_pytorch.memory import index
+from htm_pytorch.memory import earlier, index, place
 from htm_pytorch.memory.files import MemoryFileError
-from htm_pytorch.memory.journal import LocalJournal, RemoteJournal
+from htm_pytorch.memory.folder_log import FolderLog, LogFile
+from htm_pytorch.memory.formats import DTYPES, Format
+from htm_pytorch.memory.log import REPAIR, Contents, Head, Log
+from htm_pytorch.memory.object_log import ObjectLog
+from htm_pytorch.memory.place import MARKER, Lock, Place
 from htm_pytorch.memory.stored import ExactMemory, IndexedMemory, StoredMemory
-from htm_pytorch.memory.table import DTYPES, Format, Table
+from htm_pytorch.memory.table import Versions
 from htm_pytorch.shapes import check_at_least
 
 
@@ -50,72 +53,98 @@ def open_memory(
         FileNotFoundError: there is none, and no `dim` to make one.
         MemoryFileError: a ValueError; what is there is damaged, or not a memory of this format.
         ValueError: an argument that does not fit what is there.
-        BlockingIOError: another process writes to it.
+        BlockingIOError: it is open for writing already, here or in another process.
     """
-    for name, value in {"dim": dim, "chunk_size": chunk_size}.items():
-        if value is not None:
-            check_at_least(name, value, 1)
+    wanted = checked(dim, chunk_size, dtype)
     check_at_least("probes", probes, 1)
     check_at_least("cache_bytes", cache_bytes, 0)
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {list(DTYPES)}, got {dtype}")
     if search not in ("exact", "index"):
         raise ValueError(f"search: expected 'exact' or 'index', got {search!r}")
-    place = str(uri).rstrip("/")
-    folder = None if "://" in place else Path(place)
+    _check_installed()
+    where = place.find(uri, storage_options)
+    may_make = dim is not None and not read_only
     with contextlib.ExitStack() as undo:
         lock = None
-        if folder is not None:
-            _check_folder(folder, dim)
+        if where.folder is not None:
+            place.check_folder(where.folder, may_make)
             if not read_only:
-                lock = _lock(folder)
+                lock = Lock(where.folder)
                 undo.callback(lock.release)
-        found = Table.open(f"{place}/chunks.lance", storage_options, sync)
-        if found is None:
-            if dim is None or read_only:
-                raise FileNotFoundError(f"uri: no memory at {place!r} (with dim, one is made)")
-            form = Format(dim, chunk_size or 32, dtype or torch.float32)
-            found = Table.create(f"{place}/chunks.lance", form, storage_options, sync)
-        for name, value in {"dim": dim, "chunk_size": chunk_size, "dtype": dtype}.items():
-            has = getattr(found.form, name)
-            if value not in (None, has):
-                raise ValueError(
-                    f"{name}: expected {has}, as the memory at {place!r} has, got {value}"
-                )
-        if folder is not None:
-            journal = LocalJournal(folder / "journal", sync)
-        else:
-            journal = RemoteJournal(f"{place}/journal.lance", storage_options)
+        log = _log(where, wanted if may_make else None, read_only, sync)
+        undo.callback(log.close)
+        contents = log.read()
+        if contents is None:
+            raise FileNotFoundError(f"uri: no memory at {where.uri!r} (with dim, one is made)")
+        check_agrees(where.uri, contents.head, dim, chunk_size, dtype)
         kind = ExactMemory if search == "exact" else IndexedMemory
-        memory = kind(place, found, journal, lock, read_only, cache_bytes, probes)
+        versions = Versions(where, sync)
+        memory = kind(where, log, versions, lock, read_only, cache_bytes, probes)
         undo.pop_all()
     return memory
 
 
-def _check_folder(folder: Path, dim: int | None) -> None:
-    """Raise unless the folder is that of a memory, or may become one."""
-    if folder.exists() and not folder.is_dir():
-        raise MemoryFileError(f"uri: {str(folder)!r} is a file; expected the folder of a memory")
-    if (folder / "chunks.lance").exists():
-        return
-    if folder.exists() and not {entry.name for entry in folder.iterdir()} <= {"lock"}:
-        raise MemoryFileError(f"uri: {str(folder)!r} holds other files, and no memory")
-    if dim is None:
-        raise FileNotFoundError(f"uri: no memory at {str(folder)!r} (with dim, one is made)")
+def check_agrees(
+    uri: str, head: Head, dim: int | None, chunk_size: int | None, dtype: torch.dtype | None
+) -> None:
+    """Raise a ValueError where a memory is not as it was expected."""
+    form = head.form
+    for name, value in {"dim": dim, "chunk_size": chunk_size, "dtype": dtype}.items():
+        has = getattr(form, name)
+        if value not in (None, has):
+            raise ValueError(f"{name}: expected {has}, as the memory at {uri!r} has, got {value}")
 
 
-def _lock(folder: Path) -> FileLock:
-    """Take the right to write, which ends with the process."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "lock")
-        lock.acquire(timeout=0)
-    except PermissionError as error:
-        raise PermissionError(
-            f"uri: no right to write to {str(folder)!r} ({error}); read_only=True only reads"
-        ) from error
-    except Timeout:
-        raise BlockingIOError(
-            f"uri: another process writes to {str(folder)!r}; read_only=True reads beside it"
-        ) from None
-    return lock
+def checked(dim: int | None, chunk_size: int | None, dtype: torch.dtype | None) -> Format:
+    """Return the sizes of a memory that is made.
+
+    Raises:
+        ValueError: one of them is wrong.
+    """
+    for name, value in {"dim": dim, "chunk_size": chunk_size}.items():
+        if value is not None:
+            check_at_least(name, value, 1)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {list(DTYPES)}, got {dtype}")
+    return Format(dim or 1, chunk_size or 32, dtype or torch.float32)
+
+
+def _check_installed() -> None:
+    missing = [n for n in ("lance", "pyarrow") if importlib.util.find_spec(n) is None]
+    if missing:
+        raise ImportError(
+            f"memory.open needs the extra `store` ({', '.join(missing)} missing); from a checkout: "
+            "pip install '.[store]'"
+        )
+
+
+def _log(where: Place, form: Format | None, read_only: bool, sync: bool) -> Log:
+    """Return the log of the memory at a place; with `form`, one is made where there is none."""
+    if where.folder is None:
+        found = ObjectLog(where)
+        if found.read() is not None:
+            return found
+        log = earlier.in_object_store(where, found, read_only)
+        if log is found and log.read() is None:
+            if form is None:
+                raise FileNotFoundError(f"uri: no memory at {where.uri!r} (with dim, one is made)")
+            found.create(Contents(Head.first(form), []))
+        return log
+    path = where.log
+    if path.exists():
+        old = earlier.in_folder(where, sync, read_only)
+        if old is not None:
+            return old
+        file = LogFile(path, sync=sync, read_only=read_only)
+        if file.is_of_many():
+            raise MemoryFileError(f"uri: {where.uri!r} has many memories: open_many opens them")
+        return FolderLog(file)
+    if any((where.folder / name).exists() for name in (MARKER, "chunks.lance")):
+        raise MemoryFileError(
+            f"{str(path)!r} is gone, and with it the newest steps of this memory; put it back, or "
+            f"{REPAIR}"
+        )
+    if form is None:
+        raise FileNotFoundError(f"uri: no memory at {where.uri!r} (with dim, one is made)")
+    file = LogFile.create(path, {"": Contents(Head.first(form), [])}, sync=sync)
+    place.mark(where.folder, sync)
+    return FolderLog(file)

@@ -13,7 +13,7 @@ from torch import distributed as dist
 
 HEADER = 16
 """Numbers (int64) in the header that ranks compare before they exchange data."""
-_OPERATIONS = ("ShardedMemory", "recall", "recall_with_weights", "fetch")
+_OPERATIONS = ("ShardedMemory", "recall", "recall_with_weights", "fetch", "spans")
 # What stands in a header for what is no number, counted down from -1.
 _WORDS = (None, torch.float32, torch.float64, torch.bfloat16, torch.float16, *_OPERATIONS)
 

@@ -1,10 +1,11 @@
 """`ShardedMemory`: one memory of which every rank of a process group holds a part."""
 
 import copy
+import json
 import os
 import zlib
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from htm_pytorch.memory.files import load_tensors, save_tensors
 from htm_pytorch.memory.home import Home, is_home, is_scored
 from htm_pytorch.memory.opened import open_memory
 from htm_pytorch.memory.peers import Peers
-from htm_pytorch.shapes import check_mask, check_numbers, check_tensor
+from htm_pytorch.memory.span import Span, no_such_chunks
+from htm_pytorch.shapes import check_mask, check_number, check_numbers, check_tensor
 
 
 class ShardedMemory:
@@ -93,6 +95,8 @@ class ShardedMemory:
             summaries=whole.summaries[:, own].contiguous(),
             valid=whole.valid[:, own].contiguous(),
             step_mask=step_mask,
+            first_steps=whole.first_steps[:, own].contiguous(),
+            episodes=whole.episodes[:, own].contiguous(),
         )
         before = _held_before(whole.next_slot, peers.rank, peers.size)
         sharded = cls(
@@ -207,9 +211,7 @@ class ShardedMemory:
         """
         with self.peers.refusing(self.device):
             check_numbers("chunks", chunks, self.chunks)
-        checksum = zlib.crc32(repr(chunks.tolist()).encode())
-        same = {"chunks: U": len(chunks), "chunks (a checksum)": checksum}
-        self.peers.agree("fetch", same, [], self.device)
+        self.peers.agree("fetch", _same(chunks), [], self.device)
         chunks = chunks.to(self.device)
         number = chunks // self.peers.size
         mine = (chunks % self.peers.size == self.peers.rank) & (number < self.local.chunks)
@@ -230,6 +232,56 @@ class ShardedMemory:
         for to, of_all in zip(parts, message.split([len(x) for x in parts]), strict=True):
             to.copy_(of_all)
         return ChunkedMemory.from_chunks(contents, is_step, summaries=summaries)
+
+    def spans(self, chunks: Tensor, row: int = 0) -> list[Span]:
+        """Return which steps the chunks numbered [U] int64 of a row hold, on all ranks alike.
+
+        All ranks must ask for the same. A part that is a `ChunkedMemory` knows which of all steps
+        it holds, if it was appended to here or is of `split`. A part that is another `Home` knows
+        its own steps alone: there, the number of a step counts those of all ranks' chunks before.
+
+        Raises:
+            ValueError: there is no such row, no chunk of a number that can be recalled, or ranks
+                ask for others.
+            ShardError: not all ranks came in time.
+        """
+        with self.peers.refusing(self.device):
+            check_numbers("chunks", chunks, self.chunks)
+            check_number("row", row, self.batch)
+            own = json.dumps(self._own_spans(chunks.tolist(), row)).encode()
+        same = _same(chunks) | {"row": row}
+        lengths = self.peers.agree("spans", same, [len(own)], self.device)
+        # Blanks at the end, which JSON ignores.
+        message = bytearray(own.ljust(max(length for (length,) in lengths)))
+        message = torch.frombuffer(message, dtype=torch.uint8).to(self.device)
+        answers = [json.loads(bytes(x)) for x in self.peers.all_gather("spans", message).tolist()]
+        if missing := sorted(chunk for answer in answers for chunk in answer["missing"]):
+            raise no_such_chunks(missing)
+        every = [Span(*span[:-1], keys=tuple(span[-1])) for x in answers for span in x["spans"]]
+        by_chunk = {span.chunk: span for span in every}
+        spans = [by_chunk[chunk] for chunk in chunks.tolist()]
+        if self._open is None:
+            return spans
+        before = zip(*(answer["before"] for answer in answers), strict=True)
+        return [s._replace(first_step=sum(b)) for s, b in zip(spans, before, strict=True)]
+
+    def _own_spans(self, chunks: list[int], row: int) -> dict[str, list[Any]]:
+        """What this rank knows of the chunks asked for, as JSON can say it."""
+        rank, ranks, local = self.peers.rank, self.peers.size, self.local
+        own = {chunk // ranks for chunk in chunks if chunk % ranks == rank}
+        valid = local.valid[row]
+        held = {number for number in own if number < local.chunks and valid[number]}
+        # The chunks of this rank that come before each.
+        before = [min(len(range(rank, chunk, ranks)), local.chunks) for chunk in chunks]
+        newest = set() if self._open is None else {number - 1 for number in before if number}
+        asked = torch.tensor(sorted(held | newest), dtype=torch.int64)
+        spans = {span.chunk: span for span in local.spans(asked, row)}
+        until = {number + 1: span.first_step + span.count for number, span in spans.items()}
+        return {
+            "missing": [number * ranks + rank for number in own - held],
+            "spans": [spans[number]._replace(chunk=number * ranks + rank) for number in held],
+            "before": [until.get(number, 0) for number in before],
+        }
 
     def reset(self, rows: Tensor) -> Self:
         """Return the memory with the rows [B] bool emptied; nothing is sent.
@@ -359,6 +411,14 @@ class ShardedMemory:
         if self._open is None:
             slot = slot % self.chunks
         return (slot % self.peers.size == self.peers.rank) & (order < plan.closings[:, None])
+
+
+def _same(chunks: Tensor) -> dict[str, int | torch.dtype | None]:
+    """What ranks that ask for these chunks must have alike."""
+    return {
+        "chunks: U": len(chunks),
+        "chunks (a checksum)": zlib.crc32(repr(chunks.tolist()).encode()),
+    }
 
 
 def _held_before(number: Tensor, rank: int | Tensor, ranks: int) -> Tensor:

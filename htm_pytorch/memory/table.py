@@ -1,309 +1,163 @@
-"""The closed chunks of a stored memory, as rows of a Lance table."""
+"""The closed chunks of a stored memory, as rows of a Lance table.
 
+Every change makes a new version of the table. Which version counts is said by the log: a version
+that it does not name never was. A `Table` is one version, and does not change; `Versions` makes
+new ones.
+"""
+
+import contextlib
 import datetime
-import os
-import uuid
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple, Self
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory import index
-from htm_pytorch.memory.chunked import summarise
+from htm_pytorch.memory import index, pins
 from htm_pytorch.memory.files import MemoryFileError, sync_file, sync_folder
+from htm_pytorch.memory.formats import CPU, DTYPES, Chunks, Format, Marks
+from htm_pytorch.memory.log import REPAIR, Head, Pinned, Range
+from htm_pytorch.memory.place import Place
+from htm_pytorch.memory.rows import (
+    BATCH_BYTES,
+    NUMBERS,
+    Row,
+    decoded,
+    encoded,
+    joined,
+    problems,
+    schema,
+    unmarked,
+)
 
-FORMAT = "1"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
-BATCH_BYTES = 16 * 2**20
-"""Of contents read or written at a time."""
-PIECE_BYTES = 2 * 2**20
-"""Of steps in float32, whose means are taken at a time."""
 FRAGMENT_BYTES = 256 * 2**20
 """Of contents in a fragment, after `compact`."""
+SMALL_BYTES = 32 * 2**20
+"""Of contents in a fragment that is joined with others when there are `MOST_SMALL` such."""
+MOST_SMALL = 32
 _KEEP = datetime.timedelta(hours=1)
-_SCALE_BYTES = 4
-
-
-class Format(NamedTuple):
-    """Sizes of a memory, and how a step becomes bytes."""
-
-    dim: int
-    """D."""
-    chunk_size: int
-    """C."""
-    dtype: torch.dtype
-    """As stored: one of DTYPES."""
-
-    @property
-    def given(self) -> torch.dtype:
-        """Of the steps as they come and go."""
-        return torch.float32 if self.dtype == torch.int8 else self.dtype
-
-    @property
-    def step_bytes(self) -> int:
-        """Of a step: its numbers and, behind those of int8, their scale."""
-        scale = _SCALE_BYTES if self.dtype == torch.int8 else 0
-        return self.dim * self.dtype.itemsize + scale
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Of a chunk."""
-        return self.chunk_size * self.step_bytes
-
-    def encode(self, steps: Tensor) -> Tensor:
-        """Return the bytes [T, step_bytes] of `steps` [T, D]."""
-        if self.dtype != torch.int8:
-            return steps.contiguous().view(torch.uint8)
-        scale = steps.abs().amax(1, keepdim=True) / 127
-        levels = (steps / scale.clamp(min=torch.finfo(steps.dtype).tiny)).round().to(torch.int8)
-        return torch.cat([levels.view(torch.uint8), scale.view(torch.uint8)], 1)
-
-    def decode(self, stored: Tensor) -> Tensor:
-        """Return the steps [..., D] of bytes [..., step_bytes]."""
-        if self.dtype != torch.int8:
-            return stored.view(self.dtype)
-        levels = stored[..., : self.dim].view(torch.int8)
-        scale = stored[..., self.dim :].contiguous().view(torch.float32)
-        return levels * scale
-
-    def summarise(self, stored: Tensor, counts: Tensor) -> Tensor:
-        """Return the means [M, D] of chunks [M, C, step_bytes] with `counts` [M] steps, float32."""
-        # In pieces that stay in cache, since float32 takes room.
-        piece = max(1, PIECE_BYTES // (4 * self.chunk_size * self.dim))
-        return torch.cat(
-            [
-                self._summarise(*part)
-                for part in zip(stored.split(piece), counts.split(piece), strict=True)
-            ]
-        )
-
-    def _summarise(self, stored: Tensor, counts: Tensor) -> Tensor:
-        contents = self.decode(stored).float()[None]
-        is_whole = bool((counts == self.chunk_size).all())
-        is_step = None if is_whole else step_mask(counts, self.chunk_size)[None]
-        return summarise(contents, is_step)[0]
-
-
-class Chunks(NamedTuple):
-    """Closed chunks, oldest first."""
-
-    stored: Tensor
-    """[M, C, step_bytes] uint8; zeros where a short chunk, at its oldest end, has no steps."""
-    summaries: Tensor
-    """[M, D] float32, the means of their steps as they are stored."""
-    counts: Tensor
-    """[M] int32, how many steps they have."""
-    episodes: Tensor
-    """[M] int64."""
-    first_steps: Tensor
-    """[M] int64, the number of the first step of each."""
-
-    @classmethod
-    def none(cls, form: Format) -> Self:
-        """Return no chunks."""
-        stored = torch.empty(0, form.chunk_size, form.step_bytes, dtype=torch.uint8)
-        number = torch.empty(0, dtype=torch.int64)
-        return cls(stored, torch.empty(0, form.dim), number.int(), number, number)
-
-    @property
-    def length(self) -> int:
-        """M."""
-        return len(self.counts)
-
-    def __add__(self, others: "Chunks") -> "Chunks":  # type: ignore[override]
-        """Return these and the others."""
-        if not self.length or not others.length:
-            return others if others.length else self
-        pairs = zip(self, others, strict=True)
-        return Chunks(*(torch.cat(pair) for pair in pairs))
-
-
-def step_mask(counts: Tensor, chunk_size: int) -> Tensor:
-    """Return which steps [M, C] there are: a short chunk holds them at its newest end."""
-    return torch.arange(chunk_size) >= chunk_size - counts[:, None]
+"""Files that are no longer needed stay so long, for readers that have not refreshed."""
+_MOST_VERSIONS = 64
+"""But not those of more versions than that."""
 
 
 class Table:
-    """A Lance table of chunks. Every change is a new version, there whole or not at all."""
+    """A version of the table of a memory."""
 
-    def __init__(self, dataset: Any, form: Format, generation: bytes, sync: bool):
+    def __init__(
+        self, dataset: Any, form: Format, pinned: Pinned, pin: bytes, order: Tensor | None = None
+    ):
         self._dataset = dataset
         self.form = form
-        self.generation = generation
-        self._sync = sync
-
-    @classmethod
-    def open(cls, uri: str, storage_options: dict[str, str] | None, sync: bool) -> Self | None:
-        """Open the table at `uri`; None where there is none.
-
-        Raises:
-            MemoryFileError: what is there is damaged or no table of this format.
-        """
-        lance = _lance()
-        if "://" not in uri and not Path(uri).exists():
-            return None
-        try:
-            dataset = lance.dataset(uri, storage_options=storage_options)
-        except (ValueError, OSError) as error:
-            if "://" in uri and "not found" in str(error).lower():
-                return None
-            raise MemoryFileError(f"uri: {uri!r} is damaged or not a table ({error})") from error
-        metadata = {k.decode(): v.decode() for k, v in (dataset.schema.metadata or {}).items()}
-        if metadata.get("htm_pytorch") != FORMAT:
-            raise MemoryFileError(
-                f"uri: expected {uri!r} to hold a memory of format {FORMAT}, "
-                f"got {metadata.get('htm_pytorch')!r}"
-            )
-        dtype = getattr(torch, metadata["dtype"])
-        form = Format(int(metadata["dim"]), int(metadata["chunk_size"]), dtype)
-        return cls(dataset, form, bytes.fromhex(metadata["generation"]), sync)
-
-    @classmethod
-    def create(
-        cls, uri: str, form: Format, storage_options: dict[str, str] | None, sync: bool
-    ) -> Self:
-        """Make an empty table."""
-        return cls._empty(uri, form, storage_options, sync, "create")
-
-    @classmethod
-    def _empty(
-        cls, uri: str, form: Format, options: dict[str, str] | None, sync: bool, mode: str
-    ) -> Self:
-        generation = uuid.uuid4().bytes
-        table = _schema(form, generation).empty_table()
-        dataset = _lance().write_dataset(table, uri, mode=mode, storage_options=options)
-        made = cls(dataset, form, generation, sync)
-        made._reach_disk()
-        return made
+        self.pinned = pinned
+        self.pin = pin
+        """What the log keeps of it, against damage."""
+        self.order = order
+        """[M] int64, the row of each chunk; None: the row of its number."""
 
     @property
     def length(self) -> int:
-        """How many chunks there are."""
-        return self._dataset.count_rows()
+        """How many rows there are."""
+        return self.pinned.rows
 
-    def chunks(self, start: int, with_summaries: bool) -> Iterator[Chunks]:
-        """Yield the chunks from number `start` on, a few at a time, with all but their steps."""
-        numbers = ["steps", "episode", "first_step"]
-        columns = [*numbers, "summary"] if with_summaries else numbers
+    def ordered(self, order: Tensor | None) -> "Table":
+        """Return the same version with these rows for its chunks."""
+        return Table(self._dataset, self.form, self.pinned, self.pin, order)
+
+    def rows(self, start: int, with_summaries: bool) -> Iterator[Row]:
+        """Yield what is known of the rows from `start` on, a few at a time.
+
+        Raises:
+            MemoryFileError: they cannot be read.
+        """
         size = max(1, BATCH_BYTES // (4 * self.form.dim))
-        scanner = self._dataset.scanner(
-            columns=columns, offset=start, batch_size=size, scan_in_order=True
-        )
-        nothing = Chunks.none(self.form).stored
-        try:
+        columns = self._there([*NUMBERS, "summary"] if with_summaries else NUMBERS)
+        nothing = Chunks.none(self.form)
+        with _reading(f"chunks from row {start} on"):
+            scanner = self._dataset.scanner(
+                columns=columns, offset=start, batch_size=size, scan_in_order=True
+            )
             for batch in scanner.to_batches():
                 if batch.num_rows:
-                    means = _tensor(batch.column("summary")) if with_summaries else torch.empty(0)
-                    means = means.view(batch.num_rows, -1)
-                    yield Chunks(nothing, means, *(_tensor(batch.column(n)) for n in numbers))
-        except (OSError, ValueError) as error:
-            raise MemoryFileError(f"chunks from {start} on cannot be read ({error})") from error
+                    yield decoded(batch, nothing, with_summaries)
 
-    def take(self, numbers: list[int]) -> Tensor:
+    def first_steps(self) -> Tensor:
+        """Return the numbers of the first steps [rows] int64, in the order of the rows."""
+        with _reading("the numbers of its chunks"):
+            column = self._dataset.to_table(columns=["first_step"])["first_step"]
+            return joined(column, torch.int64)
+
+    def take(self, numbers: Sequence[int]) -> Tensor:
         """Return the stored chunks [U, C, step_bytes] of these numbers.
 
         Raises:
             MemoryFileError: one of them is not what was stored.
         """
-        # The engine answers in the order it was asked, but is faster when that is its own.
-        order = sorted(range(len(numbers)), key=numbers.__getitem__)
-        asked = [numbers[place] for place in order]
-        try:
-            found = self._dataset.take(asked, columns=["contents", "checksum"])
-        except (OSError, ValueError) as error:
-            raise MemoryFileError(f"chunks {asked}: cannot be read ({error})") from error
         stored = torch.empty(
-            len(numbers), self.form.chunk_size, self.form.step_bytes, dtype=torch.uint8
+            len(numbers), self.form.chunk_size, self.form.step_bytes, dtype=torch.uint8, device=CPU
         )
+        order, found = self._take(numbers, ["contents", "checksum"])
         start = 0
         for batch in found.to_batches():
-            rows = _tensor(batch.column("contents")).view(-1, *stored.shape[1:])
+            rows = joined(batch.column("contents"), torch.uint8).view(-1, *stored.shape[1:])
             for row, checksum in zip(rows, batch.column("checksum").to_pylist(), strict=True):
-                if _checksum(row) != checksum:
-                    raise MemoryFileError(f"chunk {asked[start]}: damaged, its checksum is wrong")
+                if zlib.crc32(row.numpy().data) != checksum:
+                    raise MemoryFileError(
+                        f"chunk {numbers[order[start]]}: damaged, its checksum is wrong; the "
+                        f"others are unharmed, and {REPAIR}"
+                    )
                 stored[order[start]] = row
                 start += 1
         return stored
 
-    def nearest(self, vectors: Tensor, k: int, probes: int) -> tuple[Tensor, Tensor]:
+    def marks(self, numbers: Sequence[int]) -> list[Marks | None]:
+        """Return what is marked in the chunks of these numbers.
+
+        Raises:
+            MemoryFileError: it is not what was stored.
+        """
+        order, found = self._take(numbers, ["marks"])
+        marks: list[Marks | None] = [None] * len(numbers)
+        for place, stored in zip(order, found["marks"].to_pylist(), strict=True):
+            marks[place] = unmarked(stored, numbers[place])
+        return marks
+
+    def nearest(
+        self, vectors: Tensor, k: int, probes: int, condition: str | None
+    ) -> tuple[Tensor, Tensor]:
         """Do what `index.nearest` does.
 
         Raises:
             MemoryFileError: the index or the summaries cannot be read.
         """
-        try:
-            return index.nearest(self._dataset, vectors, k, probes)
-        except (OSError, ValueError) as error:
-            raise MemoryFileError(f"summaries: cannot be searched ({error})") from error
+        with _reading("summaries: cannot be searched"):
+            return index.nearest(self._dataset, vectors, k, probes, condition)
 
-    def build_index(self) -> None:
-        """Make the index of the summaries, instead of the one there was."""
-        if self.length:
-            self._dataset = index.build(self._dataset, self.form.dim)
-            self._reach_disk()
-
-    def append(self, chunks: Chunks) -> None:
-        """Add chunks: all of them, or none where this raises."""
-        if chunks.length:
-            self._add(_batches(chunks, self.form, self.generation))
-
-    def append_from(self, other: "Table") -> None:
-        """Add all chunks of another table of this format."""
-        schema = _schema(self.form, self.generation)
-        if other.length:
-            import pyarrow as pa
-
-            self._add(
-                pa.RecordBatch.from_arrays(batch.columns, schema=schema)
-                for batch in other._scan(schema.names)
-            )
-
-    def clear(self) -> None:
-        """Begin a new generation, without chunks."""
-        dataset = self._dataset
-        made = self._empty(
-            dataset.uri, self.form, dataset._storage_options, self._sync, "overwrite"
-        )
-        self._dataset, self.generation = made._dataset, made.generation
-
-    def refresh(self) -> None:
-        """Go to the newest version."""
-        self._dataset.checkout_latest()
-        metadata = self._dataset.schema.metadata
-        self.generation = bytes.fromhex(metadata[b"generation"].decode())
-
-    def compact(self) -> None:
-        """Join small fragments and delete versions and files that were left an hour ago."""
-        rows = max(1, FRAGMENT_BYTES // self.form.chunk_bytes)
-        self._dataset.optimize.compact_files(target_rows_per_fragment=rows)
-        index.add_missing(self._dataset)
-        self._reach_disk()
-        self._dataset.cleanup_old_versions(older_than=_KEEP)
-
-    def verify(self) -> Iterator[str]:
+    def verify(self, gaps: Sequence[Range]) -> Iterator[str]:
         """Read everything and say what is wrong, chunk by chunk."""
-        names = _schema(self.form, self.generation).names
-        number, next_step = 0, None
+        names = schema(self.form).names
+        number, ends = 0, []
         try:
-            for batch in self._scan(names):
-                column = {name: _tensor(batch.column(name)) for name in names}
-                stored = column["contents"].view(-1, self.form.chunk_size, self.form.step_bytes)
-                means = self.form.summarise(stored, column["steps"])
-                kept = column["summary"].view(means.shape)
-                for row in range(batch.num_rows):
-                    if _checksum(stored[row]) != int(column["checksum"][row]):
-                        yield f"chunk {number}: its checksum is wrong"
-                    elif not torch.allclose(means[row], kept[row], rtol=1e-5, atol=1e-6):
-                        yield f"chunk {number}: its summary is not the mean of its steps"
-                    first, count = int(column["first_step"][row]), int(column["steps"][row])
-                    if not 0 < count <= self.form.chunk_size or next_step not in (None, first):
-                        yield f"chunk {number}: {count} steps from {first} on, expected {next_step}"
-                    number, next_step = number + 1, first + count
-        except (OSError, ValueError) as error:
+            with _reading("chunks"):
+                size = max(1, BATCH_BYTES // self.form.chunk_bytes)
+                scanner = self._dataset.scanner(
+                    columns=self._there(names), batch_size=size, scan_in_order=True
+                )
+                for batch in scanner.to_batches():
+                    if not batch.num_rows:
+                        continue
+                    for problem in problems(batch, self.form, number):
+                        yield f"{problem}; {REPAIR}"
+                    first = joined(batch.column("first_step"), torch.int64)
+                    count = joined(batch.column("steps"), torch.int32)
+                    ends += zip(first.tolist(), (first + count).tolist(), strict=True)
+                    number += batch.num_rows
+        except MemoryFileError as error:
             yield f"chunk {number} or a later one cannot be read ({error})"
+            return
+        for problem in holes(ends, gaps, self.pinned.end):
+            yield f"{problem}; {REPAIR}"
 
     def info(self) -> dict[str, Any]:
         """Return what the engine knows of the table."""
@@ -311,42 +165,364 @@ class Table:
         return {
             "chunks in the index": index.length(self._dataset),
             "fragments": len(fragments),
-            "version": self._dataset.version,
+            "version": self.pinned.version,
         }
 
-    def _scan(self, names: list[str]) -> Iterator[Any]:
-        size = max(1, BATCH_BYTES // self.form.chunk_bytes)
-        scanner = self._dataset.scanner(columns=names, batch_size=size, scan_in_order=True)
-        return (batch for batch in scanner.to_batches() if batch.num_rows)
+    def _there(self, columns: Sequence[str]) -> list[str]:
+        """Return those columns that there are; a table of format 1 has not all of them."""
+        names = self._dataset.schema.names
+        return [name for name in columns if name in names]
 
-    def _add(self, batches: Iterator[Any]) -> None:
+    def _take(self, numbers: Sequence[int], columns: list[str]) -> tuple[list[int], Any]:
+        """Return columns of these chunks, and the place of each row of them among the numbers."""
+        rows = list(numbers) if self.order is None else self.order[list(numbers)].tolist()
+        # The engine answers in the order it was asked, but is faster when that is its own.
+        order = sorted(range(len(rows)), key=rows.__getitem__)
+        with _reading(f"chunks {_few(numbers)}"):
+            return order, self._dataset.take([rows[place] for place in order], columns=columns)
+
+
+class Versions:
+    """All versions of a table, in a folder or an object store; the writer makes new ones."""
+
+    def __init__(self, place: Place, sync: bool):
+        self.uri = f"{place.uri}/chunks.lance"
+        self._options = place.storage_options
+        self._folder = None if place.folder is None else place.folder / "chunks.lance"
+        self._sync = sync
+        self._synced: set[str] | None = None
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is any version."""
+        if self._folder is not None:
+            return self._folder.exists()
+        try:
+            _lance().dataset(self.uri, storage_options=self._options)
+        except (ValueError, OSError) as error:
+            if "not found" in str(error).lower():
+                return False
+            raise
+        return True
+
+    def open(self, head: Head, pin: bytes, may_mend: bool) -> Table:
+        """Open the version that a head names, and compare it with what the log keeps of it.
+
+        Where `may_mend`, what says which files there are is restored, if it is damaged.
+
+        Raises:
+            MemoryFileError: it is damaged, or no longer there.
+        """
+        pinned = head.table
+        assert pinned is not None
+        if self._folder is not None and pin:
+            pins.check(self._folder, pinned.version, pin, may_mend)
+        with _reading(f"version {pinned.version} of {self.uri!r}"):
+            dataset = _lance().dataset(
+                self.uri, version=pinned.version, storage_options=self._options
+            )
+            rows = dataset.count_rows()
+        generation = (dataset.schema.metadata or {}).get(b"generation", b"").decode()
+        if (generation, rows) != (head.generation, pinned.rows):
+            raise MemoryFileError(
+                f"{self.uri!r} holds {rows} chunks of {generation!r}, expected {pinned.rows} of "
+                f"{head.generation!r}: it is not the table of this memory"
+            )
+        return Table(dataset, head.form, pinned, pin)
+
+    def newest(self) -> tuple[Table, dict[str, str]]:
+        """Return the newest version, and what it says of itself.
+
+        Raises:
+            MemoryFileError: it cannot be read, or is of another program.
+        """
+        with _reading(repr(self.uri)):
+            dataset = _lance().dataset(self.uri, storage_options=self._options)
+            metadata = dataset.schema.metadata or {}
+            facts = {key.decode(): value.decode() for key, value in metadata.items()}
+        try:
+            dtype = getattr(torch, facts["dtype"])
+            form = Format(int(facts["dim"]), int(facts["chunk_size"]), dtype)
+            if facts["htm_pytorch"] not in ("1", "2") or dtype not in DTYPES:
+                raise ValueError(f"format {facts['htm_pytorch']!r}")
+        except (KeyError, ValueError, AttributeError) as error:
+            raise MemoryFileError(
+                f"{self.uri!r} is not the table of a memory of this format ({error!r})"
+            ) from error
+        with _reading(repr(self.uri)):
+            numbers = dataset.to_table(columns=["first_step", "steps"])
+            first = joined(numbers["first_step"], torch.int64)
+            ends = first + joined(numbers["steps"], torch.int32)
+        end, rows = int(ends.max()) if len(ends) else 0, len(ends)
+        pinned = Pinned(dataset.version, end, rows, 0, rows)
+        return Table(dataset, form, pinned, b""), facts
+
+    def readable(self, wanted: int | None) -> Any:
+        """Return the engine's table of version `wanted`, or of the newest that can be read."""
+        assert self._folder is not None
+        manifests = (self._folder / "_versions").glob("*.manifest")
+        found = sorted(filter(None, map(pins.version_of, manifests)), reverse=True)
+        for version in [wanted, *found] if wanted is not None else found:
+            try:
+                dataset = _lance().dataset(self.uri, version=version)
+                dataset.count_rows()
+                return dataset
+            except BaseException as error:
+                if not is_damage(error):
+                    raise
+        return None
+
+    def widen(self, base: Table) -> Table:
+        """Return the version of a table of format 1 with the columns of today's, empty."""
         import pyarrow as pa
 
-        before = {fragment.fragment_id for fragment in self._dataset.get_fragments()}
-        reader = pa.RecordBatchReader.from_batches(_schema(self.form, self.generation), batches)
-        self._dataset.insert(reader, mode="append")
-        self._reach_disk(before)
+        columns = schema(base.form)
+        with _writing(self.uri):
+            dataset = self._on_top(base)
+            new = [columns.field(n) for n in columns.names if n not in dataset.schema.names]
+            if new:
+                dataset.add_columns(pa.schema(new))
+            dataset.update_schema_metadata({"htm_pytorch": "2"})
+        pinned = base.pinned._replace(version=dataset.version)
+        return self._done(dataset, base.form, pinned, None, None)
 
-    def _reach_disk(self, known: set[int] | None = None) -> None:
-        """Wait until the disk has the fragments that are not known, and the newest version.
+    def append(self, base: Table | None, head: Head, chunks: Chunks) -> Table:
+        """Return the version that has the chunks of `base` and, behind them, new ones.
 
-        Where none is known, the index too.
+        Raises:
+            OSError: it cannot be written; then there is none.
+            ValueError: the new ones do not come after the others.
         """
-        root = Path(self._dataset.uri)
-        if not self._sync or not root.is_dir():
+        import pyarrow as pa
+
+        form = head.form
+        end = base.pinned.end if base else 0
+        ends = [end, *(chunks.first_steps + chunks.counts).tolist()]
+        if any(
+            first < last for first, last in zip(chunks.first_steps.tolist(), ends, strict=False)
+        ):
+            raise ValueError("chunks: expected them in the order of their steps")
+        reader = pa.RecordBatchReader.from_batches(
+            schema(form, head.generation), encoded(chunks, form, head.generation)
+        )
+        self._remember()
+        with _writing(self.uri):
+            if base is None:
+                mode = "overwrite" if self.exists else "create"
+                dataset = _lance().write_dataset(
+                    reader, self.uri, mode=mode, storage_options=self._options
+                )
+            else:
+                dataset = self._on_top(base)
+                dataset.insert(reader, mode="append")
+        rows = base.pinned.rows if base else 0
+        order = None
+        if base is not None and base.order is not None:
+            order = torch.cat([base.order, torch.arange(rows, rows + chunks.length, device=CPU)])
+        layout = base.pinned.layout if base else 0
+        unchecked = base.pinned.unchecked if base else 0
+        pinned = Pinned(dataset.version, ends[-1], rows + chunks.length, layout, unchecked)
+        return self._done(dataset, form, pinned, base, order)
+
+    def build_index(self, base: Table) -> Table:
+        """Return the version with an index of the summaries, instead of the one there was."""
+        with _writing(self.uri):
+            dataset = index.build(self._on_top(base), base.form.dim)
+        pinned = base.pinned._replace(version=dataset.version)
+        return self._done(dataset, base.form, pinned, base, base.order)
+
+    def is_scattered(self, base: Table) -> bool:
+        """Whether there are so many small fragments that they are better joined."""
+        fragments = base._dataset.get_fragments()
+        if len(fragments) < MOST_SMALL:
+            return False
+        small = max(2, SMALL_BYTES // base.form.chunk_bytes)
+        return sum(fragment.count_rows() < small for fragment in fragments) >= MOST_SMALL
+
+    def join(self, base: Table, fragment_bytes: int) -> Table:
+        """Return the version with fragments of about that size, without rows that were deleted."""
+        rows = max(2, fragment_bytes // base.form.chunk_bytes)
+        with _writing(self.uri):
+            dataset = self._on_top(base)
+            dataset.optimize.compact_files(
+                target_rows_per_fragment=rows, materialize_deletions_threshold=0.0
+            )
+        pinned = base.pinned._replace(version=dataset.version, layout=base.pinned.layout + 1)
+        return self._done(dataset, base.form, pinned, base, None)
+
+    def extend_index(self, base: Table) -> Table:
+        """Return the version whose index has all chunks, where there is an index."""
+        with _writing(self.uri):
+            dataset = self._on_top(base)
+            index.add_missing(dataset)
+        pinned = base.pinned._replace(version=dataset.version)
+        return self._done(dataset, base.form, pinned, base, base.order)
+
+    def without(
+        self, base: Table, gaps: Sequence[Range], instead: Chunks, generation: str
+    ) -> Table:
+        """Return the version without the chunks that begin in `gaps`, and with others `instead`.
+
+        The others are what is left of some of them; they lie behind all rows.
+        """
+        import pyarrow as pa
+
+        conditions = [f"(first_step >= {start} AND first_step < {end})" for start, end in gaps]
+        reader = pa.RecordBatchReader.from_batches(
+            schema(base.form, generation), encoded(instead, base.form, generation)
+        )
+        with _writing(self.uri):
+            dataset = self._on_top(base)
+            if conditions:
+                dataset.delete(" OR ".join(conditions))
+            if instead.length:
+                dataset.insert(reader, mode="append")
+            rows, unchecked = dataset.count_rows(), dataset.count_rows("numbers IS NULL")
+        pinned = Pinned(dataset.version, base.pinned.end, rows, base.pinned.layout + 1, unchecked)
+        return self._done(dataset, base.form, pinned, base, None)
+
+    def is_indexed(self, base: Table) -> bool:
+        """Whether there is an index."""
+        return index.exists(base._dataset)
+
+    def clean(self, base: Table | None, everything: bool) -> None:
+        """Delete files that are not needed: for an hour, or, `everything`, at all."""
+        if not self.exists:
             return
-        for fragment in self._dataset.get_fragments():
-            if known is None or fragment.fragment_id not in known:
-                for file in fragment.data_files():
-                    sync_file(root / "data" / file.path)
-        if known is None:
-            for path in (root / "_indices").rglob("*"):
-                (sync_folder if path.is_dir() else sync_file)(path)
-        versions = root / "_versions"
-        sync_file(max(versions.iterdir(), key=os.path.getmtime))
-        for folder in (versions, root / "data", root):
-            if folder.exists():
-                sync_folder(folder)
+        dataset = _lance().dataset(self.uri, storage_options=self._options)
+        if base is not None and dataset.version != base.pinned.version:
+            dataset = self._on_top(base)
+        with _writing(self.uri):
+            if everything:
+                now = datetime.timedelta(0)
+                dataset.cleanup_old_versions(older_than=now, delete_unverified=True)
+            else:
+                dataset.cleanup_old_versions(older_than=_KEEP)
+                dataset.cleanup_old_versions(retain_versions=_MOST_VERSIONS)
+
+    def empty(self, head: Head) -> None:
+        """Make a version without chunks, so that the files of all others can be deleted."""
+        if self.exists:
+            table = schema(head.form, head.generation).empty_table()
+            with _writing(self.uri):
+                _lance().write_dataset(
+                    table, self.uri, mode="overwrite", storage_options=self._options
+                )
+
+    def size(self) -> int:
+        """Return the bytes of all files in the folder; 0 in an object store, which can tell."""
+        if self._folder is None:
+            return 0
+        return sum((self._folder / name).stat().st_size for name in pins.files(self._folder))
+
+    def _on_top(self, base: Table) -> Any:
+        """Return the engine's table at this version, which is made the newest one again.
+
+        There are newer ones where a call did not end, or where another writer was at work.
+        """
+        self._remember()
+        if self._folder is not None:
+            self._set_aside(base.pinned.version)
+        dataset = base._dataset.checkout_version(base.pinned.version)
+        if dataset.latest_version != dataset.version:
+            dataset.restore()
+        return dataset
+
+    def _set_aside(self, version: int) -> None:
+        """Move what newer versions are said to be, where it cannot be read, out of the way."""
+        assert self._folder is not None
+        for path in (self._folder / "_versions").glob("*.manifest"):
+            newer = pins.version_of(path)
+            if newer is None or newer <= version:
+                continue
+            try:
+                _lance().dataset(self.uri, version=newer)
+            except BaseException as error:
+                if not is_damage(error):
+                    raise
+                pins.set_aside(path)
+
+    def _done(
+        self, dataset: Any, form: Format, pinned: Pinned, base: Table | None, order: Tensor | None
+    ) -> Table:
+        """Wait until the disk has all files of a version."""
+        if self._folder is None:
+            return Table(dataset, form, pinned, b"", order)
+        if self._sync:
+            self._sync_new()
+        pin = pins.pin(self._folder, dataset, base.pin if base is not None else b"")
+        return Table(dataset, form, pinned, pin, order)
+
+    def _remember(self) -> None:
+        """Note which files there are before the first of our own."""
+        if self._synced is None:
+            self._synced = set(pins.files(self._folder))
+
+    def _sync_new(self) -> None:
+        """Wait until the disk has each file, and its name, that was not there before."""
+        assert self._folder is not None
+        assert self._synced is not None
+        files = set(pins.files(self._folder))
+        folders = {self._folder.parent, self._folder}
+        for name in sorted(files - self._synced):
+            path = self._folder / name
+            sync_file(path)
+            while path != self._folder:
+                path = path.parent
+                folders.add(path)
+        for folder in sorted(folders):
+            sync_folder(folder)
+        self._synced = files
+
+
+def holes(ends: Sequence[tuple[int, int]], gaps: Sequence[Range], end: int) -> list[str]:
+    """Return what is wrong with chunks that reach from a first step up to a last one."""
+    found, at = [], 0
+    for first, last in [*sorted(ends), (end, end)]:
+        if first < at and last > first:
+            found.append(f"steps {first} to {min(at, last) - 1} are there twice")
+        elif first > at and not any(a <= at and first <= b for a, b in gaps):
+            found.append(f"steps {at} to {first - 1} are missing")
+        at = max(at, last)
+    return found
+
+
+def _few(numbers: Sequence[int]) -> str:
+    return f"{list(numbers[:8])}" + (" and others" if len(numbers) > 8 else "")
+
+
+def is_damage(error: BaseException) -> bool:
+    """Whether an error is the engine's; where it gives up, it raises what is no Exception."""
+    if isinstance(error, OSError | ValueError | RuntimeError | ArithmeticError | LookupError):
+        return True
+    return type(error).__module__ == "pyo3_runtime"
+
+
+@contextlib.contextmanager
+def _reading(what: str) -> Iterator[None]:
+    try:
+        yield
+    except MemoryFileError:
+        raise
+    except BaseException as error:
+        if not is_damage(error):
+            raise
+        raise MemoryFileError(
+            f"{what}: cannot be read ({error}); where the writer has compacted meanwhile, "
+            f"`refresh()` or open it again; where a file is damaged, {REPAIR}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _writing(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        raise
+    except BaseException as error:
+        if not is_damage(error):
+            raise
+        raise OSError(f"{uri!r} cannot be written ({error}); nothing was changed") from error
 
 
 def _lance() -> Any:
@@ -354,66 +530,6 @@ def _lance() -> Any:
         import lance
     except ImportError as error:
         raise ImportError(
-            "memory.open needs the extra `store`: pip install 'htm-pytorch[store]'"
+            "memory.open needs the extra `store`; from a checkout: pip install '.[store]'"
         ) from error
     return lance
-
-
-def _schema(form: Format, generation: bytes) -> Any:
-    import pyarrow as pa
-
-    metadata = {
-        "htm_pytorch": FORMAT,
-        "generation": generation.hex(),
-        "dim": str(form.dim),
-        "chunk_size": str(form.chunk_size),
-        "dtype": str(form.dtype).removeprefix("torch."),
-    }
-    fields = {
-        "contents": pa.list_(pa.uint8(), form.chunk_bytes),
-        "summary": pa.list_(pa.float32(), form.dim),
-        "steps": pa.int32(),
-        "episode": pa.int64(),
-        "first_step": pa.int64(),
-        "checksum": pa.int64(),
-    }
-    return pa.schema([pa.field(name, kind) for name, kind in fields.items()], metadata)
-
-
-def _batches(chunks: Chunks, form: Format, generation: bytes) -> Iterator[Any]:
-    import pyarrow as pa
-
-    schema = _schema(form, generation)
-    size = max(1, BATCH_BYTES // form.chunk_bytes)
-    for start in range(0, chunks.length, size):
-        part = Chunks(*(column[start : start + size] for column in chunks))
-        stored = part.stored.contiguous()
-        columns = [
-            pa.FixedSizeListArray.from_arrays(_array(stored, pa.uint8()), form.chunk_bytes),
-            pa.FixedSizeListArray.from_arrays(_array(part.summaries, pa.float32()), form.dim),
-            _array(part.counts, pa.int32()),
-            _array(part.episodes, pa.int64()),
-            _array(part.first_steps, pa.int64()),
-            pa.array([_checksum(row) for row in stored], pa.int64()),
-        ]
-        yield pa.RecordBatch.from_arrays(columns, schema=schema)
-
-
-def _array(tensor: Tensor, kind: Any) -> Any:
-    import pyarrow as pa
-
-    flat = tensor.contiguous().flatten()
-    return pa.Array.from_buffers(kind, flat.numel(), [None, pa.py_buffer(flat.numpy())])
-
-
-def _tensor(column: Any) -> Tensor:
-    """Return the numbers or bytes of an Arrow column, flat: not a copy, so not to be written."""
-    import pyarrow as pa
-
-    if isinstance(column.type, pa.FixedSizeListType):
-        column = column.flatten()
-    return torch.from_dlpack(column) if len(column) else torch.empty(0)
-
-
-def _checksum(stored: Tensor) -> int:
-    return zlib.crc32(stored.numpy().data)

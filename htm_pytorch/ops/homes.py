@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory import ChunkedMemory, Home, ScoredHome
+from htm_pytorch.memory import ChunkedMemory, Home, ScoredHome, StoredMemory, View
 from htm_pytorch.memory.home import is_scored, is_searched
+from htm_pytorch.memory.view import Moment
 from htm_pytorch.ops import kernels, native, reference
 
 
@@ -30,6 +31,17 @@ def fetch(route: Tensor, home: Home, k: int, chunk_mask: Tensor | None) -> Fetch
     Raises:
         ValueError: chunks of the home cannot be found, or not under a mask.
     """
+    if isinstance(home, StoredMemory | View):
+        # Other threads may append meanwhile.
+        moment = home.moment()
+        if moment.seen is not None:
+            seen = moment.seen[:, None].expand(-1, route.shape[1], -1)
+            chunk_mask = seen if chunk_mask is None else seen & chunk_mask
+        return _fetch(route, moment, k, chunk_mask)
+    return _fetch(route, home, k, chunk_mask)
+
+
+def _fetch(route: Tensor, home: Home | Moment, k: int, chunk_mask: Tensor | None) -> Fetched:
     device = home.device
     exact = route.detach().to(device, torch.promote_types(route.dtype, torch.float32))
     if is_scored(home):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch import ChunkedMemory, HTMAttention, HTMBlock, recall
-from htm_pytorch.memory import ShardedMemory
+from htm_pytorch.memory import ShardedMemory, Span
 from htm_pytorch.memory.home import is_home, is_searched
 from htm_pytorch.ops import recall_with_weights
 from tests.helpers import assert_near, value_and_gradients
@@ -149,6 +149,50 @@ def chunks_are_fetched_by_their_numbers(make: Make) -> None:
     assert home.fetch(torch.tensor([], dtype=torch.int64)).chunks == 0
 
 
+def closed_by(is_first: list[bool]) -> list[tuple[int, int, int]]:
+    """First step, number of steps and episode of each chunk, in plain Python."""
+    closed, first, episode = [], 0, 0
+    for number, begins in enumerate(is_first):
+        if begins and number:
+            if first < number:
+                closed.append((first, number - first, episode))
+            first, episode = number, episode + 1
+        if number + 1 - first == SIZE:
+            closed.append((first, SIZE, episode))
+            first = number + 1
+    return closed
+
+
+def assert_spans(home: Any, is_first: Tensor) -> None:
+    closed = closed_by(is_first[0].tolist())
+    # Not in order, and one of them twice.
+    asked = torch.cat([torch.randperm(len(closed)), torch.arange(1)])
+    expected = [(chunk, *closed[chunk]) for chunk in asked.tolist()]
+    assert [span[:4] for span in home.spans(asked)] == expected
+
+
+def it_says_which_steps_a_chunk_holds(make: Make) -> None:
+    home = make()
+    for episodes in range(7):
+        steps, is_first = history(50, episodes)
+        is_first[:, 0] = episodes % 2 > 0
+        home = home.reset(torch.tensor([True]))
+        cuts = torch.randint(51, (int(torch.randint(6, ())),)).sort().values.tolist()
+        for start, end in zip([0, *cuts], [*cuts, 50], strict=True):
+            home = home.append(steps[:, start:end], is_first[:, start:end])
+            if end >= SIZE:
+                assert_spans(home, is_first[:, :end])
+    home = make().append(torch.randn(1, 2 * SIZE + 1, DIM))
+    assert home.spans(torch.tensor([], dtype=torch.int64)) == []
+    assert all(isinstance(span, Span) for span in home.spans(torch.tensor([1, 0])))
+    for wrong in ([2], [0, 2], [-1], [[0]]):
+        with pytest.raises(ValueError, match="^chunks: expected"):
+            home.spans(torch.tensor(wrong))
+    for row in (1, -1):
+        with pytest.raises(ValueError, match="^row: expected"):
+            home.spans(torch.tensor([0]), row)
+
+
 def bad_input_changes_nothing(make: Make) -> None:
     home = make().append(torch.randn(1, 9, DIM))
     before = visible(home)
@@ -175,6 +219,7 @@ LAWS: list[Callable[[Make], None]] = [
     an_empty_one_gives_zeros,
     it_can_be_reset,
     chunks_are_fetched_by_their_numbers,
+    it_says_which_steps_a_chunk_holds,
     bad_input_changes_nothing,
 ]
 
@@ -182,3 +227,79 @@ LAWS: list[Callable[[Make], None]] = [
 def holds_shared_out(group: Any, law: Callable[[Make], None]) -> None:
     """A law, over a memory of which every rank of a process group holds a part."""
     law(lambda: ShardedMemory.split(in_ram(), group))
+
+
+def spans_of_rows_and_rings(group: Any) -> list[str]:
+    """Every rank says of every row what one process says; return the errors that it raised."""
+    whole = ChunkedMemory.empty(2, 7, SIZE, DIM)
+    shared = ShardedMemory.split(whole, group)
+    for _ in range(6):
+        steps, is_first = torch.randn(2, 23, DIM), torch.rand(2, 23) < 0.05
+        whole, shared = whole.append(steps, is_first), shared.append(steps, is_first)
+        for row in range(2):
+            valid = whole.valid[row].nonzero()[:, 0]
+            for pieces in (shared, ShardedMemory.split(whole, group)):
+                assert pieces.spans(valid, row) == whole.spans(valid, row)
+    # Nothing of row 0 can be recalled now.
+    shared = shared.append(torch.randn(2, 1, DIM), torch.tensor([[True], [False]]))
+    errors = []
+    different = torch.tensor([group.rank()])
+    for asked, row in (([1, 6, 5], 0), ([7], 1), ([0], 2), (different, 1), ([0], group.rank() % 2)):
+        with pytest.raises(ValueError) as raised:
+            shared.spans(torch.as_tensor(asked), row)
+        errors.append(str(raised.value))
+    return errors
+
+
+class Elsewhere:
+    """The least home that is no `ChunkedMemory`, though one does its work."""
+
+    def __init__(self, inner: ChunkedMemory):
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def append(self, steps: Tensor, is_first: Tensor | None = None) -> "Elsewhere":
+        more = ChunkedMemory.from_steps(steps, SIZE).contents
+        return Elsewhere(ChunkedMemory.from_chunks(torch.cat([self.inner.contents, more], 1)))
+
+    def spans(self, chunks: Tensor, row: int = 0) -> list[Span]:
+        spans = self.inner.spans(chunks, row)
+        return [
+            span._replace(last_time=0.1, keys=(f"{span.first_step} \N{EURO SIGN}", None))
+            for span in spans
+        ]
+
+
+def spans_of_parts_elsewhere(group: Any) -> None:
+    """Parts that know their own steps alone: together they count like one memory."""
+    local: Any = Elsewhere(ChunkedMemory.from_steps(torch.zeros(1, 0, DIM), SIZE))
+    shared = ShardedMemory(local, group)
+    steps = torch.randn(1, 55, DIM)
+    for piece in steps.split(9, 1):
+        shared = shared.append(piece)
+    asked = torch.tensor([12, 0, 5, 5])
+    assert [span[:4] for span in shared.spans(asked)] == [
+        (chunk, chunk * SIZE, SIZE, 0) for chunk in asked.tolist()
+    ]
+    # Each key comes from the rank that has the chunk, by its own count.
+    own = [chunk // group.size() * SIZE for chunk in asked.tolist()]
+    keys = [(f"{first} \N{EURO SIGN}", None) for first in own]
+    assert [span.keys for span in shared.spans(asked)] == keys
+    assert {(span.first_time, span.last_time) for span in shared.spans(asked)} == {(None, 0.1)}
+
+    # Any number of chunks a rank, and some of them short.
+    counts = [[3], [4, 4, 1, 2], [1, 4]]
+    mine = torch.tensor(counts[group.rank()])
+    is_step = torch.arange(SIZE) >= SIZE - mine[:, None]
+    contents = torch.randn(1, len(mine), SIZE, DIM)
+    local = Elsewhere(ChunkedMemory.from_chunks(contents, is_step[None]))
+    shared = ShardedMemory(local, group)
+    there = [0, 1, 2, 4, 5, 7, 10]
+    found = shared.spans(torch.tensor(there))
+    assert [span.chunk for span in found] == there
+    assert [span.count for span in found] == [3, 4, 1, 4, 4, 1, 2]
+    assert [span.first_step for span in found] == [0, 3, 7, 8, 12, 16, 17]
+    with pytest.raises(ValueError, match=r"^chunks: expected chunks that can be .*, got \[3, 8\]"):
+        shared.spans(torch.tensor([8, 0, 3, 1]))

@@ -1,6 +1,7 @@
 """The write path against a plain Python simulation, and the contract of the value."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,6 +11,17 @@ from torch import Tensor
 
 from htm_pytorch import ChunkedMemory
 from htm_pytorch.memory import MemoryFileError
+from htm_pytorch.memory.files import load_tensors, save_tensors
+
+NUMBERS = ("first_steps", "episodes", "step_count", "episode")
+
+
+class Chunk(NamedTuple):
+    """A chunk as the first features of its steps, the number of the first, and their episode."""
+
+    steps: tuple[float, ...]
+    first_step: int
+    episode: int
 
 
 class Simulated:
@@ -17,8 +29,9 @@ class Simulated:
 
     def __init__(self, chunks: int, chunk_size: int, keep: bool):
         self.chunks, self.chunk_size, self.keep = chunks, chunk_size, keep
-        self.closed: list[list[Tensor]] = []
+        self.closed: list[Chunk] = []
         self.open: list[Tensor] = []
+        self.written = self.episode = 0
 
     def begin_episode(self) -> None:
         if self.keep:
@@ -26,32 +39,39 @@ class Simulated:
         else:
             self.closed = []
         self.open = []
+        self.episode += self.written > 0
 
     def write(self, step: Tensor) -> None:
         self.open.append(step)
+        self.written += 1
         if len(self.open) == self.chunk_size:
             self.close()
 
     def close(self) -> None:
         if self.open:
-            self.closed = [*self.closed, self.open][-self.chunks :]
+            steps = tuple(float(step[0]) for step in self.open)
+            chunk = Chunk(steps, self.written - len(steps), self.episode)
+            self.closed = [*self.closed, chunk][-self.chunks :]
         self.open = []
 
 
-def chunks_of(memory: ChunkedMemory, row: int, visible: Tensor) -> set[tuple[float, ...]]:
-    """The visible chunks of a row, each as the first features of its steps."""
+def chunks_of(memory: ChunkedMemory, row: int, visible: Tensor) -> set[Chunk]:
+    """The visible chunks of a row."""
     found = set()
-    for chunk in visible.nonzero().flatten().tolist():
-        steps = memory.contents[row, chunk]
+    for span in memory.spans(visible.nonzero()[:, 0], row):
+        steps = memory.contents[row, span.chunk]
         if memory.step_mask is not None:
-            steps = steps[memory.step_mask[row, chunk]]
-        torch.testing.assert_close(memory.summaries[row, chunk], steps.mean(0))
-        found.add(tuple(steps[:, 0].tolist()))
+            steps = steps[memory.step_mask[row, span.chunk]]
+        torch.testing.assert_close(memory.summaries[row, span.chunk], steps.mean(0))
+        assert span.count == len(steps)
+        found.add(Chunk(tuple(steps[:, 0].tolist()), span.first_step, span.episode))
     return found
 
 
-def expected(simulated: Simulated) -> set[tuple[float, ...]]:
-    return {tuple(float(step[0]) for step in chunk) for chunk in simulated.closed}
+def numbers_of(memory: ChunkedMemory, row: int = 0) -> list[tuple[int, ...]]:
+    """First step, number of steps and episode of each valid chunk, slot by slot."""
+    spans = memory.spans(memory.valid[row].nonzero()[:, 0], row)
+    return [span[1:4] for span in spans]
 
 
 @st.composite
@@ -93,11 +113,12 @@ def test_write_path_equals_a_simulation_however_the_stream_is_cut(stream: Any) -
             for row, simulated in enumerate(rows):
                 if is_first[row, start + time]:
                     simulated.begin_episode()
-                assert chunks_of(read, row, visible[row, time]) == expected(simulated)
+                assert chunks_of(read, row, visible[row, time]) == set(simulated.closed)
                 simulated.write(steps[row, start + time])
         memory, start = after, start + size
     for row, simulated in enumerate(rows):
-        assert chunks_of(memory, row, memory.valid[row]) == expected(simulated)
+        assert chunks_of(memory, row, memory.valid[row]) == set(simulated.closed)
+        assert memory.step_count[row] == simulated.written
         still_open = memory.open_steps[row, : memory.open_count[row], 0].tolist()
         assert still_open == [float(step[0]) for step in simulated.open]
     for name, part in whole._asdict().items():
@@ -139,12 +160,85 @@ def test_from_steps_keeps_every_step_once_and_averages_no_padding(
     steps = torch.rand(2, length, 3) + 1
     memory = ChunkedMemory.from_steps(steps, 4, borders=borders)
     assert memory.chunks == -(-length // 4)
-    chunks = [chunks_of(memory, 0, memory.valid[0])]
-    lengths = sorted(len(chunk) for chunk in chunks[0])
+    chunks = chunks_of(memory, 0, memory.valid[0])
+    lengths = sorted(len(chunk.steps) for chunk in chunks)
     assert sum(lengths) == length and lengths[1:] == [4] * len(lengths[1:])
     flat = steps[0, :, 0].tolist()
     starts = range(0, length, 4) if borders == "oldest" else range(length % 4 - 4, length, 4)
-    assert chunks[0] == {tuple(flat[max(s, 0) : s + 4]) for s in starts if flat[max(s, 0) : s + 4]}
+    whole = [Chunk(tuple(flat[max(s, 0) : s + 4]), max(s, 0), 0) for s in starts]
+    assert chunks == {chunk for chunk in whole if chunk.steps}
+
+
+@pytest.mark.parametrize(
+    ("borders", "spans"),
+    [
+        ("oldest", [(1, 2, 0), (4, 4, 0), (9, 1, 0)]),
+        ("newest", [(1, 1, 0), (3, 3, 0), (6, 3, 0)]),
+    ],
+)
+def test_masked_steps_have_numbers_like_others(borders: Any, spans: Any) -> None:
+    mask = torch.ones(2, 10, dtype=torch.bool)
+    mask[0, [0, 2, 8]] = False
+    memory = ChunkedMemory.from_steps(torch.rand(2, 10, 3), 4, mask, borders=borders)
+    assert numbers_of(memory) == spans
+    mask[0, 4:8] = False
+    masked = ChunkedMemory.from_steps(torch.rand(2, 10, 3), 4, mask)
+    assert numbers_of(masked) == [(1, 2, 0), (9, 1, 0)]
+    with pytest.raises(
+        ValueError, match=r"^chunks: expected chunks that can be recalled, got \[1\]"
+    ):
+        masked.spans(torch.tensor([0, 1]))
+    assert numbers_of(masked, 1) == [(0, 4, 0), (4, 4, 0), (8, 2, 0)]
+
+
+def test_steps_are_counted_on_after_a_past_that_was_given_whole() -> None:
+    border = torch.tensor([[True, False, False]])
+    for memory in (
+        ChunkedMemory.from_steps(torch.rand(1, 5, 2), 3),
+        ChunkedMemory.from_chunks(
+            torch.rand(1, 2, 3, 2), torch.tensor([[[1, 1, 1], [0, 1, 1]]]) > 0
+        ),
+    ):
+        # So that what came before the border stays visible.
+        memory = memory._replace(keep_across_episodes=True)
+        assert numbers_of(memory) == [(0, 3, 0), (3, 2, 0)]
+        after = memory.append(torch.rand(1, 3, 2), border)
+        assert numbers_of(after) == [(5, 3, 1), (3, 2, 0)]
+
+
+def test_an_emptied_row_counts_from_0_and_the_other_goes_on() -> None:
+    memory = ChunkedMemory.empty(2, 3, 2, 4)
+    border = torch.tensor([[True, False], [True, False]])
+    for _ in range(3):
+        memory = memory.append(torch.rand(2, 2, 4), border)
+    assert numbers_of(memory) == numbers_of(memory, 1) == [(4, 2, 2)]
+    memory = memory.reset(torch.tensor([True, False]))
+    with pytest.raises(ValueError, match="chunks: expected chunks that can be recalled"):
+        memory.spans(torch.tensor([2]))
+    memory = memory.append(torch.rand(2, 2, 4), border)
+    assert numbers_of(memory) == [(0, 2, 0)]
+    assert numbers_of(memory, 1) == [(6, 2, 3)]
+
+
+def test_dropped_and_forgotten_steps_count() -> None:
+    is_first = torch.zeros(1, 11, dtype=torch.bool)
+    is_first[0, 4] = True
+    memory = ChunkedMemory.empty(1, 2, 3, 2).append(torch.rand(1, 11, 2), is_first)
+    # Step 3 was dropped: 0-2 are of another episode, 4-6 and 7-9 of this one, 10 is in no chunk.
+    assert sorted(numbers_of(memory)) == [(4, 3, 1), (7, 3, 1)]
+    memory = memory.append(torch.rand(1, 2, 2))
+    assert sorted(numbers_of(memory)) == [(7, 3, 1), (10, 3, 1)]
+
+
+def test_fetched_chunks_keep_their_numbers() -> None:
+    is_first = torch.rand(2, 30) < 0.1
+    memory = ChunkedMemory.empty(2, 9, 4, 3, keep_across_episodes=True)
+    memory = memory.append(torch.rand(2, 30, 3), is_first)
+    for row in range(2):
+        chosen = memory.valid[row].nonzero()[:, 0].flip(0)
+        fetched = memory.fetch(chosen).spans(torch.arange(len(chosen)), row)
+        asked = memory.spans(chosen, row)
+        assert [span[1:] for span in fetched] == [span[1:] for span in asked]
 
 
 def test_from_chunks_takes_chunk_and_step_masks_and_goes_on_after_the_newest() -> None:
@@ -171,6 +265,7 @@ def test_saved_memory_comes_back_whole(tmp_path: Any, keep: bool) -> None:
     memory.save(tmp_path / "memory.safetensors")
     loaded = ChunkedMemory.load(tmp_path / "memory.safetensors")
     assert loaded.keep_across_episodes == keep and (loaded.step_mask is None) == (not keep)
+    assert numbers_of(loaded) == [(0, 2, 0), (2, 2, 0), (4, 2, 0)]
     for name, part in memory._tensors().items():
         assert torch.equal(part, loaded._tensors()[name]), name
     assert [path.name for path in tmp_path.iterdir()] == ["memory.safetensors"]
@@ -196,6 +291,59 @@ def test_a_truncated_or_foreign_file_is_refused_and_left_alone(tmp_path: Any) ->
         ChunkedMemory.load(path)
     with pytest.raises(FileNotFoundError, match="no file"):
         ChunkedMemory.load(tmp_path / "missing")
+
+
+def rewrite(path: Path, **changes: Tensor | None) -> None:
+    """Save a memory's file again with other parts, or without those that are None."""
+    tensors, metadata = load_tensors(path, "ChunkedMemory")
+    tensors = {name: changes.get(name, tensor) for name, tensor in tensors.items()}
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_tensors(path, "ChunkedMemory", kept, **metadata)
+
+
+@pytest.mark.usefixtures("files")
+def test_a_file_from_before_steps_had_numbers_counts_from_its_oldest_chunk(tmp_path: Any) -> None:
+    path = tmp_path / "memory.safetensors"
+    # Row 0 has forgotten steps 0 to 5; row 1 closed a chunk of one step early; row 2 is empty.
+    memory = ChunkedMemory.empty(3, 3, 2, 4, keep_across_episodes=True)
+    is_first = torch.zeros(3, 13, dtype=torch.bool)
+    is_first[1, 9] = True
+    memory = memory.append(torch.rand(3, 13, 4), is_first).reset(torch.tensor([False, False, True]))
+    assert numbers_of(memory) == [(6, 2, 0), (8, 2, 0), (10, 2, 0)]
+    assert numbers_of(memory, 1) == [(11, 2, 1), (8, 1, 0), (9, 2, 1)]
+    memory.save(path)
+    rewrite(path, **dict.fromkeys(NUMBERS))
+    loaded = ChunkedMemory.load(path)
+    assert numbers_of(loaded) == [(0, 2, 0), (2, 2, 0), (4, 2, 0)]
+    assert numbers_of(loaded, 1) == [(3, 2, 0), (0, 1, 0), (1, 2, 0)]
+    assert loaded.step_count.tolist() == [7, 5, 0]
+    border = torch.tensor([[False, False], [True, False], [True, False]])
+    loaded = loaded.append(torch.rand(3, 2, 4), border)
+    assert numbers_of(loaded) == [(6, 2, 0), (2, 2, 0), (4, 2, 0)]
+    assert numbers_of(loaded, 1) == [(3, 2, 0), (5, 2, 1), (1, 2, 0)]
+    assert numbers_of(loaded, 2) == [(0, 2, 0)]
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize(
+    ("part", "wrong", "message"),
+    [
+        ("first_steps", torch.zeros(2, 4).long(), r"first_steps: expected shape \[B = 2, M = 3\]"),
+        ("episodes", torch.zeros(2, 3, 1).long(), r"episodes: expected shape \[B = 2, M = 3\]"),
+        ("step_count", torch.zeros(1).long(), r"step_count: expected shape \[B = 2\], got \[1\]"),
+        ("episode", torch.zeros(2), r"episode: expected dtype torch.int64, got torch.float32"),
+        ("summaries", torch.zeros(2, 3, 5), r"summaries: expected shape \[B = 2, M = 3, D = 4\]"),
+        ("step_count", None, r"lacks a part: expected .*'step_count'.*, got "),
+    ],
+)
+def test_a_file_whose_parts_do_not_fit_is_refused(
+    tmp_path: Any, part: str, wrong: Tensor | None, message: str
+) -> None:
+    path = tmp_path / "memory.safetensors"
+    ChunkedMemory.empty(2, 3, 2, 4).append(torch.rand(2, 7, 4)).save(path)
+    rewrite(path, **{part: wrong})
+    with pytest.raises(MemoryFileError, match=message):
+        ChunkedMemory.load(path)
 
 
 @pytest.mark.usefixtures("files")
@@ -231,6 +379,18 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Any, monkeypatch: Any) -> N
         ),
         (lambda m: m.append(torch.rand(1, 5, 4), torch.ones(1, 5)), r"is_first: expected dtype"),
         (lambda m: m.reset(torch.ones(2).bool()), r"rows: expected shape \[B = 1\], got \[2\]"),
+        (lambda m: m.spans(torch.tensor([2])), r"chunks: expected numbers from 0 to 1, got \[2\]"),
+        (lambda m: m.spans(torch.tensor([-1])), r"chunks: expected numbers from 0 to 1"),
+        (lambda m: m.spans(torch.tensor(1)), r"chunks: expected shape \[U\], got \[\]"),
+        (
+            lambda m: m.spans(torch.tensor([1, 0])),
+            r"chunks: expected chunks that can be recalled, got \[1, 0\]",
+        ),
+        (lambda m: m.spans(torch.tensor([0]), 1), r"row: expected an integer from 0 to 0, got 1"),
+        (
+            lambda m: m.spans(torch.tensor([0]), True),
+            r"row: expected an integer from 0 to 0, got T",
+        ),
         (lambda m: m.from_steps(torch.rand(1, 5, 4), 0), r"chunk_size: expected"),
         (lambda m: m.from_steps(torch.ones(1, 5, 4).long(), 2), r"steps: expected dtype floating"),
         (

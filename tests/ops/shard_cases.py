@@ -11,7 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from htm_pytorch import ChunkedMemory, HTMAttention, HTMBlock, recall
-from htm_pytorch.memory import ShardedMemory, ShardError
+from htm_pytorch.memory import ShardedMemory, ShardError, Span
 from htm_pytorch.memory import open as open_memory
 from htm_pytorch.ops import attend, attend_with_weights, recall_with_weights
 from htm_pytorch.ops.sharded import exchanged_bytes
@@ -405,6 +405,9 @@ class Kept:
     def fetch(self, chunks: Tensor) -> ChunkedMemory:
         self.fetched.append(len(chunks))
         return self._shelf.fetch(chunks)
+
+    def spans(self, chunks: Tensor, row: int = 0) -> list[Span]:
+        return self._shelf.spans(chunks, row)
 
     def reset(self, rows: Tensor) -> "Kept":
         assert rows.all()

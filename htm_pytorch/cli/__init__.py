@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 
 def main() -> None:
@@ -23,19 +23,8 @@ def main() -> None:
         if not report.ok:
             sys.exit(1)
 
-    def memory(
-        action: tyro.conf.Positional[Literal["info", "verify", "compact", "index"]],
-        path: tyro.conf.Positional[str],
-    ) -> None:
-        """Look after a memory on disk.
-
-        Args:
-            action: info: what it holds; verify: read everything and compare it with its checksums;
-                compact: join small files and delete what has not been needed for an hour; index:
-                make the index that memories opened with search="index" ask, and try it.
-            path: its folder, or its place in an object store.
-        """
-        look_after(action, path)
+    def memory() -> None:
+        """Look after a memory on disk: info, verify, save, compact, index, forget, repair."""
 
     commands: dict[str, Callable[..., None]] = {"check": check, "memory": memory}
     try:
@@ -54,6 +43,11 @@ def main() -> None:
 
         commands = {"train": train, "eval": evaluate} | commands
     try:
+        if sys.argv[1:2] == ["memory"]:
+            from htm_pytorch.cli import memory as of_memory
+
+            of_memory.main(sys.argv[2:])
+            return
         tyro.extras.subcommand_cli_from_dict(
             commands,
             prog="htm",
@@ -64,27 +58,6 @@ def main() -> None:
         sys.exit(f"htm: {error}")
     except KeyboardInterrupt:
         sys.exit("htm: stopped; htm train --resume goes on from the last checkpoint")
-
-
-def look_after(action: str, path: str) -> None:
-    """Print what a memory on disk holds, verify it, compact it, or index its summaries."""
-    from htm_pytorch import memory
-
-    with memory.open(path, read_only=action in ("info", "verify")) as stored:
-        if action == "verify":
-            problems = stored.verify()
-            print(*problems, sep="\n", end="\n" if problems else "")
-            if problems:
-                sys.exit(1)
-            print(f"{stored.chunks:,} chunks are as they were stored")
-            return
-        if action == "compact":
-            stored.compact()
-        if action == "index":
-            share = stored.build_index().index_recall()
-            print(f"of the 8 best chunks of queries like its summaries it finds {share:.1%}")
-        for name, value in stored.info().items():
-            print(f"{name:24} {value:,}" if isinstance(value, int) else f"{name:24} {value}")
 
 
 def evaluate(run_dir: Path, episodes: int | None = None, seed: int | None = None) -> None:

@@ -1,0 +1,86 @@
+"""What a stored memory answers, from its state at one moment."""
+
+import torch
+from torch import Tensor
+
+from htm_pytorch.memory.choice import Chosen
+from htm_pytorch.memory.chunked import ChunkedMemory
+from htm_pytorch.memory.formats import CPU, Chunks, step_mask
+from htm_pytorch.memory.span import Span
+from htm_pytorch.memory.state import State
+from htm_pytorch.shapes import check_numbers
+
+
+def fetched(now: State, chunks: Tensor) -> ChunkedMemory:
+    """Return chunks of a state as a memory in RAM; see `StoredMemory.fetch`."""
+    check_numbers("chunks", chunks, now.known.length)
+    contents = now.fetch(chunks.tolist())
+    counts = now.known.counts[chunks]
+    is_step = None
+    if (counts < now.head.chunk_size).any():
+        is_step = step_mask(counts, now.head.chunk_size)[None]
+    has_summaries = now.known.summaries.shape[1]
+    summaries = now.known.summaries[chunks][None] if has_summaries else None
+    return ChunkedMemory.from_chunks(contents[None], is_step, summaries=summaries)
+
+
+def span(now: State, number: int) -> Span:
+    """Return which steps a chunk holds; see `StoredMemory.spans`."""
+    known = now.known
+    count = int(known.counts[number])
+    first, last = (None if t != t else t for t in known.times[number].tolist())
+    marks = now.marks(number)
+    return Span(
+        number,
+        int(known.first_steps[number]),
+        count,
+        int(known.episodes[number]),
+        first,
+        last,
+        marks.keys if marks else (),
+    )
+
+
+def searched(
+    now: State, vectors: Tensor, k: int, probes: int, chosen: Chosen | None
+) -> tuple[Tensor, Tensor]:
+    """Return the chunks [X, k] in the table that an index finds, and their products."""
+    if now.table is None or not k:
+        nothing = torch.empty(len(vectors), 0, dtype=torch.int64, device=CPU)
+        return nothing, nothing.float()
+    gaps = [f"NOT (first_step >= {a} AND first_step + steps <= {b})" for a, b in now.head.gaps]
+    conditions = [*gaps, *(chosen.conditions() if chosen is not None else ())]
+    condition = " AND ".join(conditions) or None
+    first_steps, products = now.table.nearest(vectors, k, probes, condition)
+    return numbers_of(now, first_steps), products
+
+
+def numbers_of(now: State, first_steps: Tensor) -> Tensor:
+    """Return the chunks that begin with these steps in the table; -1 where there is none."""
+    known = now.known.first_steps
+    number = torch.searchsorted(known, first_steps.contiguous())
+    # Of a chunk whose oldest steps were forgotten, the first that is left comes later.
+    inside = number.clamp(max=max(len(known) - 1, 0))
+    if not len(known):
+        return torch.full_like(first_steps, -1)
+    far = known[inside] - first_steps >= now.head.chunk_size
+    return inside.masked_fill((first_steps < 0) | (number >= len(known)) | far, -1)
+
+
+def whole(now: State, start: int, end: int) -> Chunks:
+    """Return chunks of the table with all that is stored of them."""
+    assert now.table is not None
+    form, known, numbers = now.head.form, now.known, list(range(start, end))
+    stored = now.table.take(numbers)
+    counts = known.counts[start:end]
+    stored[~step_mask(counts, form.chunk_size)] = 0
+    return Chunks(
+        stored,
+        form.summarise(stored, counts),
+        counts,
+        known.episodes[start:end],
+        known.first_steps[start:end],
+        known.times[start:end],
+        known.marked[start:end],
+        tuple(now.marks(number) for number in numbers),
+    )

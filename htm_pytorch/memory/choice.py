@@ -1,0 +1,44 @@
+"""Which chunks of a stored memory are to be recalled from."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from htm_pytorch.memory.formats import CPU
+from htm_pytorch.memory.known import Known
+
+
+class Chosen(NamedTuple):
+    """Which chunks are to be recalled from."""
+
+    episodes: tuple[int, ...] | None
+    """Their episodes; None: all."""
+    since: float | None
+    """When their first steps happened, or later."""
+    until: float | None
+    """When their last steps happened, or earlier."""
+
+    def mask(self, known: Known) -> Tensor:
+        """Return which chunks [M] bool they are."""
+        mask = torch.ones(known.length, dtype=torch.bool, device=CPU)
+        if self.episodes is not None:
+            wanted = torch.tensor(self.episodes, dtype=torch.int64, device=CPU)
+            mask &= torch.isin(known.episodes, wanted)
+        if self.since is not None:
+            mask &= known.times[:, 0] >= self.since
+        if self.until is not None:
+            mask &= known.times[:, 1] <= self.until
+        return mask
+
+    def conditions(self) -> list[str]:
+        """Return the same as conditions of SQL on the rows of a table."""
+        found = []
+        if self.episodes is not None:
+            numbers = ", ".join(map(str, self.episodes)) or "-1"
+            found.append(f"episode IN ({numbers})")
+        for name, bound in (("first_time >=", self.since), ("last_time <=", self.until)):
+            if bound is not None and math.isfinite(bound):
+                found.append(f"{name} {bound!r}")
+        return found

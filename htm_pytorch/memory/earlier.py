@@ -1,0 +1,227 @@
+"""Memories of format 1: how they are read, and how they become memories of today's format.
+
+Their table had no checksums of its numbers, and their journal was a file of records of our own, in
+an object store a table of one row. They are read from there as they are; opened for writing, they
+get a log. Until that has the place of the journal, nothing that they hold is changed.
+"""
+
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from htm_pytorch.memory.files import MemoryFileError
+from htm_pytorch.memory.folder_log import FolderLog, LogFile
+from htm_pytorch.memory.formats import Format
+from htm_pytorch.memory.log import REPAIR, Contents, Head, Log, Record, check_records
+from htm_pytorch.memory.object_log import ObjectLog
+from htm_pytorch.memory.place import Place
+from htm_pytorch.memory.table import Table, Versions, holes
+
+MAGIC = b"HTMJRNL1"
+_HEADER = struct.Struct("<8s16s")
+_RECORD = struct.Struct("<IQqII")
+
+
+class Journal(NamedTuple):
+    """What a journal of format 1 holds."""
+
+    generation: str
+    records: list[Record]
+
+
+def decode(journal: bytes, where: str) -> Journal:
+    """Return what a journal holds; a record that breaks off at the end was never acknowledged.
+
+    Raises:
+        MemoryFileError: it is no journal, or a record that others follow is damaged.
+    """
+    if len(journal) < _HEADER.size or journal[: len(MAGIC)] != MAGIC:
+        raise MemoryFileError(f"{where} is damaged, or not of this format; {REPAIR}")
+    records, at = [], _HEADER.size
+    while (found := _record(journal, at)) is not None:
+        record, at = found
+        records.append(record)
+    if any(_record(journal, later) for later in range(at + 1, len(journal) - _RECORD.size)):
+        raise MemoryFileError(f"{where}: the record at byte {at} is damaged; {REPAIR}")
+    return Journal(_HEADER.unpack_from(journal)[1].hex(), records)
+
+
+def salvaged(journal: bytes) -> list[Record]:
+    """Return all records that are whole, also behind damage."""
+    records, at = [], _HEADER.size
+    while at < len(journal):
+        found = _record(journal, at)
+        if found is not None:
+            record, at = found
+            records.append(record)
+        else:
+            at += 1
+    return records
+
+
+def _record(journal: bytes, at: int) -> tuple[Record, int] | None:
+    if at + _RECORD.size > len(journal):
+        return None
+    crc, first_step, episode, borders, size = _RECORD.unpack_from(journal, at)
+    body = at + _RECORD.size
+    end = body + borders + size
+    if end > len(journal) or not size or zlib.crc32(journal[at + 4 : end]) != crc:
+        return None
+    numbers = struct.unpack_from(f"<{borders // 4}I", journal, body)
+    return Record(first_step, episode, numbers, (), (), False, journal[body + borders : end]), end
+
+
+def contents(versions: Versions, journal: bytes, where: str) -> tuple[Contents, Table]:
+    """Return what a memory of format 1 holds.
+
+    Raises:
+        MemoryFileError: it is damaged, or it has steps twice, as compaction once left them.
+    """
+    table, facts = versions.newest()
+    try:
+        form = table.form
+        generation = facts["generation"]
+    except KeyError as error:
+        raise MemoryFileError(f"{versions.uri!r}: no table of this format ({error})") from error
+    found = decode(journal, where)
+    end, episode = table.pinned.end, -1
+    ends: list[tuple[int, int]] = []
+    for row in table.rows(0, with_summaries=False):
+        first, chunks = row.chunks.first_steps, row.chunks
+        ends += zip(first.tolist(), (first + chunks.counts).tolist(), strict=True)
+        episode = max(episode, int(chunks.episodes.max()))
+    wrong = holes(ends, (), end)
+    if wrong:
+        raise MemoryFileError(f"{versions.uri!r}: {wrong[0]}; {REPAIR}")
+    records: list[Record] = []
+    at = end
+    # Records of another generation are of a table that is no more.
+    for record in found.records if found.generation == generation else ():
+        after = record.first_step + len(record.steps) // form.step_bytes
+        # One that begins further on is the rest of chunks that never reached the table.
+        if record.first_step > at or after <= at:
+            continue
+        records.append(record)
+        at = after
+        episode = max(episode, record.episode + sum(border > 0 for border in record.borders))
+    first = Head.first(form)
+    head = first._replace(
+        generation=generation,
+        sequence=1,
+        steps=at,
+        episode=episode,
+        table=table.pinned if table.pinned.rows else None,
+    )
+    return Contents(head, _cut(records, end, form)), table
+
+
+def _cut(records: Sequence[Record], start: int, form: Format) -> list[Record]:
+    """Return the records without steps that come before `start`, or twice."""
+    found: list[Record] = []
+    at = start
+    for record in records:
+        known = at - record.first_step
+        begun = sum(0 < border <= known for border in record.borders)
+        borders = tuple(border - known for border in record.borders if border >= known)
+        steps = record.steps[known * form.step_bytes :]
+        found.append(Record(at, record.episode + begun, borders, (), (), False, steps))
+        at += len(steps) // form.step_bytes
+    return found
+
+
+class EarlierLog:
+    """The log of a memory of format 1, which is only read."""
+
+    def __init__(self, place: Place, versions: Versions, journal: Callable[[], bytes], where: str):
+        self.where = where
+        self._versions = versions
+        self._journal = journal
+
+    def read(self, known: Head | None = None) -> Contents | None:
+        """Return the head and all records; see `Log.read`."""
+        found, _ = contents(self._versions, self._journal(), self.where)
+        # What its writer adds shows as another number.
+        version = self._versions.newest()[0].pinned.version
+        head = found.head._replace(sequence=1 + found.head.steps + version)
+        return check_records(self.where, found._replace(head=head))
+
+    def write(
+        self, head: Head, new: Sequence[Record], replace: bool, pin: bytes | None = None
+    ) -> None:
+        """Raise: it is only read."""
+        raise OSError(f"{self.where} is of an earlier format, which is only read")
+
+    def reopen(self) -> None:
+        """Do nothing."""
+
+    def purge(self) -> None:
+        """Do nothing."""
+
+    def problems(self) -> list[str]:
+        """Return nothing: what is damaged cannot be read in the first place."""
+        return []
+
+    def inherit(self) -> None:
+        """Do nothing."""
+
+    def size(self) -> int:
+        """Return its bytes."""
+        return len(self._journal())
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def in_folder(place: Place, sync: bool, read_only: bool) -> Log | None:
+    """Return the log of a memory of format 1 in a folder; None where there is none.
+
+    Unless it is only read, it becomes a memory of today's format.
+    """
+    where = f"the journal {str(place.log)!r}"
+    if LogFile(place.log, read_only=True).is_log():
+        return None
+    versions = Versions(place, sync)
+    if read_only:
+        return EarlierLog(place, versions, place.log.read_bytes, where)
+    found = _widened(versions, place.log.read_bytes(), where)
+    return FolderLog(LogFile.create(place.log, {"": found}, sync=sync))
+
+
+def in_object_store(place: Place, log: ObjectLog, read_only: bool) -> Log:
+    """Return the log of the memory at a place: `log`, unless what is there is of format 1."""
+    versions = Versions(place, sync=False)
+    read = _remote_journal(place)
+    if read is None:
+        return log
+    where = f"the journal {place.uri}/journal.lance"
+    if read_only:
+        return EarlierLog(place, versions, read, where)
+    log.create(_widened(versions, read(), where))
+    return log
+
+
+def _widened(versions: Versions, journal: bytes, where: str) -> Contents:
+    found, table = contents(versions, journal, where)
+    if found.head.table is None:
+        return found
+    table = versions.widen(table)
+    return Contents(found.head._replace(table=table.pinned), found.records, table.pin)
+
+
+def _remote_journal(place: Place) -> Callable[[], bytes] | None:
+    import lance
+
+    uri = f"{place.uri}/journal.lance"
+    try:
+        dataset = lance.dataset(uri, storage_options=place.storage_options)
+    except (ValueError, OSError) as error:
+        if "not found" in str(error).lower():
+            return None
+        raise MemoryFileError(f"{uri!r} cannot be read ({error}); {REPAIR}") from error
+
+    def read() -> bytes:
+        dataset.checkout_latest()
+        return dataset.to_table()["journal"][0].as_py()
+
+    return read

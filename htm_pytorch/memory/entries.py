@@ -1,0 +1,136 @@
+"""What is appended, and what is forgotten: from arguments to what a log keeps."""
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from htm_pytorch.memory import state
+from htm_pytorch.memory.formats import CPU, Chunks
+from htm_pytorch.memory.log import Head, Range, Record
+from htm_pytorch.memory.state import Batch, Open, State
+from htm_pytorch.shapes import check_device, check_tensor
+
+
+def key_of_each(
+    keys: str | Sequence[str | None] | None, length: int
+) -> tuple[str | None, ...] | None:
+    """Return one for each step.
+
+    Raises:
+        ValueError: they are none, or not as many.
+    """
+    if keys is None:
+        return None
+    found = (keys,) * length if isinstance(keys, str) else tuple(keys)
+    wrong = [key for key in found if key is not None and not isinstance(key, str)]
+    if wrong:
+        raise ValueError(f"keys: expected a str, or one or None for each step, got {wrong[0]!r}")
+    if len(found) != length:
+        raise ValueError(f"keys: expected {length}, one for each step, got {len(found)}")
+    return None if found.count(None) == length else found
+
+
+def time_of_each(times: float | Tensor | None, length: int, last: float | None) -> Tensor:
+    """Return one for each step [T] float64.
+
+    Raises:
+        ValueError: they are not numbers, not as many, or fall.
+    """
+    if times is None:
+        # A clock may be set back.
+        now = max(time.time(), last if last is not None else -math.inf)
+        return torch.full((length,), now, dtype=torch.float64, device=CPU)
+    if not isinstance(times, Tensor):
+        times = torch.tensor(float(times), dtype=torch.float64, device=CPU)
+    if times.ndim == 0:
+        times = times.expand(length)
+    check_tensor("times", times, "T", T=length)
+    check_device("times", times, CPU)
+    found = times.detach().double()
+    if not found.isfinite().all():
+        raise ValueError("times: expected finite numbers, got some that are not")
+    least = -torch.inf if last is None else last
+    if length and (float(found[0]) < least or bool((found.diff() < 0).any())):
+        raise ValueError(
+            f"times: expected times that never fall, from {least} on, got {found[:4].tolist()}"
+        )
+    return found
+
+
+def check_finite(closed: Chunks, opened: Open, head: Head) -> None:
+    """Raise a ValueError where steps are no numbers: they would spoil every answer."""
+    # A mean is finite only if all its steps are; so the few numbers tell of all.
+    if closed.summaries.isfinite().all():
+        if head.form.decode(opened.stored).isfinite().all():
+            return
+        wrong = opened.first_step
+    else:
+        bad = ~closed.summaries.isfinite().all(1)
+        wrong = int(closed.first_steps[bad][0])
+    raise ValueError(
+        f"steps: expected finite numbers, got NaN or inf in the chunk of step {wrong}; "
+        "nothing was stored"
+    )
+
+
+def records_of(pending: Chunks) -> list[Record]:
+    """Return what a log keeps of closed chunks."""
+    records: list[Record] = []
+    for place in range(pending.length):
+        chunk, marks = pending.part(place, place + 1), pending.marks[place]
+        size, count = chunk.stored.shape[1], int(chunk.counts[0])
+        times = chunk.times[0, :1].expand(count)
+        if marks is not None:
+            times = torch.tensor(marks.times, dtype=torch.float64, device=CPU)
+        keys = (marks.keys or None) if marks else None
+        first_step, episode = int(chunk.first_steps[0]), int(chunk.episodes[0])
+        begins = bool(records) and records[-1].episode < episode
+        stored = chunk.stored[0, size - count :]
+        batch = Batch(stored, times, keys, first_step, episode, (0,) * begins)
+        records.append(batch.record()._replace(closes=count < size))
+    return records
+
+
+def without(pending: Chunks, gone: Sequence[Range], head: Head) -> Chunks:
+    """Return the chunks that are left, and of some of them the newest steps."""
+    left = Chunks.none(head.form)
+    for place in range(pending.length):
+        chunk = pending.part(place, place + 1)
+        first = int(chunk.first_steps[0])
+        last = first + int(chunk.counts[0])
+        if within((first, last), gone):
+            continue
+        cut = max((end for start, end in gone if start <= first < end), default=first)
+        left = left + (state.trimmed(chunk, cut, head.form) if cut > first else chunk)
+    return left
+
+
+def within(part: Range, ranges: Sequence[Range]) -> bool:
+    """Whether one of the ranges holds all of a part."""
+    return any(start <= part[0] and part[1] <= end for start, end in ranges)
+
+
+def step_at(now: State, moment: float) -> int:
+    """Return the number of the first step that happened at this time or later.
+
+    Raises:
+        ValueError: there are steps of which no time is known.
+    """
+    known, opened = now.known, now.opened
+    if known.times.isnan().any() or opened.times.isnan().any():
+        raise ValueError(
+            "before: expected times of all steps, got some that were stored without; "
+            "before_step forgets by number"
+        )
+    later = (opened.times >= moment).nonzero()[:, 0]
+    step = opened.first_step + (int(later[0]) if len(later) else len(opened.times))
+    chunks = (known.times[:, 1] >= moment).nonzero()[:, 0]
+    if len(chunks):
+        number = int(chunks[0])
+        step, marks = int(known.first_steps[number]), now.marks(number)
+        if marks is not None:
+            step += sum(time < moment for time in marks.times)
+    return step

@@ -1,0 +1,365 @@
+"""`FolderLog`: the log of a memory in a folder, in an SQLite file."""
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import struct
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Self
+
+from htm_pytorch.memory.files import MemoryFileError, sync_folder
+from htm_pytorch.memory.log import (
+    FORMAT,
+    REPAIR,
+    Contents,
+    Head,
+    Record,
+    check_records,
+    unknown,
+)
+
+WAIT_SECONDS = 60.0
+"""For other processes that read at the moment of a change."""
+_inherited: list[object] = []
+"""What a forked child must not close."""
+
+
+_KINDS = {False: 0x48544D31, True: 0x48544D6E}
+"""Numbers that tell the file of one memory from that of many."""
+
+
+class LogFile:
+    """A SQLite file with the logs of one memory or of many, each under a name.
+
+    With `sync` a change survives a loss of power. There is a rollback journal and no write-ahead
+    log, so that this one file holds all that was acknowledged at any moment, and a reader needs no
+    right to write.
+    """
+
+    def __init__(self, path: Path, *, sync: bool = True, read_only: bool = False):
+        self.path = path
+        self.where = f"the log {str(path)!r}"
+        self._sync = sync
+        self._read_only = read_only
+        self._connection: sqlite3.Connection | None = None
+        self._copied: tempfile.TemporaryDirectory[str] | None = None
+        self._mutex = threading.RLock()
+
+    @classmethod
+    def create(
+        cls, path: Path, logs: dict[str, Contents], *, sync: bool = True, is_of_many: bool = False
+    ) -> Self:
+        """Make a file with these logs, in the stead of what there is at `path`; whole or not."""
+        temporary = path.with_name(f".{path.name}.new")
+        temporary.unlink(missing_ok=True)
+        made = cls(temporary, sync=sync)
+        try:
+            with made._errors(), contextlib.closing(_connect(temporary, "rwc", sync)) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute(f"PRAGMA user_version = {FORMAT}")
+                connection.execute(f"PRAGMA application_id = {_KINDS[is_of_many]}")
+                for table in ("heads", "spare_heads"):
+                    connection.execute(
+                        f"CREATE TABLE {table} (name TEXT PRIMARY KEY, body BLOB) WITHOUT ROWID"
+                    )
+                connection.execute(
+                    "CREATE TABLE records "
+                    "(name TEXT, first_step INTEGER, body BLOB, PRIMARY KEY (name, first_step))"
+                )
+                connection.execute("CREATE TABLE pins (name TEXT PRIMARY KEY, body BLOB)")
+                for name, (head, records, pin) in logs.items():
+                    _put(connection, name, head, records, pin)
+                connection.execute("COMMIT")
+            # What its transactions leave beside it is empty by now.
+            temporary.with_name(f"{temporary.name}-journal").unlink(missing_ok=True)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        if sync:
+            sync_folder(path.parent)
+        return cls(path, sync=sync)
+
+    @contextlib.contextmanager
+    def transaction(self, kind: str = "DEFERRED") -> Iterator[sqlite3.Connection]:
+        """Change everything that is changed inside, or nothing.
+
+        Raises:
+            MemoryFileError: the file is damaged.
+            OSError: it cannot be read or written.
+        """
+        with self._mutex, self._errors():
+            connection = self._open()
+            if connection.in_transaction:
+                # Inside of another one, which begins and ends it.
+                yield connection
+                return
+            connection.execute(f"BEGIN {kind}")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    connection.execute("ROLLBACK")
+                raise
+
+    def is_log(self) -> bool:
+        """Whether it is a file of SQLite's at all, damaged or not."""
+        try:
+            with self.transaction() as connection:
+                connection.execute("PRAGMA user_version").fetchone()
+        except MemoryFileError as error:
+            code = getattr(error.__cause__, "sqlite_errorname", "")
+            return code != "SQLITE_NOTADB"
+        finally:
+            self.close()
+        return True
+
+    def is_of_many(self) -> bool:
+        """Whether it was made for many memories."""
+        with self.transaction() as connection:
+            (kind,) = connection.execute("PRAGMA application_id").fetchone()
+        return kind == _KINDS[True]
+
+    def has(self, name: str) -> bool:
+        """Whether there is a memory of this name."""
+        with self.transaction() as connection:
+            query = "SELECT 1 FROM heads WHERE name = ?"
+            return connection.execute(query, (name,)).fetchone() is not None
+
+    def changes(self) -> int:
+        """Return another number than before, if another process has written meanwhile."""
+        with self.transaction() as connection:
+            return connection.execute("PRAGMA data_version").fetchone()[0]
+
+    def names(self) -> list[str]:
+        """Return the names of all memories in the file, in order."""
+        with self.transaction() as connection:
+            return [name for (name,) in connection.execute("SELECT name FROM heads ORDER BY name")]
+
+    def purge(self) -> None:
+        """Write the file anew, without the pages that are no longer used."""
+        with self._mutex, self._errors():
+            self._open().execute("VACUUM")
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the file itself."""
+        try:
+            with self.transaction() as connection:
+                found = [text for (text,) in connection.execute("PRAGMA integrity_check")]
+                heads = connection.execute(
+                    "SELECT heads.name FROM heads LEFT JOIN spare_heads USING (name) "
+                    "WHERE heads.body IS NOT spare_heads.body"
+                ).fetchall()
+        except MemoryFileError as error:
+            return [str(error)]
+        damaged = [f"{self.where}: {text}; {REPAIR}" for text in found if text != "ok"]
+        return damaged + [f"{self.where}: one of two heads is damaged; {REPAIR}" for _ in heads]
+
+    def save(self, path: Path) -> None:
+        """Write a copy of the whole file to `path`, as of one moment."""
+        with self._mutex, self._errors(), contextlib.closing(_connect(path, "rwc", True)) as copy:
+            self._open().backup(copy)
+
+    def size(self) -> int:
+        """Return its bytes."""
+        return self.path.stat().st_size
+
+    def close(self) -> None:
+        """Close the file; it is opened again when it is asked for."""
+        with self._mutex:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.close()
+            if self._copied is not None:
+                self._copied.cleanup()
+                self._copied = None
+
+    def inherit(self) -> None:
+        """Go on in a forked child, for reading only, without what the parent has open."""
+        _inherited.append((self._connection, self._copied))
+        self._connection = self._copied = None
+        self._mutex = threading.RLock()
+        self._read_only = True
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is None:
+            if not self.path.exists():
+                raise MemoryFileError(f"{self.where} is gone; {REPAIR}")
+            if not self._read_only:
+                self._connection = _connect(self.path, "rw", self._sync)
+            elif os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK):
+                # To take back what a process that was killed has left half done.
+                self._connection = _connect(self.path, "rw", self._sync)
+                self._connection.execute("PRAGMA query_only = ON")
+            else:
+                self._connection = self._open_elsewhere()
+        return self._connection
+
+    def _open_elsewhere(self) -> sqlite3.Connection:
+        """Open the file where nothing can be written beside it."""
+        unfinished = self.path.with_name(f"{self.path.name}-journal")
+        if not unfinished.exists() or not unfinished.stat().st_size:
+            return _connect(self.path, "ro", self._sync)
+        self._copied = tempfile.TemporaryDirectory(prefix="htm_pytorch-")
+        for path in (unfinished, self.path):
+            shutil.copy(path, self._copied.name)
+        return _connect(Path(self._copied.name, self.path.name), "rw", False)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            code = getattr(error, "sqlite_errorname", "")
+            if code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+                raise TimeoutError(
+                    f"{self.where}: another process has held it for {WAIT_SECONDS:.0f} s; "
+                    "end that process, or try again"
+                ) from error
+            if code in ("SQLITE_ERROR", "SQLITE_CORRUPT", "SQLITE_NOTADB"):
+                raise MemoryFileError(f"{self.where} is damaged ({error}); {REPAIR}") from error
+            raise OSError(f"{self.where} cannot be read or written ({error})") from error
+        except sqlite3.DatabaseError as error:
+            raise MemoryFileError(f"{self.where} is damaged ({error}); {REPAIR}") from error
+
+
+class FolderLog:
+    """The log of the memory of a name, in a `LogFile`."""
+
+    def __init__(self, file: LogFile, name: str = ""):
+        self.file = file
+        self.name = name
+        self.where = file.where if not name else f"{file.where}, memory {name!r}"
+
+    def read(self, known: Head | None = None) -> Contents | None:
+        """Return the head and the records that are not known; see `Log.read`."""
+        with self.file.transaction() as connection:
+            head = self._head(connection)
+            if head is None:
+                return None
+            if known is not None and known.sequence == head.sequence:
+                return Contents(head, [])
+            start = unknown(head, known)
+            # From the record on that holds this step.
+            rows = connection.execute(
+                "SELECT first_step, body FROM records WHERE name = ? AND first_step >= ("
+                "SELECT coalesce(max(first_step), 0) FROM records "
+                "WHERE name = ? AND first_step <= ?) ORDER BY first_step",
+                (self.name, self.name, start),
+            ).fetchall()
+            pin = b""
+            if known is None or known.table != head.table:
+                query = "SELECT body FROM pins WHERE name = ?"
+                for (body,) in connection.execute(query, (self.name,)):
+                    pin = body
+        records = []
+        for first_step, body in rows:
+            try:
+                record = Record.decode(body)
+                if record.first_step != first_step:
+                    raise ValueError(f"it is that of step {record.first_step}")
+                records.append(record)
+            except (ValueError, TypeError, struct.error) as error:
+                raise MemoryFileError(
+                    f"{self.where}: the record of step {first_step} is damaged ({error}); {REPAIR}"
+                ) from error
+        return check_records(self.where, Contents(head, records, pin), known if start else None)
+
+    def write(
+        self, head: Head, new: Sequence[Record], replace: bool, pin: bytes | None = None
+    ) -> None:
+        """Change to `head`; see `Log.write`."""
+        with self.file.transaction("IMMEDIATE") as connection:
+            if replace:
+                connection.execute("DELETE FROM records WHERE name = ?", (self.name,))
+            _put(connection, self.name, head, new, pin)
+
+    def remove(self) -> None:
+        """Remove this memory from the file."""
+        with self.file.transaction("IMMEDIATE") as connection:
+            for table in ("records", "pins", "heads", "spare_heads"):
+                connection.execute(f"DELETE FROM {table} WHERE name = ?", (self.name,))
+
+    def forget_purge(self) -> None:
+        """Note that no byte is left of what was forgotten."""
+        with self.file.transaction("IMMEDIATE") as connection:
+            head = self._head(connection)
+            if head is not None and head.purge:
+                head = head._replace(sequence=head.sequence + 1, purge=False)
+                _put(connection, self.name, head, [], None)
+
+    def reopen(self) -> None:
+        """Open the file again, since a call did not end."""
+        self.file.close()
+
+    def purge(self) -> None:
+        """Leave no byte of what is no more."""
+        self.file.purge()
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the file."""
+        return self.file.problems()
+
+    def inherit(self) -> None:
+        """Go on in a forked child, for reading only."""
+        self.file.inherit()
+
+    def size(self) -> int:
+        """Return the bytes of the file."""
+        return self.file.size()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+    def _head(self, connection: sqlite3.Connection) -> Head | None:
+        found, wrong = [], None
+        for table in ("heads", "spare_heads"):
+            rows = connection.execute(f"SELECT body FROM {table} WHERE name = ?", (self.name,))
+            for (body,) in rows:
+                try:
+                    found.append(Head.decode(body))
+                except (ValueError, TypeError, KeyError, AttributeError) as error:
+                    wrong = error
+        if not found and wrong is not None:
+            raise MemoryFileError(f"{self.where}: its heads are damaged ({wrong}); {REPAIR}")
+        return max(found, key=lambda head: head.sequence, default=None)
+
+
+def _put(
+    connection: sqlite3.Connection,
+    name: str,
+    head: Head,
+    records: Sequence[Record],
+    pin: bytes | None,
+) -> None:
+    rows = [(name, record.first_step, record.encode()) for record in records]
+    connection.executemany("INSERT INTO records VALUES (?, ?, ?)", rows)
+    # Twice, in pages of their own: one damaged byte leaves the other.
+    for table in ("heads", "spare_heads"):
+        connection.execute(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", (name, head.encode()))
+    if pin is not None:
+        connection.execute("INSERT OR REPLACE INTO pins VALUES (?, ?)", (name, pin))
+
+
+def _connect(path: Path, mode: str, sync: bool) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode={mode}",
+        uri=True,
+        timeout=WAIT_SECONDS,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+    try:
+        if mode != "ro":
+            connection.execute("PRAGMA journal_mode = TRUNCATE")
+        connection.execute(f"PRAGMA synchronous = {'FULL' if sync else 'OFF'}")
+        connection.execute("PRAGMA temp_store = MEMORY")
+    except BaseException:
+        connection.close()
+        raise
+    return connection

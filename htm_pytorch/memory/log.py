@@ -1,0 +1,267 @@
+"""What a stored memory wrote last: its head, and the steps that its table does not hold yet.
+
+A `Log` changes in transactions: a new `Head`, and records that come or go with it, all or none.
+What it answers is what the last transaction left, so the head says which version of the table
+counts. `folder_log.FolderLog` is in an SQLite file, `object_log.ObjectLog` is one object in an
+object store.
+"""
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, Self
+
+import torch
+
+from htm_pytorch.memory.files import MemoryFileError
+from htm_pytorch.memory.formats import Format
+
+FORMAT = 2
+Range = tuple[int, int]
+"""Steps from a first one up to, and without, a last one."""
+REPAIR = "`htm memory repair` sets aside what is damaged and keeps the rest"
+
+
+class Pinned(NamedTuple):
+    """The version of the table that counts."""
+
+    version: int
+    end: int
+    """The number of the step after those that it holds."""
+    rows: int
+    layout: int
+    """Another one where rows lie otherwise than they did."""
+    unchecked: int
+    """Rows of an earlier format, which have no checksum over their numbers."""
+
+
+class Head(NamedTuple):
+    """All that a memory is, but for its steps."""
+
+    dim: int
+    chunk_size: int
+    dtype: str
+    generation: str
+    """Another one after `reset`, when steps are counted from 0 again."""
+    sequence: int
+    """How many transactions there were."""
+    steps: int
+    """The number of the step to come."""
+    episode: int
+    """Of the last step; -1 before the first of all."""
+    time: float | None
+    """Of the last step."""
+    forgotten: tuple[Range, ...]
+    """Steps that are to be recalled no more."""
+    purge: bool
+    """Whether some of them are still in files, until `compact`."""
+    lost: tuple[Range, ...]
+    """Steps that were damaged, and that `repair` could not save."""
+    table: Pinned | None
+
+    @classmethod
+    def first(cls, form: Format) -> Self:
+        """Return the head of a memory that nothing was written to."""
+        name = str(form.dtype).removeprefix("torch.")
+        generation = os.urandom(16).hex()
+        return cls(form.dim, form.chunk_size, name, generation, 0, 0, -1, None, (), False, (), None)
+
+    @property
+    def form(self) -> Format:
+        """Its sizes, and how steps become bytes."""
+        return Format(self.dim, self.chunk_size, getattr(torch, self.dtype))
+
+    @property
+    def gaps(self) -> tuple[Range, ...]:
+        """Steps that are not there and need not be."""
+        return merged((*self.forgotten, *self.lost))
+
+    def encode(self) -> bytes:
+        """Return it as bytes, behind a checksum."""
+        body = {**self._asdict(), "format": FORMAT}
+        if self.table is not None:
+            body["table"] = self.table._asdict()
+        return sealed(json.dumps(body, separators=(",", ":")).encode())
+
+    @classmethod
+    def decode(cls, stored: bytes) -> Self:
+        """Return the head that `encode` made these bytes of.
+
+        Raises:
+            ValueError: they are damaged, or of another format.
+        """
+        body = json.loads(unsealed(stored))
+        if body.pop("format") != FORMAT:
+            raise ValueError("it is of another format")
+        if body["table"] is not None:
+            body["table"] = Pinned(**body["table"])
+        for name in ("forgotten", "lost"):
+            body[name] = tuple((start, end) for start, end in body[name])
+        return cls(**body)
+
+
+class Record(NamedTuple):
+    """Steps that were appended together."""
+
+    first_step: int
+    """The number of the first of them."""
+    episode: int
+    """Of the first of them."""
+    borders: tuple[int, ...]
+    """Which of them begin an episode."""
+    times: tuple[float, ...]
+    """One for all of them or one for each; nothing where none is known."""
+    keys: tuple[str | None, ...]
+    """One for all of them or one for each; nothing where there is none."""
+    closes: bool
+    """Whether the chunk that they end in is closed, however short it is."""
+    steps: bytes
+
+    def encode(self) -> bytes:
+        """Return it as bytes, behind a checksum."""
+        text = json.dumps(self[:-1], separators=(",", ":")).encode()
+        return sealed(b"".join((struct.pack("<I", len(text)), text, self.steps)))
+
+    @classmethod
+    def decode(cls, stored: bytes) -> Self:
+        """Return the record that `encode` made these bytes of.
+
+        Raises:
+            ValueError: they are damaged.
+        """
+        body = unsealed(stored)
+        (length,) = struct.unpack_from("<I", body)
+        first_step, episode, *lists, closes = json.loads(body[4 : 4 + length])
+        borders, times, keys = (tuple(part) for part in lists)
+        return cls(first_step, episode, borders, times, keys, closes, body[4 + length :])
+
+
+class Contents(NamedTuple):
+    """What is in a log, as of one moment."""
+
+    head: Head
+    records: list[Record]
+    pin: bytes = b""
+    """What the table wants kept here, against damage; nothing where it is known already."""
+
+
+class Log(Protocol):
+    """Heads and records of a memory, changed all at once or not at all."""
+
+    where: str
+    """Where it is, for people."""
+
+    def read(self, known: Head | None = None) -> Contents | None:
+        """Return the head, and the records that a reader who knows `known` does not have.
+
+        None where nothing was ever written.
+
+        Raises:
+            MemoryFileError: what is there is damaged.
+        """
+        ...
+
+    def write(
+        self, head: Head, new: Sequence[Record], replace: bool, pin: bytes | None = None
+    ) -> None:
+        """Change to `head`, with the records `new` behind the others or, `replace`, in their stead.
+
+        `pin` is kept for the table, from the version on that the head names. When this returns, it
+        is safe. When it raises, it has happened or it has not.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        ...
+
+    def reopen(self) -> None:
+        """Forget everything that was left by a call that did not end."""
+        ...
+
+    def purge(self) -> None:
+        """Leave no byte of records that are no more."""
+        ...
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with it."""
+        ...
+
+    def inherit(self) -> None:
+        """Go on in a forked child, for reading only."""
+        ...
+
+    def size(self) -> int:
+        """Return its bytes."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it."""
+        ...
+
+
+def sealed(body: bytes) -> bytes:
+    """Return the body behind its checksum."""
+    return struct.pack("<I", zlib.crc32(body)) + body
+
+
+def unsealed(stored: bytes) -> bytes:
+    """Return the body that `sealed` put behind a checksum.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    body = stored[4:]
+    if len(stored) < 4 or struct.unpack_from("<I", stored)[0] != zlib.crc32(body):
+        raise ValueError("its checksum is wrong")
+    return body
+
+
+def merged(ranges: Sequence[Range]) -> tuple[Range, ...]:
+    """Return the ranges in order, those that touch each other as one."""
+    found: list[Range] = []
+    for start, end in sorted(ranges):
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        elif start < end:
+            found.append((start, end))
+    return tuple(found)
+
+
+def check_records(where: str, contents: Contents, known: Head | None = None) -> Contents:
+    """Return the contents.
+
+    Raises:
+        MemoryFileError: records do not follow each other up to where the head says.
+    """
+    head, records, _ = contents
+    at = known.steps if known else (head.table.end if head.table else 0)
+    if known and records:
+        at = min(at, records[0].first_step)
+    for record in records:
+        at = _over(at, head.gaps, record.first_step)
+        if record.first_step != at:
+            raise MemoryFileError(f"{where} lacks steps from {at} on; {REPAIR}")
+        at += len(record.steps) // head.form.step_bytes
+    if _over(at, head.gaps, head.steps) != head.steps:
+        raise MemoryFileError(f"{where} lacks steps from {at} to {head.steps - 1}; {REPAIR}")
+    return contents
+
+
+def _over(at: int, gaps: Sequence[Range], to: int) -> int:
+    """Return where a step after `at` may be, not beyond `to`, if those before it are missing."""
+    for start, end in gaps:
+        if start <= at < to:
+            at = max(at, min(end, to))
+    return at
+
+
+def unknown(head: Head, known: Head | None) -> int:
+    """Return the first step, from which on records are news to whoever knows the head `known`."""
+    if known is None or known.generation != head.generation or known.gaps != head.gaps:
+        return 0
+    # Steps that went to the table meanwhile are read from there.
+    if head.table is not None and head.table.end > known.steps:
+        return 0
+    return known.steps

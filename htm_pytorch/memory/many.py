@@ -1,0 +1,308 @@
+"""`open_many`: thousands of small memories, one a user or a stream, in one folder."""
+
+import contextlib
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from htm_pytorch.memory import forks, place
+from htm_pytorch.memory.files import MemoryFileError
+from htm_pytorch.memory.folder_log import FolderLog, LogFile
+from htm_pytorch.memory.log import REPAIR, Contents, Head
+from htm_pytorch.memory.opened import check_agrees, checked
+from htm_pytorch.memory.place import Lock, Place
+from htm_pytorch.memory.stored import ExactMemory
+from htm_pytorch.memory.view import View
+from htm_pytorch.shapes import check_tensor
+
+MOST_LOADED = 1024
+"""Memories that stay in RAM though nobody else holds them."""
+
+
+def open_many(
+    uri: str | os.PathLike[str],
+    *,
+    dim: int | None = None,
+    chunk_size: int | None = None,
+    dtype: torch.dtype | None = None,
+    read_only: bool = False,
+    sync: bool = True,
+) -> "Memories":
+    """Open the folder of many small memories at `uri`, or make one there.
+
+    All of them share one file, one lock and one connection, and each is in RAM as a whole when it
+    is used. A memory that outgrows RAM is better off alone, by `memory.open`.
+
+    Args:
+        uri: a folder.
+        dim: D of each. With it, the folder is made where there is none.
+        chunk_size: C of each, in a new folder; default 32.
+        dtype: how steps are stored, in a new folder; see `memory.open`.
+        read_only: open one that exists, beside its writer; `refresh` shows what came since.
+        sync: whether `append` waits until the disk has the steps.
+
+    Raises:
+        FileNotFoundError: there is none, and no `dim` to make one.
+        MemoryFileError: a ValueError; what is there is damaged, or something else.
+        ValueError: an argument that does not fit what is there.
+        BlockingIOError: it is open for writing already, here or in another process.
+    """
+    form = checked(dim, chunk_size, dtype)
+    where = place.find(uri, None)
+    if where.folder is None:
+        raise ValueError(f"uri: expected a folder for many memories, got {where.uri!r}")
+    may_make = dim is not None and not read_only
+    place.check_folder(where.folder, may_make)
+    lock = None if read_only else Lock(where.folder)
+    try:
+        if not where.log.exists():
+            if (where.folder / place.MARKER).exists() or not may_make:
+                raise MemoryFileError(f"{str(where.log)!r} is gone; put it back, or {REPAIR}")
+            logs = {"": Contents(Head.first(form), [])}
+            LogFile.create(where.log, logs, sync=sync, is_of_many=True).close()
+            place.mark(where.folder, sync)
+        file = LogFile(where.log, sync=sync, read_only=read_only)
+        if not file.is_of_many():
+            raise MemoryFileError(f"uri: {where.uri!r} is one memory: memory.open opens it")
+        contents = FolderLog(file).read()
+        if contents is None:
+            raise MemoryFileError(f"{file.where} is damaged (it has no head); {REPAIR}")
+        check_agrees(where.uri, contents.head, dim, chunk_size, dtype)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+    return Memories(where, file, lock, contents.head, read_only)
+
+
+class Memories:
+    """Many small stored memories under names; `open_many` opens them.
+
+    `memories.open(name)` makes one where there is none, and `memories[name]` does not. Each is an
+    `ExactMemory`, with all that such a memory can do but an index. Several threads may use them.
+    """
+
+    def __init__(self, where: Place, file: LogFile, lock: Lock | None, head: Head, read_only: bool):
+        self.uri = where.uri
+        self.read_only = read_only
+        self._place = where
+        self._file = file
+        self._lock = lock
+        self._form = head.form
+        # Of one name there is never more than one: two would not know of each other's steps.
+        self._loaded: weakref.WeakValueDictionary[str, ExactMemory] = weakref.WeakValueDictionary()
+        self._used: OrderedDict[str, ExactMemory] = OrderedDict()
+        self._seen = -1
+        # Taken before those of the memories, and those before that of the file.
+        self.mutex = threading.RLock()
+        forks.watch(self)
+
+    def names(self) -> list[str]:
+        """Return the names of all memories, in order."""
+        return [name for name in self._file.names() if name]
+
+    def __len__(self) -> int:
+        """Return how many memories there are."""
+        return len(self.names())
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the names."""
+        return iter(self.names())
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a memory of this name."""
+        return isinstance(name, str) and bool(name) and self._file.has(name)
+
+    def __getitem__(self, name: str) -> ExactMemory:
+        """Return the memory of a name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        return self._open(name, may_make=False)
+
+    def open(self, name: str) -> ExactMemory:
+        """Return the memory of a name; it is made where there is none."""
+        return self._open(name, may_make=not self.read_only)
+
+    def remove(self, name: str) -> None:
+        """Remove a memory; no byte of it is left in the file after `compact`.
+
+        Raises:
+            KeyError: there is none.
+        """
+        self._check_writable()
+        with self.mutex:
+            memory = self[name]
+            FolderLog(self._file, name).remove()
+            memory.close()
+            self._loaded.pop(name, None)
+            self._used.pop(name, None)
+
+    def append(
+        self,
+        names: Sequence[str],
+        steps: Tensor,
+        is_first: Tensor | None = None,
+        **options: Any,
+    ) -> Self:
+        """Store `steps` [B, T, D], a row for each name, all or none; one wait for the disk.
+
+        Args:
+            names: B different ones; memories are made where there are none.
+            steps: of the `dtype` of the memories.
+            is_first: [B, T] bool, True where an episode of a row begins.
+            options: `keys` and `times`, the same for all; see `StoredMemory.append`.
+        """
+        self._check_writable()
+        names = list(names)
+        check_tensor("steps", steps, "B T D", B=len(names), D=self._form.dim)
+        if len(set(names)) != len(names):
+            raise ValueError(f"names: expected different ones, got {names}")
+        with contextlib.ExitStack() as held:
+            memories = [self.open(name) for name in names]
+            for _, memory in sorted(zip(names, memories, strict=True), key=lambda pair: pair[0]):
+                held.enter_context(memory.mutex)
+            try:
+                with self._file.transaction("IMMEDIATE"):
+                    for row, memory in enumerate(memories):
+                        first = None if is_first is None else is_first[row : row + 1]
+                        memory.append(steps[row : row + 1], first, **options)
+            except BaseException:
+                for memory in memories:
+                    memory.distrust()
+                raise
+        return self
+
+    def rows(self, names: Sequence[str]) -> View:
+        """Return a memory of B rows, that B rows of queries are to recall from, each from its own.
+
+        Args:
+            names: B names; the same one may come twice.
+        """
+        if not names:
+            raise ValueError("names: expected one or more, got none")
+        return View([self[name] for name in names], None, has_rows=True)
+
+    def refresh(self) -> Self:
+        """Show what the writer has stored since; at once, where that is nothing."""
+        seen = self._file.changes()
+        if self.read_only and seen != self._seen:
+            for memory in list(self._loaded.values()):
+                memory.refresh()
+            self._seen = seen
+        return self
+
+    def compact(self) -> Self:
+        """Write the file anew, without what was removed or forgotten."""
+        self._check_writable()
+        with self.mutex:
+            for name in self.names():
+                FolderLog(self._file, name).forget_purge()
+            for memory in list(self._loaded.values()):
+                memory.distrust()
+            self._file.purge()
+        return self
+
+    def verify(self) -> list[str]:
+        """Read everything, compare it with its checksums and return what is wrong."""
+        found = self._file.problems()
+        for name in self.names():
+            try:
+                found += [f"{name!r}: {problem}" for problem in self[name].unfit()]
+            except MemoryFileError as error:
+                found.append(str(error))
+        return found
+
+    def info(self) -> dict[str, Any]:
+        """Return what people ask first, by name; sizes are in bytes."""
+        return {
+            "uri": self.uri,
+            "memories": len(self),
+            "dim": self._form.dim,
+            "chunk_size": self._form.chunk_size,
+            "dtype": str(self._form.dtype).removeprefix("torch."),
+            "bytes of the log": self._file.size(),
+            "memories in RAM": len(self._loaded),
+        }
+
+    def close(self) -> None:
+        """Give up the right to write, and let go of the file; what was appended is stored."""
+        self.read_only = True
+        for memory in list(self._loaded.values()):
+            memory.close()
+        self._file.close()
+        if self._lock is not None:
+            self._lock.release()
+
+    def inherit(self) -> None:
+        """Go on in a forked child, for reading only."""
+        self.mutex = threading.RLock()
+        self.read_only, self._lock = True, None
+        self._file.inherit()
+
+    def __enter__(self) -> Self:
+        """Return the memories, to be closed at the end."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close them."""
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles of memories that are only read open them again."""
+        if not self.read_only:
+            raise TypeError(
+                f"{self.uri!r} is open for writing, and two writers would spoil it: share these "
+                "memories among threads, or give others memory.open_many(uri, read_only=True)"
+            )
+        return _again, (self.uri,)
+
+    def __repr__(self) -> str:
+        """Say where they are and how many."""
+        return f"Memories({self.uri!r}, {len(self):,} memories, dim={self._form.dim})"
+
+    def _open(self, name: str, may_make: bool) -> ExactMemory:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"name: expected a str that is not empty, got {name!r}")
+        with self.mutex:
+            memory = self._loaded.get(name)
+            if memory is None:
+                log = FolderLog(self._file, name)
+                if not self._file.has(name):
+                    if not may_make:
+                        raise KeyError(
+                            f"{name!r}: no such memory in {self.uri!r}; open(name) makes one"
+                        )
+                    log.write(Head.first(self._form), [], replace=False)
+                memory = ExactMemory(self._place, log, None, None, self.read_only, 0, 1)
+                memory.reopens_as(_again_one, self.uri, name)
+                self._loaded[name] = memory
+            self._used[name] = memory
+            self._used.move_to_end(name)
+            while len(self._used) > MOST_LOADED:
+                self._used.popitem(last=False)
+            return memory
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise ValueError(
+                f"memories: {self.uri!r} is open for reading only; memory.open_many(uri) opens it "
+                "for writing"
+            )
+
+
+def _again(uri: str) -> Memories:
+    return open_many(uri, read_only=True)
+
+
+def _again_one(uri: str, name: str) -> ExactMemory:
+    memory = open_many(uri, read_only=True)[name]
+    memory.reopens_as(_again_one, uri, name)
+    return memory

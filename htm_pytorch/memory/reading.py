@@ -1,0 +1,425 @@
+"""`Reading`: what is read of a memory on disk or in an object store."""
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from htm_pytorch.memory import answers, entries, forks, log, state
+from htm_pytorch.memory.chunked import ChunkedMemory
+from htm_pytorch.memory.files import MemoryFileError, sync_folder
+from htm_pytorch.memory.folder_log import LogFile
+from htm_pytorch.memory.formats import CPU, step_mask
+from htm_pytorch.memory.home import Span
+from htm_pytorch.memory.log import Contents, Log
+from htm_pytorch.memory.place import Lock, Place
+from htm_pytorch.memory.state import State
+from htm_pytorch.memory.table import Versions
+from htm_pytorch.memory.view import Chosen, Moment, View
+from htm_pytorch.shapes import (
+    check_at_least,
+    check_number,
+    check_numbers,
+    check_tensor,
+)
+
+COPY_BYTES = 64 * 2**20
+"""Of contents that `save` copies at a time."""
+
+
+class Found(NamedTuple):
+    """The chunks whose summaries fit a query best."""
+
+    chunks: Tensor
+    """[Q, K] int64, best first; -1 where there are fewer."""
+    scores: Tensor
+    """[Q, K] float32, the products of query and summary; -inf where there are fewer."""
+
+
+class Reading:
+    """What a stored memory is, and what it answers; `StoredMemory` also changes it."""
+
+    holds_summaries: bool
+
+    batch = 1
+    """B: shared by all rows of queries."""
+    device = CPU
+    """Where summaries and fetched chunks are."""
+
+    def __init__(
+        self,
+        place: Place,
+        log: Log,
+        versions: Versions | None,
+        lock: Lock | None,
+        read_only: bool,
+        cache_bytes: int,
+        probes: int,
+    ):
+        self.uri = place.uri
+        self.read_only = read_only
+        self._why_read_only = ""
+        self._place = place
+        self._log = log
+        self._versions = versions
+        self._lock = lock
+        self._probes = probes
+        self._cache_bytes = cache_bytes
+        self._inherited: list[Any] = []
+        search = "exact" if self.holds_summaries else "index"
+        options = place.storage_options
+        self._again: tuple[Any, ...] = _again, (place.uri, search, probes, cache_bytes, options)
+        self.mutex = threading.RLock()
+        # Whether a call has begun to change something, and whether it is still at it.
+        self._is_changing = self._is_busy = False
+        contents = log.read()
+        if contents is None:
+            raise MemoryFileError(f"{log.where} holds no memory")
+        form = contents.head.form
+        chunk_bytes = form.chunk_size * form.dim * form.given.itemsize
+        width = form.dim if self.holds_summaries else 0
+        nothing = State.nothing(contents.head, width, cache_bytes // chunk_bytes)
+        self._state = self._followed(forgetting(nothing), contents)
+        forks.watch(self)
+
+    @property
+    def chunks(self) -> int:
+        """M."""
+        return self._now().known.length
+
+    @property
+    def chunk_size(self) -> int:
+        """C."""
+        return self._state.head.chunk_size
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self._state.head.dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the steps, as they are given and fetched."""
+        return self._state.head.form.given
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of the steps, as they are stored."""
+        return self._state.head.form.dtype
+
+    @property
+    def steps(self) -> int:
+        """How many steps there are, those of the open chunk among them."""
+        head = self._now().head
+        return head.steps - sum(end - start for start, end in head.gaps)
+
+    @property
+    def next_step(self) -> int:
+        """The number of the step to come; `steps`, where none was forgotten."""
+        return self._now().head.steps
+
+    @property
+    def episodes(self) -> Tensor:
+        """[M] int64, the episode of each chunk, counted from 0."""
+        return self._now().known.episodes
+
+    def fetch(self, chunks: Tensor) -> ChunkedMemory:
+        """Return the chunks numbered [U] int64 as a memory in RAM, of batch 1.
+
+        Raises:
+            ValueError: there is no chunk of such a number.
+            MemoryFileError: a chunk is not what was stored.
+        """
+        return answers.fetched(self._now(), chunks)
+
+    def spans(self, chunks: Tensor, row: int = 0) -> list[Span]:
+        """Return which steps the chunks numbered [U] int64 hold, when they happened, their keys.
+
+        Raises:
+            ValueError: there is no chunk of such a number, or no such row.
+            MemoryFileError: what was stored of a chunk is damaged.
+        """
+        now = self._now()
+        check_number("row", row, self.batch)
+        check_numbers("chunks", chunks, now.known.length)
+        return [answers.span(now, number) for number in chunks.tolist()]
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Return the steps [1, last - first, D] from number `first` up to, without, `last`.
+
+        Raises:
+            ValueError: some of them are not there, or were forgotten.
+        """
+        now = self._now()
+        check_at_least("first", first, 0)
+        check_at_least("last", last, first)
+        known, form = now.known, now.head.form
+        ends = known.first_steps + known.counts
+        numbers = ((known.first_steps < last) & (ends > first)).nonzero()[:, 0]
+        counts = known.counts[numbers]
+        is_step = step_mask(counts, form.chunk_size)
+        steps = [now.fetch(numbers.tolist())[is_step], form.decode(now.opened.stored)]
+        of_chunks = known.first_steps[numbers].repeat_interleave(counts.long())
+        rank = torch.arange(len(of_chunks), device=CPU)
+        rank = rank - (counts.cumsum(0) - counts).repeat_interleave(counts.long())
+        opened = torch.arange(now.opened.first_step, now.opened.next_step, device=CPU)
+        number = torch.cat([of_chunks + rank, opened])
+        wanted = (number >= first) & (number < last)
+        if int(wanted.sum()) != last - first:
+            there = f"{now.head.steps} steps" + (", some forgotten" if now.head.gaps else "")
+            raise ValueError(
+                f"first, last: expected steps that are there ({there}), got {first} and {last}"
+            )
+        return torch.cat(steps)[wanted][None]
+
+    def find(self, query: Tensor, k: int = 8) -> Found:
+        """Return the k chunks whose summaries have the largest products with each query [Q, D]."""
+        check_tensor("query", query, "Q D", D=self.dim)
+        check_at_least("k", k, 1)
+        now = self._now()
+        numbers = self._nearest(now, query.detach().float(), k, None)
+        scores = torch.full(numbers.shape, -torch.inf, dtype=torch.float32, device=CPU)
+        used, place = torch.unique(numbers, return_inverse=True)
+        if len(used) and used[0] < 0:
+            used, place = used[1:], place - 1
+        if len(used):
+            summaries = answers.fetched(now, used).summaries[0].float()
+            exact = (query.detach().float() @ summaries.T).gather(1, place.clamp(min=0))
+            scores = exact.masked_fill(numbers < 0, -torch.inf)
+        return Found(numbers, scores)
+
+    def refresh(self) -> Self:
+        """Show what the writer has stored since this was opened with `read_only`."""
+        if self.read_only:
+            with self.mutex:
+                self._state = self._followed(self._state)
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a copy to the folder `path`, where there must be nothing, as of this moment."""
+        target = Path(path).expanduser().absolute()
+        if target.exists():
+            raise FileExistsError(f"path: {str(path)!r} exists; expected a name that is free")
+        # What came since a reader looked is not missing in a copy.
+        now = self.refresh()._now()
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        versions = Versions(Place(str(partial), partial, None), sync=True)
+        form, table = now.head.form, None
+        head = now.head._replace(table=None, purge=False)
+        piece = max(1, COPY_BYTES // form.chunk_bytes)
+        for start in range(0, now.in_table, piece):
+            chunks = answers.whole(now, start, min(start + piece, now.in_table))
+            table = versions.append(table, head, chunks)
+        head = head._replace(table=table and table.pinned)
+        records = entries.records_of(now.pending) + now.opened.records()
+        logs = {"": Contents(head, records, table.pin if table else b"")}
+        LogFile.create(partial / "journal", logs).close()
+        os.rename(partial, target)
+        sync_folder(target.parent)
+
+    def verify(self) -> list[str]:
+        """Read everything, compare it with its checksums and return what is wrong."""
+        now = self._now()
+        found = self._log.problems()
+        if now.table is not None:
+            found += now.table.verify(now.head.gaps)
+        return found + self.unfit()
+
+    def unfit(self) -> list[str]:
+        """Return what is wrong with the chunks that the log holds."""
+        now = self._now()
+        decoded = now.head.form.decode(now.pending.stored).float()
+        finite = decoded.isfinite().flatten(1).all(1)
+        wrong = (now.in_table + (~finite).nonzero()[:, 0]).tolist()
+        return [f"chunk {number}: its steps are not finite" for number in wrong]
+
+    def index_recall(self, route: Tensor | None = None, k: int = 8) -> float:
+        """Return the share of the k best chunks that the index finds; 1.0 where there is nothing.
+
+        Reads every summary from the disk.
+
+        Args:
+            route: [B, Q, D], what the layers ask; None: 64 summaries of the memory, with as much
+                noise as there is difference between them.
+            k: how many chunks a query keeps.
+        """
+        now = self._now()
+        if route is None:
+            if not now.known.length:
+                return 1.0
+            chosen = torch.randint(now.known.length, (64,), device=CPU)
+            route = answers.fetched(now, chosen).summaries.float()
+            route = route + torch.randn_like(route) * route.std(1, keepdim=True)
+        check_tensor("route", route, "B Q D", D=self.dim)
+        vectors = route.detach().flatten(0, 1).float()
+        kept = min(k, now.in_table)
+        if now.table is None or not kept or not len(vectors):
+            return 1.0
+        found = answers.searched(now, vectors, kept, self._probes, None)[0]
+        best = torch.full((len(vectors), kept), -torch.inf, dtype=torch.float32, device=CPU)
+        exact = torch.full(best.shape, -1, device=CPU)
+        for row in now.table.rows(0, True):
+            names = row.chunks.first_steps
+            numbers = answers.numbers_of(now, names).expand(len(vectors), -1)
+            scores = (vectors @ row.chunks.summaries.T).masked_fill(numbers < 0, -torch.inf)
+            best, place = torch.cat([best, scores], 1).topk(kept, 1)
+            exact = torch.cat([exact, numbers], 1).gather(1, place)
+        return float((exact[:, :, None] == found[:, None]).any(2).float().mean())
+
+    def info(self) -> dict[str, Any]:
+        """Return what people ask first, by name; sizes are in bytes."""
+        now = self._now()
+        form = now.head.form
+        found: dict[str, Any] = {
+            "uri": self.uri,
+            "format": log.FORMAT,
+            "steps": self.steps,
+            "episodes": now.head.episode + 1,
+            "dim": form.dim,
+            "chunk_size": form.chunk_size,
+            "dtype": str(form.dtype).removeprefix("torch."),
+            "chunks": now.known.length,
+            "chunks in the log": now.pending.length,
+            "steps of the open chunk": len(now.opened.stored),
+            "steps forgotten": sum(end - start for start, end in now.head.forgotten),
+            "forgotten and still in files": now.head.purge,
+            "steps lost by damage": sum(end - start for start, end in now.head.lost),
+            "bytes of the log": self._log.size(),
+            "bytes of the table": self._versions.size() if self._versions else 0,
+            "bytes in RAM": now.known.nbytes + now.cache.nbytes + now.pending.stored.nbytes,
+        }
+        nothing = {"chunks in the index": 0, "fragments": 0, "version": 0}
+        return found | (now.table.info() if now.table else nothing)
+
+    def where(
+        self,
+        *,
+        episodes: Iterable[int] | None = None,
+        since: float | None = None,
+        until: float | None = None,
+    ) -> View:
+        """Return a view of the chunks of some episodes, or of a range of time, to be recalled from.
+
+        It follows the memory. Chunks keep their numbers.
+
+        Args:
+            episodes: their numbers; None: all.
+            since: chunks whose steps all happened at this time or later.
+            until: chunks whose steps all happened at this time or earlier.
+        """
+        wanted = None if episodes is None else tuple(sorted({int(e) for e in episodes}))
+        for name, bound in {"since": since, "until": until}.items():
+            if bound is not None and bound != bound:
+                raise ValueError(f"{name}: expected a time, got {bound}")
+        return View([self], Chosen(wanted, since, until), has_rows=False)
+
+    def moment(self, chosen: Chosen | None = None) -> Moment:
+        """Return the memory as it is now, whatever other threads do: what one recall reads."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles of a memory that is only read open it again."""
+        if not self.read_only:
+            raise TypeError(
+                f"{self.uri!r} is open for writing, and two writers would spoil it: share this "
+                "memory among threads, or give others memory.open(uri, read_only=True)"
+            )
+        return self._again
+
+    def reopens_as(self, again: Callable[..., Any], *arguments: Any) -> None:
+        """Note what gives copies of this memory."""
+        self._again = again, arguments
+
+    def distrust(self) -> None:
+        """Look at what is stored before the next answer."""
+        self._is_changing = True
+
+    def inherit(self) -> None:
+        """Go on in a forked child, for reading only."""
+        self.mutex = threading.RLock()
+        if not self.read_only:
+            self.read_only = True
+            self._why_read_only = f"process {os.getppid()}, of which this is a fork, writes to it"
+        # Not closed here: that would let go of what the parent holds.
+        self._inherited.append(self._lock)
+        self._lock = None
+        self._log.inherit()
+
+    def __repr__(self) -> str:
+        """Say where it is and how large."""
+        return (
+            f"{type(self).__name__}({self.uri!r}, steps={self.steps:,}, chunks={self.chunks:,}, "
+            f"chunk_size={self.chunk_size}, dim={self.dim}, dtype={self.stored_dtype})"
+        )
+
+    def _now(self) -> State:
+        """Return the state to read from; after a call that did not end, that of the disk."""
+        # Whoever gets the lock while something changes has found a change that broke off.
+        broke_off = self._is_changing and not self._is_busy
+        if broke_off and self.mutex.acquire(blocking=False):
+            try:
+                self._recover()
+            finally:
+                self.mutex.release()
+        return self._state
+
+    def _recover(self) -> None:
+        if self._is_changing:
+            self._log.reopen()
+            self._state = self._followed(self._state)
+            self._is_changing = False
+
+    def _followed(self, before: State, contents: Contents | None = None) -> State:
+        """Return the state that is stored."""
+        # A reader may find a version of the table that was deleted after it had read the log.
+        for is_last in (False, False, True):
+            contents = contents or self._log.read(before.head)
+            if contents is None:
+                raise MemoryFileError(f"{self._log.where} holds this memory no more")
+            head, table = contents.head, before.table
+            if head.sequence == before.head.sequence and before.head.sequence:
+                return before
+            try:
+                if head.table is None:
+                    table = None
+                elif table is None or table.pinned != head.table:
+                    assert self._versions is not None
+                    table = self._versions.open(head, contents.pin, not self.read_only)
+                return state.follow(before, contents, table, self.holds_summaries)
+            except MemoryFileError:
+                newest = self._log.read()
+                if is_last or newest is None or newest.head.sequence == head.sequence:
+                    raise
+                contents, before = newest, forgetting(before)
+        raise AssertionError
+
+    def _nearest(self, now: State, vectors: Tensor, k: int, chosen: Chosen | None) -> Tensor:
+        """Return the best chunks [X, K] of vectors [X, D]; -1 where there are fewer."""
+        raise NotImplementedError
+
+
+def _again(uri: str, search: Any, probes: int, cache_bytes: int, storage_options: Any) -> Reading:
+    from htm_pytorch.memory.opened import open_memory
+
+    return open_memory(
+        uri,
+        read_only=True,
+        search=search,
+        probes=probes,
+        cache_bytes=cache_bytes,
+        storage_options=storage_options,
+    )
+
+
+def forgetting(before: State) -> State:
+    """Return the state of one who knows nothing yet."""
+    width, slots = before.known.summaries.shape[1], before.cache.slots
+    head = before.head._replace(sequence=0, generation="", table=None)
+    return State.nothing(head, width, slots)

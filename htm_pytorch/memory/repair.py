@@ -1,0 +1,386 @@
+"""`repair`: what can still be read of a damaged memory becomes a memory again.
+
+A new memory is made of every chunk and record whose checksum is right, and takes the place of what
+is there. That is moved aside as it is: nothing is deleted. Steps that are missing in the new one
+are known to be lost.
+"""
+
+import contextlib
+import datetime
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from htm_pytorch.memory import earlier, pins, place
+from htm_pytorch.memory.files import MemoryFileError, sync_folder
+from htm_pytorch.memory.folder_log import LogFile
+from htm_pytorch.memory.formats import CPU, DTYPES, Chunks, Format
+from htm_pytorch.memory.log import Contents, Head, Range, Record, merged, unsealed
+from htm_pytorch.memory.opened import open_memory
+from htm_pytorch.memory.place import Lock, Place
+from htm_pytorch.memory.rows import BATCH_BYTES, Salvage, salvaged
+from htm_pytorch.memory.state import Batch, Open
+from htm_pytorch.memory.table import Versions
+
+_NEW = ".repaired"
+_PARTS = ("journal", "journal-journal", "chunks.lance")
+_MOST_ROWS = 100_000
+"""Of records that are asked for one by one, where a file is damaged between them."""
+
+
+class Report(NamedTuple):
+    """What `repair` found."""
+
+    problems: tuple[str, ...]
+    """What was wrong; nothing where nothing was done."""
+    steps: int
+    """How many there are now."""
+    lost: tuple[Range, ...]
+    """Steps that are lost, from a first one up to, without, a last one."""
+    moved: int
+    """Steps that had the numbers of others and got new ones, behind all others."""
+    set_aside: str
+    """Where what was there before is now."""
+
+
+class _Piece(NamedTuple):
+    """A chunk that can be read, and where it gets to."""
+
+    row: int
+    first_step: int
+    length: int
+    episode: int
+
+
+def repair(uri: str | os.PathLike[str]) -> Report:
+    """Make what can be read of the memory in a folder a memory again, if it is damaged.
+
+    Raises:
+        ValueError: it is in an object store.
+        FileNotFoundError: there is nothing of a memory.
+        BlockingIOError: it is open for writing.
+    """
+    where = place.find(uri, None)
+    if where.folder is None:
+        raise ValueError(
+            f"uri: expected a folder, got {where.uri!r}; copy it to one with the tools of your "
+            "object store, repair it there, and copy it back"
+        )
+    place.check_folder(where.folder, may_make=(where.folder / _NEW).exists())
+    lock = Lock(where.folder)
+    try:
+        finished = _finish(where.folder)
+        problems = _problems(where)
+        if not problems:
+            with open_memory(where.uri, read_only=True) as memory:
+                return Report((), memory.steps, (), 0, finished)
+        return _rebuild(where, where.folder, problems)
+    finally:
+        lock.release()
+
+
+def _problems(where: Place) -> list[str]:
+    try:
+        memory = open_memory(where.uri, read_only=True)
+        problems = memory.verify()
+        memory.close()
+        return problems
+    except (MemoryFileError, OSError) as error:
+        return [str(error)]
+
+
+def _rebuild(where: Place, folder: Path, problems: list[str]) -> Report:
+    head, records, pin = _log(where)
+    new = folder / _NEW
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    dataset, facts = _dataset(where, head, pin)
+    form = head.form if head is not None else _form(facts)
+    if form is None:
+        raise MemoryFileError(
+            f"{str(folder)!r}: neither its log nor its table says what it holds; nothing of it can "
+            "be read, and nothing was changed"
+        )
+    if head is None:
+        head = Head.first(form)._replace(generation=facts.get("generation", os.urandom(16).hex()))
+    found = salvaged(dataset, form) if dataset is not None else []
+    least = head.table.end if head.table is not None and dataset is not None else 0
+    pieces, moved = _in_order(found, head)
+    held = _Held(pieces, found, dataset, form)
+    chunks, opened, more = _closed(records, form, held)
+    versions = Versions(Place(str(new), new, None), sync=True)
+    first = head._replace(table=None)
+    table = None
+    for part in held.parts():
+        table = versions.append(table, first, part)
+    if chunks.length:
+        table = versions.append(table, first, chunks)
+    ends = [(piece.first_step, piece.first_step + piece.length) for piece in pieces]
+    firsts = chunks.first_steps.tolist()
+    ends += zip(firsts, (chunks.first_steps + chunks.counts).tolist(), strict=True)
+    steps = max(head.steps, opened.next_step, least)
+    ends.append((opened.first_step, opened.next_step))
+    lost = _missing(ends, head.gaps, steps)
+    episode = max(head.episode, opened.episode, max((p.episode for p in pieces), default=-1))
+    after = head._replace(
+        sequence=head.sequence + 1,
+        steps=steps,
+        episode=episode,
+        lost=merged((*head.lost, *lost)),
+        table=table and table.pinned,
+    )
+    kept = opened.records()
+    if opened.next_step != steps and kept:
+        kept = [kept[0]._replace(closes=True)]
+    logs = {"": Contents(after, kept, table.pin if table else b"")}
+    LogFile.create(new / "journal", logs).close()
+    (new / "complete").touch()
+    sync_folder(new)
+    aside = _finish(folder)
+    with open_memory(where.uri, read_only=True) as memory:
+        left = memory.steps
+    return Report(tuple(problems), left, tuple(lost), moved + more, aside)
+
+
+def _finish(folder: Path) -> str:
+    """Put a memory that was made in the place of the old one; return where that is."""
+    new = folder / _NEW
+    if not (new / "complete").exists():
+        shutil.rmtree(new, ignore_errors=True)
+        return ""
+    aside = folder / "set-aside" / datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
+    while aside.exists():
+        aside = aside.with_name(f"{aside.name}-more")
+    aside.mkdir(parents=True)
+    moved = new / "moved"
+    if not moved.exists():
+        for name in _PARTS:
+            if (folder / name).exists():
+                os.rename(folder / name, aside / name)
+        moved.touch()
+        sync_folder(new)
+    for name in _PARTS:
+        if (new / name).exists():
+            os.rename(new / name, folder / name)
+    place.mark(folder, sync=True)
+    sync_folder(folder)
+    shutil.rmtree(new)
+    return str(aside)
+
+
+def _log(where: Place) -> tuple[Head | None, list[Record], bytes]:
+    """Return what can be read of the log: the newest head, records, and what the table kept."""
+    path = where.log
+    if not path.exists():
+        return None, [], b""
+    if path.read_bytes()[: len(earlier.MAGIC)] == earlier.MAGIC:
+        return None, earlier.salvaged(path.read_bytes()), b""
+    heads: list[Head] = []
+    records: list[Record] = []
+    pin = b""
+    with contextlib.closing(LogFile(path)) as file:
+        for table in ("heads", "spare_heads"):
+            for (body,) in _rows(file, f"SELECT body FROM {table}"):
+                with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+                    heads.append(Head.decode(body))
+        for (body,) in _rows(file, "SELECT body FROM pins"):
+            with contextlib.suppress(ValueError):
+                unsealed(body)
+                pin = body
+        for (body,) in _each(file):
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                records.append(Record.decode(body))
+    records.sort(key=lambda record: record.first_step)
+    return max(heads, key=lambda head: head.sequence, default=None), records, pin
+
+
+def _rows(file: LogFile, query: str) -> list[tuple[Any, ...]]:
+    """Return what a query finds before it comes to damage."""
+    found: list[tuple[Any, ...]] = []
+    with contextlib.suppress(MemoryFileError), file.transaction() as connection:
+        found.extend(connection.execute(query))
+    return found
+
+
+def _each(file: LogFile) -> Iterator[tuple[Any, ...]]:
+    """Yield the records, past those that cannot be reached."""
+    found = _rows(file, "SELECT rowid, body FROM records NOT INDEXED ORDER BY rowid")
+    yield from ((body,) for _, body in found)
+    problems = file.problems()
+    if problems:
+        at = found[-1][0] if found else 0
+        for number in range(at + 1, at + 1 + _MOST_ROWS):
+            rows = _rows(file, f"SELECT body FROM records NOT INDEXED WHERE rowid = {number}")
+            yield from rows
+
+
+def _dataset(where: Place, head: Head | None, pin: bytes) -> tuple[Any, dict[str, str]]:
+    """Return the version of the table that counts, or the newest that can be read."""
+    assert where.folder is not None
+    folder = where.folder / "chunks.lance"
+    if not folder.exists() or (head is not None and head.table is None):
+        return None, {}
+    versions = Versions(where, sync=True)
+    wanted = head.table.version if head is not None and head.table is not None else None
+    if wanted is not None and pin:
+        with contextlib.suppress(MemoryFileError):
+            pins.check(folder, wanted, pin, may_mend=True)
+    dataset = versions.readable(wanted)
+    if dataset is None:
+        return None, {}
+    metadata = dataset.schema.metadata or {}
+    return dataset, {key.decode(): value.decode() for key, value in metadata.items()}
+
+
+def _form(facts: dict[str, str]) -> Format | None:
+    with contextlib.suppress(KeyError, ValueError, AttributeError):
+        form = Format(int(facts["dim"]), int(facts["chunk_size"]), getattr(torch, facts["dtype"]))
+        if form.dtype in DTYPES:
+            return form
+    return None
+
+
+def _in_order(found: Sequence[Salvage], head: Head) -> tuple[list[_Piece], int]:
+    """Return the chunks in the order of their steps, each step once.
+
+    Where compaction once put rows out of order, later steps got numbers that others had: those
+    are moved behind all others. Where a call was repeated, chunks are there twice.
+    """
+    taken: dict[int, tuple[int, int]] = {}
+    pieces: list[_Piece] = []
+    later: list[Salvage] = []
+    spans: list[Range] = []
+    for row in found:
+        if row.is_certain:
+            same = taken.get(row.first_step)
+            if same == (row.length, row.checksum):
+                continue
+            part = (row.first_step, row.first_step + row.length)
+            if any(start < part[1] and part[0] < end for start, end in spans):
+                later.append(row)
+                continue
+            taken[row.first_step] = (row.length, row.checksum)
+            spans = list(merged((*spans, part)))
+            pieces.append(_Piece(row.row, row.first_step, row.length, row.episode))
+    pieces.sort(key=lambda piece: piece.first_step)
+    for row in found:
+        if not row.is_certain:
+            pieces = _fitted(pieces, row, head)
+    end = max((piece.first_step + piece.length for piece in pieces), default=0)
+    moved = 0
+    episode = max((piece.episode for piece in pieces), default=-1)
+    before = None
+    for row in later:
+        episode += before is None or row.episode != before
+        before = row.episode
+        pieces.append(_Piece(row.row, end, row.length, episode))
+        end += row.length
+        moved += row.length
+    return pieces, moved
+
+
+def _fitted(pieces: list[_Piece], row: Salvage, head: Head) -> list[_Piece]:
+    """Put a chunk whose numbers are in doubt where a chunk of its size is missing."""
+    at, episode = 0, 0
+    limit = head.table.end if head.table is not None else 0
+    for place_, piece in enumerate([*pieces, _Piece(-1, limit, 0, head.episode)]):
+        hole = piece.first_step - at
+        if 0 < hole <= row.most and (row.first_step == at or hole == row.length):
+            between = episode <= row.episode <= max(piece.episode, episode)
+            new = _Piece(row.row, at, hole, row.episode if between else episode)
+            return [*pieces[:place_], new, *pieces[place_:]]
+        at, episode = piece.first_step + piece.length, piece.episode
+    return pieces
+
+
+class _Held:
+    """The chunks of the old table, in their new order."""
+
+    def __init__(
+        self, pieces: Sequence[_Piece], found: Sequence[Salvage], dataset: Any, form: Format
+    ):
+        self.end = max((piece.first_step + piece.length for piece in pieces), default=0)
+        self.episode = max((piece.episode for piece in pieces), default=-1)
+        self._pieces = pieces
+        self._of_row = {row.row: row for row in found}
+        self._dataset = dataset
+        self._form = form
+
+    def parts(self) -> Iterator[Chunks]:
+        """Yield them, a few at a time."""
+        size = max(1, 4 * BATCH_BYTES // self._form.chunk_bytes)
+        for start in range(0, len(self._pieces), size):
+            yield self._chunks(self._pieces[start : start + size])
+
+    def steps(self, first: int, last: int) -> Tensor:
+        """Return what is stored of those of these steps that there are [T, step_bytes]."""
+        some = [p for p in self._pieces if p.first_step < last and first < p.first_step + p.length]
+        none = Chunks.none(self._form).stored.flatten(0, 1)
+        parts = [none]
+        for piece in some:
+            stored = self._chunks([piece]).stored[0, self._form.chunk_size - piece.length :]
+            parts.append(stored[max(first - piece.first_step, 0) : last - piece.first_step])
+        return torch.cat(parts)
+
+    def _chunks(self, some: Sequence[_Piece]) -> Chunks:
+        form, rows = self._form, [self._of_row[piece.row] for piece in some]
+        stored = torch.stack([row.stored(self._dataset, form) for row in rows])
+        counts = torch.tensor([piece.length for piece in some], dtype=torch.int32, device=CPU)
+        marks = tuple(row.marks for row in rows)
+        return Chunks(
+            stored,
+            form.summarise(stored, counts),
+            counts,
+            torch.tensor([piece.episode for piece in some], device=CPU),
+            torch.tensor([piece.first_step for piece in some], device=CPU),
+            torch.tensor([row.times for row in rows], dtype=torch.float64, device=CPU),
+            torch.tensor([mark is not None for mark in marks], dtype=torch.bool, device=CPU),
+            marks,
+        )
+
+
+def _closed(records: Sequence[Record], form: Format, held: _Held) -> tuple[Chunks, Open, int]:
+    """Return the chunks that records close behind the table, the open one, and how many moved."""
+    opened = Open.nothing(form, held.end, held.episode)
+    chunks = Chunks.none(form)
+    moved = 0
+    for record in records:
+        batch = Batch.of([record], form)
+        length = len(batch.stored)
+        old = min(length, held.end - batch.first_step)
+        if old > 0 and not torch.equal(
+            held.steps(batch.first_step, batch.first_step + old), batch.stored[:old]
+        ):
+            # Others have the numbers of these steps: see `_in_order`.
+            batch = batch._replace(
+                first_step=opened.next_step, episode=opened.episode + 1, borders=(0,)
+            )
+            moved += length
+        batch = batch.since(opened.next_step)
+        if not len(batch.stored):
+            continue
+        if batch.first_step > opened.next_step:
+            closed, opened = opened.end(form)
+            chunks = chunks + closed
+            opened = opened._replace(first_step=batch.first_step)
+        if len(opened.stored) and batch.episode > opened.episode and batch.borders[:1] != (0,):
+            batch = batch._replace(borders=(0, *batch.borders))
+        closed, opened = opened.close(batch, form, record.closes)
+        chunks = chunks + closed
+    return chunks, opened, moved
+
+
+def _missing(ends: Sequence[Range], gaps: Sequence[Range], steps: int) -> list[Range]:
+    """Return which steps are in none of these ranges."""
+    held = merged((*ends, *gaps))
+    missing, at = [], 0
+    for start, end in [*held, (steps, steps)]:
+        if start > at:
+            missing.append((at, start))
+        at = max(at, end)
+    return missing

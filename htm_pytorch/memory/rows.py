@@ -1,0 +1,300 @@
+"""Closed chunks as rows of a Lance table, with checksums over all that they say."""
+
+import json
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from htm_pytorch.memory.files import MemoryFileError
+from htm_pytorch.memory.formats import CPU, Chunks, Format, Marks
+from htm_pytorch.memory.log import sealed, unsealed
+
+BATCH_BYTES = 16 * 2**20
+"""Of contents read or written at a time."""
+NUMBERS = ("steps", "episode", "first_step", "first_time", "last_time", "marked", "sum", "numbers")
+
+
+class Row(NamedTuple):
+    """What a table says of its chunks, in the order of its rows, but for their steps."""
+
+    chunks: Chunks
+    is_right: Tensor
+    """[M] bool, False where summary and numbers are not what was stored."""
+
+
+def decoded(batch: Any, nothing: Chunks, with_summaries: bool) -> Row:
+    """Return what rows say of chunks, but for their steps."""
+    count = joined(batch.column("steps"), torch.int32)
+    summaries = torch.empty(len(count), 0, dtype=torch.float32, device=CPU)
+    if with_summaries:
+        summaries = joined(batch.column("summary"), torch.float32).view(len(count), -1)
+    length, names = batch.num_rows, batch.schema.names
+    times = torch.full((length, 2), torch.nan, dtype=torch.float64, device=CPU)
+    marked = torch.zeros(length, dtype=torch.bool, device=CPU)
+    if "numbers" in names:
+        both = [joined(batch.column(n), torch.float64) for n in ("first_time", "last_time")]
+        times, marked = torch.stack(both, 1), _flags(batch.column("marked").fill_null(False))
+    chunks = Chunks(
+        nothing.stored,
+        summaries,
+        count,
+        joined(batch.column("episode"), torch.int64),
+        joined(batch.column("first_step"), torch.int64),
+        times,
+        marked,
+        (),
+    )
+    if "numbers" not in names:
+        return Row(chunks, torch.ones(length, dtype=torch.bool, device=CPU))
+    sums = joined(batch.column("sum").fill_null(0), torch.int64)
+    stored = batch.column("numbers")
+    is_right = joined(stored.fill_null(0), torch.int64) == _numbers(chunks, sums)
+    if with_summaries:
+        is_right &= sums == _sums(summaries)
+    if stored.null_count:
+        is_right |= _flags(stored.is_null())
+    return Row(chunks, is_right)
+
+
+def _flags(column: Any) -> Tensor:
+    return torch.from_numpy(column.to_numpy(zero_copy_only=False).copy())
+
+
+def _sums(summaries: Tensor) -> Tensor:
+    """Return checksums [M] int64 of summaries; one flipped bit makes another one."""
+    width = summaries.shape[1]
+    weights = _odd(2**31, width).int()
+    return torch.mv(summaries.contiguous().view(torch.int32), weights).long()
+
+
+def _numbers(chunks: Chunks, sums: Tensor) -> Tensor:
+    """Return checksums [M] int64 of all that is known of chunks."""
+    numbers = [sums, chunks.counts.long(), chunks.episodes, chunks.first_steps]
+    numbers += list(chunks.times.contiguous().view(torch.int64).unbind(1))
+    total = chunks.marked.long()
+    for factor, number in zip(_odd(2**62, len(numbers)).tolist(), numbers, strict=True):
+        total = total + factor * number
+    return total
+
+
+def _odd(most: int, count: int) -> Tensor:
+    """Return odd numbers [count] int64, always the same."""
+    generator = torch.Generator(CPU).manual_seed(count)
+    size: dict[str, Any] = {"generator": generator, "device": CPU, "dtype": torch.int64}
+    return torch.randint(-most, most, (count,), **size) | 1
+
+
+def problems(batch: Any, form: Format, start: int) -> Iterator[str]:
+    """Yield what is wrong with whole rows, the first of them number `start`."""
+    row = decoded(batch, Chunks.none(form), True)
+    stored = joined(batch.column("contents"), torch.uint8)
+    stored = stored.view(-1, form.chunk_size, form.step_bytes)
+    checksums = batch.column("checksum").to_pylist()
+    counts = row.chunks.counts
+    means = form.summarise(stored, counts)
+    finite = form.decode(stored).float().isfinite().flatten(1).all(1)
+    marked = batch.column("marks").to_pylist() if "marks" in batch.schema.names else ()
+    for place, marks in enumerate(marked or [None] * batch.num_rows):
+        chunk, count = f"chunk {start + place}", int(counts[place])
+        mean, kept = means[place], row.chunks.summaries[place]
+        if zlib.crc32(stored[place].numpy().data) != checksums[place]:
+            yield f"{chunk}: its checksum is wrong"
+        elif not finite[place]:
+            yield f"{chunk}: its steps are not finite"
+        elif not torch.allclose(mean, kept, rtol=1e-5, atol=1e-6):
+            yield f"{chunk}: its summary is not the mean of its steps"
+        elif not row.is_right[place]:
+            yield f"{chunk}: the checksum of its numbers is wrong"
+        elif not 0 < count <= form.chunk_size:
+            yield f"{chunk}: it has {count} steps"
+        else:
+            try:
+                unmarked(marks, start + place)
+            except MemoryFileError as error:
+                yield str(error)
+
+
+def encoded(chunks: Chunks, form: Format, generation: str) -> Iterator[Any]:
+    """Yield chunks as rows, a few at a time."""
+    import pyarrow as pa
+
+    columns_of = schema(form, generation)
+    size = max(1, BATCH_BYTES // form.chunk_bytes)
+    for start in range(0, chunks.length, size):
+        part = chunks.part(start, start + size)
+        stored, sums = part.stored.contiguous(), _sums(part.summaries)
+        columns = [
+            pa.FixedSizeListArray.from_arrays(_array(stored, pa.uint8()), form.chunk_bytes),
+            pa.FixedSizeListArray.from_arrays(_array(part.summaries, pa.float32()), form.dim),
+            _array(part.counts, pa.int32()),
+            _array(part.episodes, pa.int64()),
+            _array(part.first_steps, pa.int64()),
+            pa.array([zlib.crc32(row.numpy().data) for row in stored], pa.int64()),
+            _array(part.times[:, 0], pa.float64()),
+            _array(part.times[:, 1], pa.float64()),
+            pa.array(part.marked.tolist(), pa.bool_()),
+            pa.array([_marked(marks) for marks in part.marks], pa.large_binary()),
+            _array(sums, pa.int64()),
+            _array(_numbers(part, sums), pa.int64()),
+        ]
+        yield pa.RecordBatch.from_arrays(columns, schema=columns_of)
+
+
+def _marked(marks: Marks | None) -> bytes | None:
+    return None if marks is None else sealed(json.dumps(marks, separators=(",", ":")).encode())
+
+
+def unmarked(stored: bytes | None, number: int) -> Marks | None:
+    """Return what was marked in chunk `number`.
+
+    Raises:
+        MemoryFileError: it is not what was stored.
+    """
+    if stored is None:
+        return None
+    try:
+        times, keys = json.loads(unsealed(stored))
+    except ValueError as error:
+        raise MemoryFileError(
+            f"chunk {number}: its times and keys are damaged ({error})"
+        ) from error
+    return Marks(tuple(times), tuple(keys))
+
+
+def schema(form: Format, generation: str = "") -> Any:
+    """Return the columns of a table, and what it says of itself."""
+    import pyarrow as pa
+
+    metadata = {
+        "htm_pytorch": "2",
+        "generation": generation,
+        "dim": str(form.dim),
+        "chunk_size": str(form.chunk_size),
+        "dtype": str(form.dtype).removeprefix("torch."),
+    }
+    fields = {
+        "contents": pa.list_(pa.uint8(), form.chunk_bytes),
+        "summary": pa.list_(pa.float32(), form.dim),
+        "steps": pa.int32(),
+        "episode": pa.int64(),
+        "first_step": pa.int64(),
+        "checksum": pa.int64(),
+        "first_time": pa.float64(),
+        "last_time": pa.float64(),
+        "marked": pa.bool_(),
+        "marks": pa.large_binary(),
+        "sum": pa.int64(),
+        "numbers": pa.int64(),
+    }
+    return pa.schema([pa.field(name, kind) for name, kind in fields.items()], metadata)
+
+
+def _array(tensor: Tensor, kind: Any) -> Any:
+    import pyarrow as pa
+
+    flat = tensor.contiguous().flatten()
+    return pa.Array.from_buffers(kind, flat.numel(), [None, pa.py_buffer(flat.numpy())])
+
+
+def joined(column: Any, dtype: torch.dtype) -> Tensor:
+    """Return the numbers of an Arrow column, flat: not always a copy, so not to be written."""
+    import pyarrow as pa
+
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    if isinstance(column.type, pa.FixedSizeListType):
+        column = column.flatten()
+    if not len(column):
+        return torch.empty(0, dtype=dtype, device=CPU)
+    if column.null_count:
+        if not pa.types.is_floating(column.type):
+            raise ValueError("numbers are missing")
+        column = column.fill_null(float("nan"))
+    return torch.from_dlpack(column)
+
+
+class Salvage(NamedTuple):
+    """A row whose steps are what was stored."""
+
+    row: int
+    first_step: int
+    length: int
+    episode: int
+    checksum: int
+    times: tuple[float, float]
+    marks: Marks | None
+    is_certain: bool
+    """Whether the other numbers are what was stored, too."""
+    most: int
+    """C."""
+
+    def stored(self, dataset: Any, form: Format) -> Tensor:
+        """Return the chunk [C, step_bytes]."""
+        column = dataset.take([self.row], columns=["contents"])["contents"]
+        return joined(column, torch.uint8).view(form.chunk_size, form.step_bytes)
+
+
+def salvaged(dataset: Any, form: Format) -> list[Salvage]:
+    """Return the rows of the engine's table that can be read, past those that cannot."""
+    length = dataset.count_rows()
+    size = max(1, BATCH_BYTES // form.chunk_bytes)
+    found: list[Salvage] = []
+    for start in range(0, length, size):
+        found += _salvaged(dataset, form, start, min(start + size, length))
+    return found
+
+
+def _salvaged(dataset: Any, form: Format, start: int, end: int) -> list[Salvage]:
+    names = [name for name in schema(form).names if name in dataset.schema.names]
+    try:
+        table = dataset.take(list(range(start, end)), columns=names)
+        batches = table.combine_chunks().to_batches()
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        if end - start == 1:
+            return []
+        middle = (start + end) // 2
+        return _salvaged(dataset, form, start, middle) + _salvaged(dataset, form, middle, end)
+    found: list[Salvage] = []
+    for batch in batches:
+        found += _whole_rows(batch, form, start)
+    return found
+
+
+def _whole_rows(batch: Any, form: Format, start: int) -> Iterator[Salvage]:
+    row = decoded(batch, Chunks.none(form), True)
+    chunks = row.chunks
+    is_certain = row.is_right
+    if "numbers" in batch.schema.names:
+        # Where a summary, or its checksum, is all that is wrong, the numbers are right.
+        stored = joined(batch.column("numbers").fill_null(0), torch.int64)
+        kept = joined(batch.column("sum").fill_null(0), torch.int64)
+        for sums in (kept, _sums(chunks.summaries)):
+            is_certain = is_certain | (stored == _numbers(chunks, sums))
+    contents = joined(batch.column("contents"), torch.uint8).view(batch.num_rows, -1)
+    checksums = batch.column("checksum").to_pylist()
+    marked = batch.column("marks").to_pylist() if "marks" in batch.schema.names else None
+    for place in range(batch.num_rows):
+        if zlib.crc32(contents[place].numpy().data) != checksums[place]:
+            continue
+        count = int(chunks.counts[place])
+        try:
+            marks = unmarked(marked[place], place) if marked else None
+        except MemoryFileError:
+            marks = None
+        first, last = chunks.times[place].tolist()
+        yield Salvage(
+            start + place,
+            int(chunks.first_steps[place]),
+            count,
+            int(chunks.episodes[place]),
+            checksums[place],
+            (first, last),
+            marks,
+            bool(is_certain[place]) and 0 < count <= form.chunk_size,
+            form.chunk_size,
+        )

@@ -1,0 +1,189 @@
+"""What a recall reads of stored memories: one as it is at a moment, some of it, or many at once."""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch import Tensor
+
+from htm_pytorch.memory.answers import fetched
+from htm_pytorch.memory.choice import Chosen
+from htm_pytorch.memory.chunked import ChunkedMemory
+from htm_pytorch.memory.formats import CPU
+from htm_pytorch.memory.span import Span
+from htm_pytorch.memory.state import State
+from htm_pytorch.shapes import check_number, check_numbers
+
+if TYPE_CHECKING:
+    from htm_pytorch.memory.reading import Reading
+    from htm_pytorch.memory.stored import IndexedMemory
+
+
+class Moment:
+    """Stored memories as they are at one moment: what one recall reads.
+
+    Of several memories, the chunks of all stand one behind the other, and each row of queries sees
+    those of its own.
+    """
+
+    batch = 1
+    device = CPU
+
+    def __init__(self, states: Sequence[State], chosen: Chosen | None, has_rows: bool):
+        self.states = states
+        self._chosen = chosen
+        self._has_rows = has_rows
+        lengths = [state.known.length for state in states]
+        self._starts = [sum(lengths[:number]) for number in range(len(states))]
+        self.chunks = sum(lengths)
+        form = states[0].head.form
+        self.chunk_size, self.dim, self.dtype = form.chunk_size, form.dim, form.given
+
+    @property
+    def seen(self) -> Tensor | None:
+        """[B, M] bool, the chunks that each row of queries sees; None: all rows see all."""
+        if not self._has_rows:
+            return None
+        seen = torch.zeros(len(self.states), self.chunks, dtype=torch.bool, device=CPU)
+        for row, (start, state) in enumerate(zip(self._starts, self.states, strict=True)):
+            seen[row, start : start + state.known.length] = True
+        return seen
+
+    def fetch(self, chunks: Tensor) -> ChunkedMemory:
+        """Return the chunks numbered [U] int64; see `StoredMemory.fetch`."""
+        if len(self.states) == 1:
+            return fetched(self.states[0], chunks)
+        check_numbers("chunks", chunks, self.chunks)
+        starts = torch.tensor(self._starts, dtype=torch.int64, device=CPU)
+        owner = torch.searchsorted(starts, chunks, right=True) - 1
+        parts, order = [], []
+        for number in owner.unique().tolist():
+            place = (owner == number).nonzero()[:, 0]
+            parts.append(fetched(self.states[number], chunks[place] - self._starts[number]))
+            order.append(place)
+        if not parts:
+            return fetched(self.states[0], chunks)
+        back = torch.cat(order).argsort()
+        sizes = parts[0].contents.shape[2]
+        masks = [
+            part.valid[..., None].expand(-1, -1, sizes)
+            if part.step_mask is None
+            else part.step_mask
+            for part in parts
+        ]
+        return ChunkedMemory.from_chunks(
+            torch.cat([part.contents for part in parts], 1)[:, back],
+            torch.cat(masks, 1)[:, back],
+            summaries=torch.cat([part.summaries for part in parts], 1)[:, back],
+        )
+
+
+class ScoredMoment(Moment):
+    """A moment of memories whose summaries are in RAM."""
+
+    @property
+    def summaries(self) -> Tensor:
+        """[1, M, D] float32."""
+        if len(self.states) == 1:
+            return self.states[0].known.summaries[None]
+        return torch.cat([state.known.summaries for state in self.states])[None]
+
+    @property
+    def valid(self) -> Tensor:
+        """[1, M] bool, the chunks that can be recalled."""
+        if self._chosen is None:
+            return torch.ones(1, self.chunks, dtype=torch.bool, device=CPU)
+        return torch.cat([self._chosen.mask(state.known) for state in self.states])[None]
+
+
+class SearchedMoment(Moment):
+    """A moment of a memory whose summaries are on the disk."""
+
+    def __init__(self, memory: "IndexedMemory", state: State, chosen: Chosen | None):
+        super().__init__([state], chosen, has_rows=False)
+        self._memory = memory
+
+    def search(self, route: Tensor, k: int) -> Tensor:
+        """Return the chunks [B, Q, K] int64 of about the largest products with `route`."""
+        return self._memory.search_at(self.states[0], route, k, self._chosen)
+
+
+class View:
+    """Some chunks of stored memories, to be recalled from; layers take it as any other memory.
+
+    It follows what it is a view of, and is only read: chunks keep the numbers that they have there.
+    """
+
+    device = CPU
+
+    def __init__(self, memories: Sequence["Reading"], chosen: Chosen | None, has_rows: bool):
+        self._memories = memories
+        self._chosen = chosen
+        self._has_rows = has_rows
+
+    @property
+    def batch(self) -> int:
+        """B: one row of queries for each memory, or 1 where all rows share one."""
+        return len(self._memories) if self._has_rows else 1
+
+    @property
+    def chunks(self) -> int:
+        """M, those among them that are not to be recalled."""
+        return sum(memory.chunks for memory in self._memories)
+
+    @property
+    def chunk_size(self) -> int:
+        """C."""
+        return self._memories[0].chunk_size
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self._memories[0].dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the steps, as they are fetched."""
+        return self._memories[0].dtype
+
+    def moment(self) -> Moment:
+        """Return what one recall reads."""
+        if len(self._memories) == 1 and not self._has_rows:
+            return self._memories[0].moment(self._chosen)
+        states = [memory.moment().states[0] for memory in self._memories]
+        return ScoredMoment(states, self._chosen, self._has_rows)
+
+    def fetch(self, chunks: Tensor) -> ChunkedMemory:
+        """Return the chunks numbered [U] int64 as a memory in RAM."""
+        return self.moment().fetch(chunks)
+
+    def spans(self, chunks: Tensor, row: int = 0) -> list[Span]:
+        """Return which steps the chunks numbered [U] int64 hold; see `StoredMemory.spans`.
+
+        Chunks of several memories are numbered one behind the other, whatever the `row`.
+        """
+        check_number("row", row, self.batch)
+        found: list[Span] = []
+        starts = [0]
+        for memory in self._memories:
+            starts.append(starts[-1] + memory.chunks)
+        check_numbers("chunks", chunks, starts[-1])
+        for number in chunks.tolist():
+            owner = max(i for i, start in enumerate(starts[:-1]) if start <= number)
+            inside = torch.tensor([number - starts[owner]], device=CPU)
+            (span,) = self._memories[owner].spans(inside)
+            found.append(span._replace(chunk=number))
+        return found
+
+    def append(self, steps: Tensor, is_first: Tensor | None = None) -> NoReturn:
+        """Raise: a view is only read."""
+        raise ValueError("memory: a view is only read; append to the memory that it is a view of")
+
+    def reset(self, rows: Tensor) -> NoReturn:
+        """Raise: a view is only read."""
+        raise ValueError("memory: a view is only read; reset the memory that it is a view of")
+
+    def save(self, path: str | os.PathLike[str]) -> NoReturn:
+        """Raise: a view is only read."""
+        raise ValueError("memory: a view is only read; save the memory that it is a view of")
