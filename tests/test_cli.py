@@ -1,7 +1,9 @@
 """The command line: what it offers, what it prints last, and how it fails."""
 
 import dataclasses
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -188,19 +190,63 @@ def test_a_memory_is_looked_after(
         life.append(torch.randn(1, 601, 8))
     assert htm(monkeypatch, "memory", "verify", place) == 0
     assert capsys.readouterr().out == "300 chunks are as they were stored\n"
-    for action, indexed in (("info", 0), ("compact", 0), ("index", 300)):
+    for action, indexed in (("compact", 0), ("index", 300), ("info", 300)):
         assert htm(monkeypatch, "memory", action, place) == 0
         told = capsys.readouterr().out
-        assert "601" in told and "300" in told
-        assert f"chunks in the index      {indexed}\n" in told
-    assert "of queries like its summaries it finds 100.0%" in told
+        assert ("finds 100.0%" in told) == (action == "index")
+        assert re.search(rf"^chunks in the index +{indexed}$", told, re.MULTILINE)
+    assert htm(monkeypatch, "memory", "info", place, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["steps"], told["chunks"], told["chunks in the index"]) == (601, 300, 300)
+    assert 601 * 8 * 4 < told["bytes of the table"] < 100 * 601 * 8
+    assert_one_line(htm(monkeypatch, "memory", "info", tmp_path / "none"), "uri: no memory at")
+
+
+def test_a_memory_is_copied_shown_and_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lance", reason="the extra `store` is not installed")
+    place = tmp_path / "life"
+    with memory.open(place, dim=8, chunk_size=2, sync=False) as life:
+        life.append(torch.ones(1, 7, 8), keys=[f"page {n}" for n in range(7)], times=1e9)
+        # The writer goes on while a copy is made.
+        assert htm(monkeypatch, "memory", "save", place, tmp_path / "copy") == 0
+        life.append(torch.ones(1, 7, 8), times=2e9)
+    assert "7 steps are in" in capsys.readouterr().out
+    assert_one_line(htm(monkeypatch, "memory", "save", place, tmp_path / "copy"), "exists")
+    assert htm(monkeypatch, "memory", "show", tmp_path / "copy", "--chunk=-1") == 0
+    told = capsys.readouterr().out
+    assert "chunk 2: steps 4 to 5, episode 0, 2001-09-09 01:46:40 to" in told
+    assert "'page 5'  [1, 1, 1, 1, 1, 1, ...]" in told
+    assert_one_line(htm(monkeypatch, "memory", "show", place, "--chunk=9"), "from 0 to 6")
+    assert_one_line(htm(monkeypatch, "memory", "forget", place), "expected --episodes, --before")
+    assert htm(monkeypatch, "memory", "forget", place, "--before=1.5e9") == 0
+    assert capsys.readouterr().out == "7 steps are forgotten; 7 are left\n"
+
+
+def test_a_damaged_memory_is_repaired(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lance", reason="the extra `store` is not installed")
+    place = tmp_path / "life"
+    with memory.open(place, dim=8, chunk_size=2, sync=False) as life:
+        life.append(torch.randn(1, 601, 8)).flush()
+    assert htm(monkeypatch, "memory", "repair", place) == 0
+    assert capsys.readouterr().out == "nothing is damaged; it holds 601 steps\n"
     data = next((place / "chunks.lance" / "data").iterdir())
     stored = bytearray(data.read_bytes())
     stored[100] ^= 1
     data.write_bytes(stored)
     assert htm(monkeypatch, "memory", "verify", place) == 1
-    assert "chunk " in capsys.readouterr().out
-    assert_one_line(htm(monkeypatch, "memory", "info", tmp_path / "none"), "uri: no memory at")
+    assert "checksum is wrong; `htm memory repair`" in capsys.readouterr().out
+    assert htm(monkeypatch, "memory", "repair", place) == 0
+    told = capsys.readouterr().out
+    assert "now it holds 599 steps" in told
+    lost = re.search(r"^lost: steps (\d+) to (\d+)$", told, re.MULTILINE)
+    assert lost is not None
+    assert int(lost[2]) - int(lost[1]) == 1
+    assert (place / "set-aside").is_dir()
+    assert htm(monkeypatch, "memory", "verify", place) == 0
 
 
 def test_an_unknown_option_is_refused(

@@ -5,18 +5,19 @@ an object store a table of one row. They are read from there as they are; opened
 get a log. Until that has the place of the journal, nothing that they hold is changed.
 """
 
+import contextlib
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.folder_log import FolderLog, LogFile
 from htm_pytorch.memory.formats import Format
 from htm_pytorch.memory.log import REPAIR, Contents, Head, Log, Record, check_records
-from htm_pytorch.memory.object_log import ObjectLog
+from htm_pytorch.memory.object_log import EARLIER, ObjectLog
 from htm_pytorch.memory.place import Place
-from htm_pytorch.memory.table import Table, Versions, holes
+from htm_pytorch.memory.table import Table, Versions, holes, is_damage
 
 MAGIC = b"HTMJRNL1"
 _HEADER = struct.Struct("<8s16s")
@@ -189,15 +190,25 @@ def in_folder(place: Place, sync: bool, read_only: bool) -> Log | None:
 
 
 def in_object_store(place: Place, log: ObjectLog, read_only: bool) -> Log:
-    """Return the log of the memory at a place: `log`, unless what is there is of format 1."""
+    """Return the log of the memory at a place: `log`, unless what is there is of format 1.
+
+    Raises:
+        MemoryFileError: there is a table, and no log.
+    """
     versions = Versions(place, sync=False)
-    read = _remote_journal(place)
+    where = f"the journal {place.uri}/{EARLIER}"
+    read = _remote_journal(place, where)
     if read is None:
+        if versions.exists:
+            raise MemoryFileError(
+                f"{log.where} is gone, and with it the newest steps of this memory; put it back, "
+                f"or {REPAIR}"
+            )
         return log
-    where = f"the journal {place.uri}/journal.lance"
     if read_only:
         return EarlierLog(place, versions, read, where)
     log.create(_widened(versions, read(), where))
+    log.remove(EARLIER)
     return log
 
 
@@ -209,19 +220,31 @@ def _widened(versions: Versions, journal: bytes, where: str) -> Contents:
     return Contents(found.head._replace(table=table.pinned), found.records, table.pin)
 
 
-def _remote_journal(place: Place) -> Callable[[], bytes] | None:
+def _remote_journal(place: Place, where: str) -> Callable[[], bytes] | None:
     import lance
 
-    uri = f"{place.uri}/journal.lance"
-    try:
-        dataset = lance.dataset(uri, storage_options=place.storage_options)
-    except (ValueError, OSError) as error:
-        if "not found" in str(error).lower():
-            return None
-        raise MemoryFileError(f"{uri!r} cannot be read ({error}); {REPAIR}") from error
-
     def read() -> bytes:
-        dataset.checkout_latest()
-        return dataset.to_table()["journal"][0].as_py()
+        with _reading(where):
+            dataset = lance.dataset(f"{place.uri}/{EARLIER}", storage_options=place.storage_options)
+            return dataset.to_table()["journal"][0].as_py()
 
+    try:
+        read()
+    except MemoryFileError as error:
+        if "was not found" in str(error):
+            return None
+        raise
     return read
+
+
+@contextlib.contextmanager
+def _reading(where: str) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if not is_damage(error):
+            raise
+        raise MemoryFileError(
+            f"{where} cannot be read ({error}); where a writer has moved the memory to today's "
+            f"format meanwhile, open it again; where it is damaged, {REPAIR}"
+        ) from error

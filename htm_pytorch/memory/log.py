@@ -261,6 +261,8 @@ def unknown(head: Head, known: Head | None) -> int:
     """Return the first step, from which on records are news to whoever knows the head `known`."""
     if known is None or known.generation != head.generation or known.gaps != head.gaps:
         return 0
+    if head.sequence < known.sequence:
+        return 0
     # Steps that went to the table meanwhile are read from there.
     if head.table is not None and head.table.end > known.steps:
         return 0

@@ -169,6 +169,7 @@ class Memories:
             memories = [self.open(name) for name in names]
             for _, memory in sorted(zip(names, memories, strict=True), key=lambda pair: pair[0]):
                 held.enter_context(memory.mutex)
+                memory.recover()
             try:
                 with self._file.transaction("IMMEDIATE"):
                     for row, memory in enumerate(memories):

@@ -6,6 +6,7 @@ behind, and of two writers the one who comes second learns of it.
 
 import contextlib
 import datetime
+import importlib.util
 import os
 import re
 import struct
@@ -30,6 +31,8 @@ MAGIC = b"HTMLOG02"
 NAME = "journal"
 SCHEMES = ("s3", "gs", "az", "abfss")
 """Of stores that replace an object on a condition, and that the engine of the table knows."""
+EARLIER = "journal.lance"
+"""The name that the log of format 1 had, which was a table."""
 _NUMBER_BYTES = 16
 _SIZE = struct.Struct("<Q")
 _PROBE = f"{NAME}-probe"
@@ -97,7 +100,8 @@ class ObjectLog:
         if found is None:
             return None
         head = found.head
-        if known is not None and known.sequence == head.sequence:
+        now = head.generation, head.sequence
+        if known is not None and (known.generation, known.sequence) == now:
             return Contents(head, [])
         start = unknown(head, known)
         records = self._decoded(found)
@@ -135,7 +139,7 @@ class ObjectLog:
 
     def purge(self) -> None:
         """Leave no byte of records that are no more: only an earlier format left any."""
-        self.remove("journal.lance")
+        self.remove(EARLIER)
 
     def remove(self, folder: str) -> None:
         """Remove all objects of a folder beside the log."""
@@ -254,7 +258,8 @@ class ObjectLog:
 
             _threads_of = os.getpid()
             try:
-                store = self._store = from_url(self._bucket, **_sorted(self._options))
+                options = _sorted(self._options) | _profile(self._bucket, self._options)
+                store = self._store = from_url(self._bucket, **options)
             except Exception as error:
                 raise ValueError(
                     f"uri, storage_options: expected those of an object store, got "
@@ -291,6 +296,8 @@ class ObjectLog:
                 kind = PermissionError
             elif "169.254.169.254" in why or "metadata" in why:
                 kind, why = PermissionError, f"no credentials were found: {why}"
+            elif "builder error" in why:
+                why = f"an endpoint of http:// needs allow_http: {why}"
             raise kind(
                 f"uri, storage_options: {self.where} cannot be {done} ({why}); credentials, region "
                 "and endpoint come from `storage_options` or the environment, as aws_access_key_id "
@@ -379,6 +386,23 @@ def _sorted(options: Mapping[str, str]) -> dict[str, Any]:
             config[key] = value
     found = {"config": config, "client_options": client, "retry_config": retry}
     return {name: some for name, some in found.items() if some}
+
+
+def _profile(bucket: str, options: Mapping[str, str]) -> dict[str, Any]:
+    """Return the credentials of the user's profile, as the table's engine finds them, too.
+
+    Only where none are given, and if boto3 is installed, which reads them.
+    """
+    given = {name.lower().removeprefix("aws_") for name in options}
+    if given & {"access_key_id", "skip_signature"} or "AWS_ACCESS_KEY_ID" in os.environ:
+        return {}
+    if not bucket.startswith("s3:") or importlib.util.find_spec("boto3") is None:
+        return {}
+    from obstore.auth.boto3 import Boto3CredentialProvider
+
+    with contextlib.suppress(ValueError):
+        return {"credential_provider": Boto3CredentialProvider()}
+    return {}
 
 
 def _first_line(error: BaseException) -> str:

@@ -341,6 +341,13 @@ class Reading:
         """Look at what is stored before the next answer."""
         self._is_changing = True
 
+    def recover(self) -> None:
+        """Look at what is stored, if the last change did not come to its end."""
+        if self._is_changing:
+            self._log.reopen()
+            self._state = self._followed(self._state)
+            self._is_changing = False
+
     def inherit(self) -> None:
         """Go on in a forked child, for reading only."""
         self.mutex = threading.RLock()
@@ -365,25 +372,23 @@ class Reading:
         broke_off = self._is_changing and not self._is_busy
         if broke_off and self.mutex.acquire(blocking=False):
             try:
-                self._recover()
+                self.recover()
             finally:
                 self.mutex.release()
         return self._state
 
-    def _recover(self) -> None:
-        if self._is_changing:
-            self._log.reopen()
-            self._state = self._followed(self._state)
-            self._is_changing = False
-
     def _followed(self, before: State, contents: Contents | None = None) -> State:
         """Return the state that is stored."""
         # A reader may find a version of the table that was deleted after it had read the log.
-        for is_last in (False, False, True):
+        for is_last in (False, False, False, True):
             contents = contents or self._log.read(before.head)
             if contents is None:
                 raise MemoryFileError(f"{self._log.where} holds this memory no more")
             head, table = contents.head, before.table
+            if head.sequence < before.head.sequence:
+                # What this one knows was taken back, or a copy from before was put in its place.
+                before, contents = forgetting(before), None
+                continue
             if head.sequence == before.head.sequence and before.head.sequence:
                 return before
             try:

@@ -108,8 +108,9 @@ def _rebuild(where: Place, folder: Path, problems: list[str]) -> Report:
         )
     if head is None:
         head = Head.first(form)._replace(generation=facts.get("generation", os.urandom(16).hex()))
-    found = salvaged(dataset, form) if dataset is not None else []
-    least = head.table.end if head.table is not None and dataset is not None else 0
+    rows = salvaged(dataset, form) if dataset is not None else []
+    least = max((row.first_step + row.length for row in rows if row.is_certain), default=0)
+    found = [row for row in rows if row.is_whole]
     pieces, moved = _in_order(found, head)
     held = _Held(pieces, found, dataset, form)
     chunks, opened, more = _closed(records, form, held)

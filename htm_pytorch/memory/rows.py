@@ -217,7 +217,7 @@ def joined(column: Any, dtype: torch.dtype) -> Tensor:
 
 
 class Salvage(NamedTuple):
-    """A row whose steps are what was stored."""
+    """A row that can be read."""
 
     row: int
     first_step: int
@@ -227,7 +227,9 @@ class Salvage(NamedTuple):
     times: tuple[float, float]
     marks: Marks | None
     is_certain: bool
-    """Whether the other numbers are what was stored, too."""
+    """Whether the numbers are what was stored."""
+    is_whole: bool
+    """Whether the steps are."""
     most: int
     """C."""
 
@@ -278,9 +280,10 @@ def _whole_rows(batch: Any, form: Format, start: int) -> Iterator[Salvage]:
     contents = joined(batch.column("contents"), torch.uint8).view(batch.num_rows, -1)
     checksums = batch.column("checksum").to_pylist()
     marked = batch.column("marks").to_pylist() if "marks" in batch.schema.names else None
+    decoded_steps = form.decode(contents.view(batch.num_rows, form.chunk_size, form.step_bytes))
+    is_finite = decoded_steps.float().isfinite().flatten(1).all(1)
     for place in range(batch.num_rows):
-        if zlib.crc32(contents[place].numpy().data) != checksums[place]:
-            continue
+        is_whole = zlib.crc32(contents[place].numpy().data) == checksums[place]
         count = int(chunks.counts[place])
         try:
             marks = unmarked(marked[place], place) if marked else None
@@ -296,5 +299,6 @@ def _whole_rows(batch: Any, form: Format, start: int) -> Iterator[Salvage]:
             (first, last),
             marks,
             bool(is_certain[place]) and 0 < count <= form.chunk_size,
+            is_whole and bool(is_finite[place]),
             form.chunk_size,
         )

@@ -222,7 +222,7 @@ class StoredMemory(Reading):
         """Give the state to change; `_state` is replaced when the disk has the new one."""
         with self.mutex:
             self._check_writable()
-            self._recover()
+            self.recover()
             self._is_changing = self._is_busy = True
             try:
                 yield self._state

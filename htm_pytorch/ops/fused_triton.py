@@ -65,7 +65,7 @@ def refusal(
     if not is_installed():
         return RuntimeError(
             f"impl: {impl!r} needs Triton, which is not installed: "
-            "pip install 'htm-pytorch[triton]'"
+            "from a checkout: pip install '.[triton]'"
         )
     if kept > MOST_KEPT:
         return ValueError(f"impl: {impl!r} expects k <= {MOST_KEPT}, got {kept}")
