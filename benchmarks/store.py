@@ -3,8 +3,9 @@
 Written: bfloat16 steps, against the disk's own sequential rate. Asked: batches of 16 queries (k 8,
 C 32), with nothing in the page cache and with everything in RAM, against one read of the summaries
 and one random read of each chunk that is kept. Answers are compared with those of the same memory
-in RAM. Where `memorizing-transformers-pytorch` is installed (FAISS and a memory map), it is
-measured beside ours; it asks for packages that are not needed, so install it by
+in RAM. `--against CHECKOUT` measures another checkout in turn, small appends and commits, too.
+Where `memorizing-transformers-pytorch` is installed (FAISS and a memory map), it is measured beside
+ours; it asks for packages that are not needed, so install it by
 `pip install --no-deps memorizing-transformers-pytorch einops-exts einops faiss-cpu`.
 """
 
@@ -36,6 +37,8 @@ BLOCK = 2**26
 COMPARED = 1_000_000
 """Steps, at most, of a memory that is also held in RAM."""
 BATCHES = 7
+COMMITS = 1500
+ROUND = ["ingest_bytes_per_s", "open_s", "warm_ms", "cold_ms", "resident_bytes", "bytes"]
 PEER = "memorizing-transformers-pytorch"
 PLOT = Path(__file__).parents[1] / "docs" / "store.png"
 
@@ -181,6 +184,61 @@ def grow(folder: Path, sizes: list[int]) -> Iterator[dict[str, Any]]:
             first = size
 
 
+def small(folder: Path) -> dict[str, float]:
+    """Return the ms of small appends, of small commits, and of opening what they leave."""
+    found: dict[str, float] = {}
+    options: Any = {"dim": DIM, "chunk_size": CHUNK, "dtype": torch.bfloat16}
+    for count in (1, 8, 32):
+        path = folder / f"appends of {count}"
+        with memory.open(path, **options) as held:
+            steps = piece(0)[:, :count]
+            held.append(steps)
+            taken = [1e3 * seconds(functools.partial(held.append, steps)) for _ in range(500)]
+        found[f"append of {count}, ms"] = statistics.median(taken)
+        found[f"opening after 500 appends of {count}, ms"] = 1e3 * statistics.median(
+            seconds(lambda p=path: memory.open(p, read_only=True)) for _ in range(5)
+        )
+        shutil.rmtree(path)
+    path = folder / "commits"
+    with memory.open(path, **options) as held:
+        taken = []
+        for number in range(COMMITS):
+            held.append(piece(number % 8)[:, :CHUNK])
+            taken.append(1e3 * seconds(held.flush))
+    found["of the first commits, ms"] = statistics.median(taken[20:120])
+    found[f"of the last of {COMMITS} commits, ms"] = statistics.median(taken[-100:])
+    found["opening after them, ms"] = 1e3 * seconds(lambda: memory.open(path, read_only=True))
+    shutil.rmtree(path)
+    return found
+
+
+def one_round(folder: Path, steps: int) -> dict[str, Any]:
+    """Measure all of it once, in this process and with the package that it imports."""
+    (row,) = grow(folder, [steps])
+    shutil.rmtree(folder / "memory")
+    return {name: row[name] for name in ROUND} | small(folder)
+
+
+def against(checkout: Path, folder: Path, steps: int, rounds: int) -> dict[str, Any]:
+    """Measure this checkout and another one in turn; return medians and their ratios."""
+    root = Path(__file__).parents[1]
+    places = {"now": root, "before": checkout.resolve()}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in places}
+    for number in range(rounds):
+        for name in sorted(places, reverse=bool(number % 2)):
+            run = [sys.executable, __file__, "--round", str(folder), "--steps", str(steps)]
+            environment = os.environ | {"PYTHONPATH": str(places[name])}
+            done = subprocess.run(run, check=True, capture_output=True, text=True, env=environment)
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(name, json.dumps(found[name][-1]), flush=True)
+    medians = {
+        name: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+        for name, rows in found.items()
+    }
+    ratios = {key: value / medians["before"][key] for key, value in medians["now"].items()}
+    return {"rounds": rounds, "steps": steps, **medians, "now / before": ratios}
+
+
 def peer(folder: Path, sizes: list[int], most_seconds: float) -> Iterator[dict[str, Any]]:
     """The same growth for the nearest neighbours of memorizing-transformers-pytorch."""
     try:
@@ -241,13 +299,26 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/store"), help="emptied first")
     parser.add_argument("--out", type=Path, default=RESULTS / "store.json")
     parser.add_argument("--peer-seconds", type=float, default=120.0)
+    parser.add_argument("--against", type=Path, help="another checkout, measured in turn")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ask", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--round", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.round:
+        print(json.dumps(one_round(options.round, options.steps[0])))
+        return
     if options.ask:
         print(json.dumps(ask(options.ask)))
         return
     shutil.rmtree(options.folder, ignore_errors=True)
     options.folder.mkdir(parents=True)
+    if options.against:
+        machine = describe_machine("torch", "pylance")
+        rounds = against(options.against, options.folder, options.steps[0], options.rounds)
+        write(RESULTS / "store_before.json", {"machine": machine, **rounds})
+        print(json.dumps(rounds["now / before"], indent=2))
+        shutil.rmtree(options.folder)
+        return
     result: dict[str, Any] = {"machine": describe_machine("torch", "pylance"), "rows": []}
     try:
         for row in grow(options.folder, options.steps):
