@@ -22,7 +22,7 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help check fix test test-slow test-triton test-gpu test-minimal bench bench-gpu demo clean
+.PHONY: help check fix test test-narrow test-slow test-triton test-gpu test-minimal bench bench-gpu demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z.][a-z.-]*:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,7 +47,13 @@ fix: .venv/.installed ## repair what the linter and the formatter can
 test: .venv/.installed ## all tests that are not slow
 	$(BIN)/pytest -n $(WORKERS) --maxprocesses 8 -m 'not slow' $(ARGS)
 
-test-slow: .venv/.installed ## the slow tests: learning, long streams
+# What arithmetic decides: with the vectors of a processor without AVX-512, where this one has more.
+NARROW_TESTS ?= tests/ops tests/nn tests/memory/test_chunked.py tests/memory/test_steps.py
+
+test-narrow: .venv/.installed ## the tests of layers and kernels, as on a processor without AVX-512
+	ATEN_CPU_CAPABILITY=avx2 $(BIN)/pytest -n $(WORKERS) --maxprocesses 8 -m 'not slow' $(NARROW_TESTS) $(ARGS)
+
+test-slow: .venv/.installed ## the slow tests: learning, long streams, every fault of a stored memory
 	$(BIN)/pytest -m slow --durations 10 $(ARGS)
 
 # Not in constraints.txt: a torch for CUDA asks for a Triton of its own.

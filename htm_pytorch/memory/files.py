@@ -18,7 +18,11 @@ def save_tensors(
     """Write `tensors` to `path`; a crash leaves the old file or the new one, never a part.
 
     `kind` names what is stored and is checked by `load_tensors`; `metadata` travels with it.
+
+    Raises:
+        OSError: it cannot be written, since the disk is full for one; then the old file is there.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     target = Path(path)
@@ -28,6 +32,8 @@ def save_tensors(
         save_file(stored, temporary, {"kind": kind, "format": FORMAT, **metadata})
         sync_file(temporary)
         os.replace(temporary, target)
+    except SafetensorError as error:
+        raise OSError(f"path: {str(path)!r} cannot be written ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 

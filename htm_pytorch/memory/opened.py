@@ -1,7 +1,6 @@
 """`memory.open`: from a place to the memory that is stored there."""
 
 import contextlib
-import importlib.util
 import os
 from typing import Literal
 
@@ -15,7 +14,7 @@ from htm_pytorch.memory.log import REPAIR, Contents, Head, Log
 from htm_pytorch.memory.object_log import ObjectLog
 from htm_pytorch.memory.place import MARKER, Lock, Place
 from htm_pytorch.memory.stored import ExactMemory, IndexedMemory, StoredMemory
-from htm_pytorch.memory.table import Versions
+from htm_pytorch.memory.table import Versions, load_engine
 from htm_pytorch.shapes import check_at_least
 
 
@@ -60,7 +59,7 @@ def open_memory(
     check_at_least("cache_bytes", cache_bytes, 0)
     if search not in ("exact", "index"):
         raise ValueError(f"search: expected 'exact' or 'index', got {search!r}")
-    _check_installed()
+    load_engine()
     where = place.find(uri, storage_options)
     may_make = dim is not None and not read_only
     with contextlib.ExitStack() as undo:
@@ -106,15 +105,6 @@ def checked(dim: int | None, chunk_size: int | None, dtype: torch.dtype | None) 
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {list(DTYPES)}, got {dtype}")
     return Format(dim or 1, chunk_size or 32, dtype or torch.float32)
-
-
-def _check_installed() -> None:
-    missing = [n for n in ("lance", "pyarrow") if importlib.util.find_spec(n) is None]
-    if missing:
-        raise ImportError(
-            f"memory.open needs the extra `store` ({', '.join(missing)} missing); from a checkout: "
-            "pip install '.[store]'"
-        )
 
 
 def _log(where: Place, form: Format | None, read_only: bool, sync: bool) -> Log:

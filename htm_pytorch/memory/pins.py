@@ -90,6 +90,14 @@ def files(folder: Path | None) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(root, name), folder)
 
 
+def size(path: Path) -> int:
+    """Return the bytes of a file; none where its writer has just deleted it."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def manifest(folder: Path, version: int) -> Path:
     """Return the file that says which files a version has."""
     return folder / "_versions" / f"{2**64 - 1 - version:020d}.manifest"

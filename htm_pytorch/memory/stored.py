@@ -193,8 +193,8 @@ class StoredMemory(Reading):
             if self._versions is not None:
                 now = self._compact(now, self._versions)
             if now.head.purge:
-                now = self._rewrite_head(now, now.head._replace(purge=False))
                 self._log.purge()
+                self._rewrite_head(now, now.head._replace(purge=False))
         return self
 
     def close(self) -> None:

@@ -7,6 +7,9 @@ new ones.
 
 import contextlib
 import datetime
+import importlib
+import sys
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -413,7 +416,7 @@ class Versions:
         """Return the bytes of all files in the folder; 0 in an object store, which can tell."""
         if self._folder is None:
             return 0
-        return sum((self._folder / name).stat().st_size for name in pins.files(self._folder))
+        return sum(pins.size(self._folder / name) for name in pins.files(self._folder))
 
     def _on_top(self, base: Table) -> Any:
         """Return the engine's table at this version, which is made the newest one again.
@@ -525,11 +528,34 @@ def _writing(uri: str) -> Iterator[None]:
         raise OSError(f"{uri!r} cannot be written ({error}); nothing was changed") from error
 
 
-def _lance() -> Any:
-    try:
-        import lance
-    except ImportError as error:
+def load_engine() -> None:
+    """Import the engine, which an interrupt must not do by half: it can be loaded only once.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    if "lance" in sys.modules:
+        return
+    failed: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            importlib.import_module("lance")
+        except BaseException as error:
+            failed.append(error)
+
+    # In a thread of its own, which no signal reaches.
+    thread = threading.Thread(target=load)
+    thread.start()
+    thread.join()
+    if failed:
         raise ImportError(
-            "memory.open needs the extra `store`; from a checkout: pip install '.[store]'"
-        ) from error
+            f"memory.open needs the extra `store` ({failed[0]}); from a checkout: pip install "
+            "'.[store]'"
+        ) from failed[0]
+
+
+def _lance() -> Any:
+    import lance
+
     return lance
