@@ -20,7 +20,8 @@ class ChunkCache:
         sizes = slots, form.chunk_size, form.dim
         self._steps = torch.empty(sizes, dtype=form.given, device=CPU)
         self._slot_of: OrderedDict[int, int] = OrderedDict()
-        self._free = list(range(slots))[::-1]
+        self._free: list[int] = []
+        self._begun = 0
         self._mutex = threading.Lock()
 
     @property
@@ -63,6 +64,9 @@ class ChunkCache:
                 for _ in new:
                     if self._free:
                         slots.append(self._free.pop())
+                    elif self._begun < self.slots:
+                        slots.append(self._begun)
+                        self._begun += 1
                     else:
                         slots.append(self._slot_of.popitem(last=False)[1])
                 self._steps[slots] = steps[[place for _, place in new]]

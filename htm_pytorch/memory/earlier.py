@@ -9,13 +9,13 @@ import contextlib
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.folder_log import FolderLog, LogFile
 from htm_pytorch.memory.formats import Format
-from htm_pytorch.memory.log import REPAIR, Contents, Head, Log, Record, check_records
-from htm_pytorch.memory.object_log import EARLIER, ObjectLog
+from htm_pytorch.memory.log import REPAIR, Contents, Head, Log, Pin, Record, check_records
+from htm_pytorch.memory.object_log import EARLIER, ObjectLog, decoded, is_object
 from htm_pytorch.memory.place import Place
 from htm_pytorch.memory.table import Table, Versions, holes, is_damage
 
@@ -132,26 +132,39 @@ def _cut(records: Sequence[Record], start: int, form: Format) -> list[Record]:
 
 
 class EarlierLog:
-    """The log of a memory of format 1, which is only read."""
+    """The log of a memory that is not in today's format here, and only read."""
 
-    def __init__(self, place: Place, versions: Versions, journal: Callable[[], bytes], where: str):
+    def __init__(self, where: str, read: Callable[[], Contents], size: Callable[[], int]):
         self.where = where
-        self._versions = versions
-        self._journal = journal
+        self._read = read
+        self.size = size
+
+    @classmethod
+    def of_format_1(cls, versions: Versions, journal: Callable[[], bytes], where: str) -> Self:
+        """Return that of a memory with such a journal."""
+
+        def read() -> Contents:
+            found, _ = contents(versions, journal(), where)
+            # What its writer adds shows as another number.
+            version = versions.newest()[0].pinned.version
+            head = found.head._replace(sequence=1 + found.head.steps + version)
+            return check_records(where, found._replace(head=head))
+
+        return cls(where, read, lambda: len(journal()))
 
     def read(self, known: Head | None = None) -> Contents | None:
         """Return the head and all records; see `Log.read`."""
-        found, _ = contents(self._versions, self._journal(), self.where)
-        # What its writer adds shows as another number.
-        version = self._versions.newest()[0].pinned.version
-        head = found.head._replace(sequence=1 + found.head.steps + version)
-        return check_records(self.where, found._replace(head=head))
+        return self._read()
 
     def write(
-        self, head: Head, new: Sequence[Record], replace: bool, pin: bytes | None = None
+        self, head: Head, new: Sequence[Record], replace: bool, pin: Pin | None = None
     ) -> None:
         """Raise: it is only read."""
-        raise OSError(f"{self.where} is of an earlier format, which is only read")
+        raise OSError(f"{self.where} is of another format, which is only read")
+
+    def end(self, name: str) -> bytes | None:
+        """Return nothing: none is kept."""
+        return None
 
     def reopen(self) -> None:
         """Do nothing."""
@@ -166,27 +179,34 @@ class EarlierLog:
     def inherit(self) -> None:
         """Do nothing."""
 
-    def size(self) -> int:
-        """Return its bytes."""
-        return len(self._journal())
-
     def close(self) -> None:
         """Do nothing."""
 
 
 def in_folder(place: Place, sync: bool, read_only: bool) -> Log | None:
-    """Return the log of a memory of format 1 in a folder; None where there is none.
+    """Return the log of a memory in a folder that is of format 1, or came from an object store.
 
-    Unless it is only read, it becomes a memory of today's format.
+    None where there is none. Unless it is only read, it becomes one of today's format.
     """
-    where = f"the journal {str(place.log)!r}"
-    if LogFile(place.log, read_only=True).is_log():
+    path = place.log
+    if LogFile(path, read_only=True).is_log():
         return None
     versions = Versions(place, sync)
-    if read_only:
-        return EarlierLog(place, versions, place.log.read_bytes, where)
-    found = _widened(versions, place.log.read_bytes(), where)
-    return FolderLog(LogFile.create(place.log, {"": found}, sync=sync))
+    if is_object(path.read_bytes()):
+        where = f"the log {str(path)!r}"
+
+        def read() -> Contents:
+            return check_records(where, decoded(path.read_bytes(), where))
+
+        if read_only:
+            return EarlierLog(where, read, lambda: path.stat().st_size)
+        found = read()
+    else:
+        where = f"the journal {str(path)!r}"
+        if read_only:
+            return EarlierLog.of_format_1(versions, path.read_bytes, where)
+        found = _widened(versions, path.read_bytes(), where)
+    return FolderLog(LogFile.create(path, {"": found}, sync=sync))
 
 
 def in_object_store(place: Place, log: ObjectLog, read_only: bool) -> Log:
@@ -206,9 +226,9 @@ def in_object_store(place: Place, log: ObjectLog, read_only: bool) -> Log:
             )
         return log
     if read_only:
-        return EarlierLog(place, versions, read, where)
+        return EarlierLog.of_format_1(versions, read, where)
     log.create(_widened(versions, read(), where))
-    log.remove(EARLIER)
+    log.purge()
     return log
 
 

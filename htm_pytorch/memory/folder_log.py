@@ -17,10 +17,13 @@ from htm_pytorch.memory.log import (
     REPAIR,
     Contents,
     Head,
+    Pin,
     Record,
     check_records,
     unknown,
+    unsealed,
 )
+from htm_pytorch.memory.pins import files_of
 
 WAIT_SECONDS = 60.0
 """For other processes that read at the moment of a change."""
@@ -47,7 +50,8 @@ class LogFile:
         self._read_only = read_only
         self._connection: sqlite3.Connection | None = None
         self._copied: tempfile.TemporaryDirectory[str] | None = None
-        self._mutex = threading.RLock()
+        self.mutex = threading.RLock()
+        self.is_joint = False
 
     @classmethod
     def create(
@@ -71,6 +75,7 @@ class LogFile:
                     "(name TEXT, first_step INTEGER, body BLOB, PRIMARY KEY (name, first_step))"
                 )
                 connection.execute("CREATE TABLE pins (name TEXT PRIMARY KEY, body BLOB)")
+                connection.execute("CREATE TABLE ends (file TEXT PRIMARY KEY, body BLOB)")
                 for name, (head, records, pin) in logs.items():
                     _put(connection, name, head, records, pin)
                 connection.execute("COMMIT")
@@ -83,28 +88,24 @@ class LogFile:
             sync_folder(path.parent)
         return cls(path, sync=sync)
 
-    @contextlib.contextmanager
-    def transaction(self, kind: str = "DEFERRED") -> Iterator[sqlite3.Connection]:
+    def transaction(self, kind: str = "DEFERRED") -> "_Transaction":
         """Change everything that is changed inside, or nothing.
 
         Raises:
             MemoryFileError: the file is damaged.
             OSError: it cannot be read or written.
         """
-        with self._mutex, self._errors():
-            connection = self._open()
-            if connection.in_transaction:
-                # Inside of another one, which begins and ends it.
-                yield connection
-                return
-            connection.execute(f"BEGIN {kind}")
+        return _Transaction(self, kind)
+
+    @contextlib.contextmanager
+    def joint(self) -> Iterator[None]:
+        """Make all changes inside one transaction."""
+        with self.transaction("IMMEDIATE"):
+            self.is_joint = True
             try:
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                with contextlib.suppress(sqlite3.Error):
-                    connection.execute("ROLLBACK")
-                raise
+                yield
+            finally:
+                self.is_joint = False
 
     def is_log(self) -> bool:
         """Whether it is a file of SQLite's at all, damaged or not."""
@@ -142,8 +143,8 @@ class LogFile:
 
     def purge(self) -> None:
         """Write the file anew, without the pages that are no longer used."""
-        with self._mutex, self._errors():
-            self._open().execute("VACUUM")
+        with self.mutex, self._errors():
+            self.opened().execute("VACUUM")
 
     def problems(self) -> list[str]:
         """Return what is wrong with the file itself."""
@@ -161,8 +162,8 @@ class LogFile:
 
     def save(self, path: Path) -> None:
         """Write a copy of the whole file to `path`, as of one moment."""
-        with self._mutex, self._errors(), contextlib.closing(_connect(path, "rwc", True)) as copy:
-            self._open().backup(copy)
+        with self.mutex, self._errors(), contextlib.closing(_connect(path, "rwc", True)) as copy:
+            self.opened().backup(copy)
 
     def size(self) -> int:
         """Return its bytes."""
@@ -170,7 +171,8 @@ class LogFile:
 
     def close(self) -> None:
         """Close the file; it is opened again when it is asked for."""
-        with self._mutex:
+        with self.mutex:
+            self.is_joint = False
             connection, self._connection = self._connection, None
             if connection is not None:
                 connection.close()
@@ -182,10 +184,11 @@ class LogFile:
         """Go on in a forked child, for reading only, without what the parent has open."""
         _inherited.append((self._connection, self._copied))
         self._connection = self._copied = None
-        self._mutex = threading.RLock()
+        self.mutex = threading.RLock()
         self._read_only = True
 
-    def _open(self) -> sqlite3.Connection:
+    def opened(self) -> sqlite3.Connection:
+        """Return the connection, which is made where there is none."""
         if self._connection is None:
             if not self.path.exists():
                 raise MemoryFileError(f"{self.where} is gone; {REPAIR}")
@@ -213,18 +216,82 @@ class LogFile:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.OperationalError as error:
-            code = getattr(error, "sqlite_errorname", "")
-            if code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-                raise TimeoutError(
-                    f"{self.where}: another process has held it for {WAIT_SECONDS:.0f} s; "
-                    "end that process, or try again"
-                ) from error
-            if code in ("SQLITE_ERROR", "SQLITE_CORRUPT", "SQLITE_NOTADB"):
-                raise MemoryFileError(f"{self.where} is damaged ({error}); {REPAIR}") from error
-            raise OSError(f"{self.where} cannot be read or written ({error})") from error
-        except sqlite3.DatabaseError as error:
-            raise MemoryFileError(f"{self.where} is damaged ({error}); {REPAIR}") from error
+        except sqlite3.Error as error:
+            raise self.told(error) from error
+
+    def told(self, error: sqlite3.Error) -> Exception:
+        """Return what an error of SQLite's means here."""
+        code = getattr(error, "sqlite_errorname", "")
+        if code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+            return TimeoutError(
+                f"{self.where}: another process has held it for {WAIT_SECONDS:.0f} s; "
+                "end that process, or try again"
+            )
+        if code.startswith("SQLITE_READONLY"):
+            return PermissionError(
+                f"{self.where}: no right to write ({error}); read_only=True only reads"
+            )
+        is_damaged = code in ("SQLITE_ERROR", "SQLITE_CORRUPT", "SQLITE_NOTADB")
+        if is_damaged or not isinstance(error, sqlite3.OperationalError):
+            return MemoryFileError(f"{self.where} is damaged ({error}); {REPAIR}")
+        return OSError(f"{self.where} cannot be read or written ({error})")
+
+
+class _Transaction:
+    """A transaction of a file; inside of a joint one, a part of that.
+
+    Not a generator: what an interrupt has left of one would end later, in the middle of another.
+    """
+
+    def __init__(self, file: LogFile, kind: str):
+        self._file = file
+        self._kind = kind
+        self._is_part = False
+
+    def __enter__(self) -> sqlite3.Connection:
+        file = self._file
+        file.mutex.acquire()
+        try:
+            connection = file.opened()
+            self._is_part = file.is_joint
+            if not self._is_part:
+                if connection.in_transaction:
+                    # Of a call that was interrupted: whatever followed would be part of it.
+                    connection.execute("ROLLBACK")
+                connection.execute(f"BEGIN {self._kind}")
+            return connection
+        except sqlite3.Error as error:
+            file.mutex.release()
+            raise file.told(error) from error
+        except BaseException:
+            file.mutex.release()
+            raise
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        file = self._file
+        try:
+            if not self._is_part:
+                if error is None:
+                    file.opened().execute("COMMIT")
+                else:
+                    self._undo()
+            if isinstance(error, sqlite3.Error):
+                raise file.told(error) from error
+        except sqlite3.Error as failed:
+            self._undo()
+            raise file.told(failed) from failed
+        except BaseException:
+            if not self._is_part:
+                self._undo()
+            raise
+        finally:
+            file.mutex.release()
+
+    def _undo(self) -> None:
+        with contextlib.suppress(sqlite3.Error, MemoryFileError):
+            connection = self._file.opened()
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
 
 
 class FolderLog:
@@ -251,11 +318,14 @@ class FolderLog:
                 "WHERE name = ? AND first_step <= ?) ORDER BY first_step",
                 (self.name, self.name, start),
             ).fetchall()
-            pin = b""
+            pin: Pin | None = None
             if known is None or known.table != head.table:
                 query = "SELECT body FROM pins WHERE name = ?"
                 for (body,) in connection.execute(query, (self.name,)):
-                    pin = body
+                    # Damaged, it says nothing, and the next version gets another one.
+                    with contextlib.suppress(ValueError):
+                        unsealed(body)
+                        pin = Pin(body, {})
         records = []
         for first_step, body in rows:
             try:
@@ -270,13 +340,19 @@ class FolderLog:
         return check_records(self.where, Contents(head, records, pin), known if start else None)
 
     def write(
-        self, head: Head, new: Sequence[Record], replace: bool, pin: bytes | None = None
+        self, head: Head, new: Sequence[Record], replace: bool, pin: Pin | None = None
     ) -> None:
         """Change to `head`; see `Log.write`."""
         with self.file.transaction("IMMEDIATE") as connection:
             if replace:
                 connection.execute("DELETE FROM records WHERE name = ?", (self.name,))
             _put(connection, self.name, head, new, pin)
+
+    def end(self, name: str) -> bytes | None:
+        """Return the end of a file of the table that a pin brought."""
+        with self.file.transaction() as connection:
+            query = "SELECT body FROM ends WHERE file = ?"
+            return next((body for (body,) in connection.execute(query, (name,))), None)
 
     def remove(self) -> None:
         """Remove this memory from the file."""
@@ -301,8 +377,15 @@ class FolderLog:
         self.file.purge()
 
     def problems(self) -> list[str]:
-        """Return what is wrong with the file."""
-        return self.file.problems()
+        """Return what is wrong with the file, and with what is in it."""
+        found = self.file.problems()
+        try:
+            contents = self.read()
+        except MemoryFileError as error:
+            return [*found, str(error)]
+        if contents is not None and contents.head.table is not None and not contents.pin:
+            found.append(f"{self.where}: what it keeps of the table is damaged; {REPAIR}")
+        return found
 
     def inherit(self) -> None:
         """Go on in a forked child, for reading only."""
@@ -335,7 +418,7 @@ def _put(
     name: str,
     head: Head,
     records: Sequence[Record],
-    pin: bytes | None,
+    pin: Pin | None,
 ) -> None:
     rows = [(name, record.first_step, record.encode()) for record in records]
     connection.executemany("INSERT INTO records VALUES (?, ?, ?)", rows)
@@ -343,7 +426,12 @@ def _put(
     for table in ("heads", "spare_heads"):
         connection.execute(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", (name, head.encode()))
     if pin is not None:
-        connection.execute("INSERT OR REPLACE INTO pins VALUES (?, ?)", (name, pin))
+        connection.execute("INSERT OR REPLACE INTO pins VALUES (?, ?)", (name, pin.body))
+        needed = files_of(pin)
+        there = {file for (file,) in connection.execute("SELECT file FROM ends")}
+        gone = [(file,) for file in there - needed]
+        connection.executemany("DELETE FROM ends WHERE file = ?", gone)
+        connection.executemany("INSERT OR REPLACE INTO ends VALUES (?, ?)", pin.ends.items())
 
 
 def _connect(path: Path, mode: str, sync: bool) -> sqlite3.Connection:
@@ -359,6 +447,9 @@ def _connect(path: Path, mode: str, sync: bool) -> sqlite3.Connection:
             connection.execute("PRAGMA journal_mode = TRUNCATE")
         connection.execute(f"PRAGMA synchronous = {'FULL' if sync else 'OFF'}")
         connection.execute("PRAGMA temp_store = MEMORY")
+        # What is no more must not be found by a repair; Debian's SQLite does so anyway.
+        connection.execute("PRAGMA secure_delete = ON")
+        connection.execute("PRAGMA page_size = 4096")
     except BaseException:
         connection.close()
         raise

@@ -138,13 +138,22 @@ class Record(NamedTuple):
         return cls(first_step, episode, borders, times, keys, closes, body[4 + length :])
 
 
+class Pin(NamedTuple):
+    """What a table wants kept in the log, against damage; see `pins`."""
+
+    body: bytes
+    """Of the version that counts."""
+    ends: dict[str, bytes]
+    """The ends of files, by their names: of those that are new, where it is written."""
+
+
 class Contents(NamedTuple):
     """What is in a log, as of one moment."""
 
     head: Head
     records: list[Record]
-    pin: bytes = b""
-    """What the table wants kept here, against damage; nothing where it is known already."""
+    pin: Pin | None = None
+    """What the table wants kept here; nothing where it is known already."""
 
 
 class Log(Protocol):
@@ -164,7 +173,7 @@ class Log(Protocol):
         ...
 
     def write(
-        self, head: Head, new: Sequence[Record], replace: bool, pin: bytes | None = None
+        self, head: Head, new: Sequence[Record], replace: bool, pin: Pin | None = None
     ) -> None:
         """Change to `head`, with the records `new` behind the others or, `replace`, in their stead.
 
@@ -174,6 +183,10 @@ class Log(Protocol):
         Raises:
             OSError: it cannot be written.
         """
+        ...
+
+    def end(self, name: str) -> bytes | None:
+        """Return the end of a file of the table that a pin brought."""
         ...
 
     def reopen(self) -> None:

@@ -171,7 +171,7 @@ class Memories:
                 held.enter_context(memory.mutex)
                 memory.recover()
             try:
-                with self._file.transaction("IMMEDIATE"):
+                with self._file.joint():
                     for row, memory in enumerate(memories):
                         first = None if is_first is None else is_first[row : row + 1]
                         memory.append(steps[row : row + 1], first, **options)

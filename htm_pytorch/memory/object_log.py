@@ -5,62 +5,37 @@ behind, and of two writers the one who comes second learns of it.
 """
 
 import contextlib
-import datetime
-import importlib.util
-import os
-import re
 import struct
+import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from htm_pytorch.memory.files import MemoryFileError
+from htm_pytorch.memory.folder_log import FolderLog, LogFile
 from htm_pytorch.memory.log import (
     REPAIR,
     Contents,
     Head,
+    Pin,
     Record,
     check_records,
     sealed,
     unknown,
     unsealed,
 )
+from htm_pytorch.memory.object_store import Objects, Replaced
 from htm_pytorch.memory.place import Place
 
 MAGIC = b"HTMLOG02"
 NAME = "journal"
-SCHEMES = ("s3", "gs", "az", "abfss")
-"""Of stores that replace an object on a condition, and that the engine of the table knows."""
 EARLIER = "journal.lance"
 """The name that the log of format 1 had, which was a table."""
+_FOLDERS = b"SQLite format 3\0"
+"""What a log begins with that was copied from a folder."""
 _NUMBER_BYTES = 16
 _SIZE = struct.Struct("<Q")
-_PROBE = f"{NAME}-probe"
-_CLIENT_OPTIONS = frozenset(
-    {
-        "allow_http",
-        "allow_invalid_certificates",
-        "connect_timeout",
-        "default_content_type",
-        "http1_only",
-        "http2_only",
-        "pool_idle_timeout",
-        "pool_max_idle_per_host",
-        "proxy_ca_certificate",
-        "proxy_excludes",
-        "proxy_url",
-        "randomize_addresses",
-        "read_timeout",
-        "timeout",
-        "user_agent",
-    }
-)
-"""Those of `storage_options` that obstore takes apart from the others."""
-_OF_THE_TABLE = re.compile(r"lance_|download_retry_count$")
-"""Those that say nothing about the log."""
-_threads_of: int | None = None
-"""The process in which obstore has begun to work."""
-_inherited: list[Any] = []
 
 
 class _Object(NamedTuple):
@@ -69,7 +44,6 @@ class _Object(NamedTuple):
     number: bytes
     """Another one for each that was ever written: so a writer knows its own again."""
     tag: dict[str, str]
-    """What the store calls it."""
     head: Head
     records: list[bytes]
 
@@ -78,13 +52,8 @@ class ObjectLog:
     """The log of the memory at a place."""
 
     def __init__(self, place: Place):
-        check_uri(place.uri)
         self.where = f"the log {place.uri}/{NAME}"
-        scheme, _, rest = place.uri.partition("://")
-        bucket, _, self._folder = rest.partition("/")
-        self._bucket = f"{scheme}://{bucket}"
-        self._options = place.storage_options or {}
-        self._store: Any = None
+        self._objects = Objects(place.uri, place.storage_options)
         # As it was read or written last.
         self._seen: _Object | None = None
         # Numbers of those that were sent, and of which no answer came.
@@ -104,7 +73,8 @@ class ObjectLog:
         if known is not None and (known.generation, known.sequence) == now:
             return Contents(head, [])
         start = unknown(head, known)
-        records = self._decoded(found)
+        with _damage(self.where):
+            records = [Record.decode(record) for record in found.records]
         first = max((r.first_step for r in records if r.first_step <= start), default=0)
         records = [record for record in records if record.first_step >= first]
         return check_records(self.where, Contents(head, records), known if start else None)
@@ -115,17 +85,20 @@ class ObjectLog:
         Raises:
             ValueError: the store replaces objects whatever the condition.
         """
-        self._check_conditions()
-        records = [record.encode() for record in contents.records]
-        self._put(contents.head, records, None)
+        self._objects.check_conditions()
+        self._put(contents.head, [record.encode() for record in contents.records], None)
 
     def write(
-        self, head: Head, new: Sequence[Record], replace: bool, pin: bytes | None = None
+        self, head: Head, new: Sequence[Record], replace: bool, pin: Pin | None = None
     ) -> None:
-        """Change to `head`; see `Log.write`."""
+        """Change to `head`; see `Log.write`.
+
+        Raises:
+            BlockingIOError: another writer has changed it.
+        """
         seen = self._seen
         if seen is None:
-            raise MemoryFileError(f"{self.where} is gone; {REPAIR}")
+            raise self._gone()
         # What is there may be newer than what the caller has read.
         self._is_fenced |= head.sequence != seen.head.sequence + 1
         if self._is_fenced:
@@ -133,48 +106,38 @@ class ObjectLog:
         records = [record.encode() for record in new]
         self._put(head, records if replace else [*seen.records, *records], seen)
 
+    def end(self, name: str) -> bytes | None:
+        """Return nothing: none is kept."""
+        return None
+
     def reopen(self) -> None:
         """Look again at what is there, since a call did not end."""
-        self._store, self._is_own = None, False
+        self._is_own = False
+        self._objects.reopen()
 
     def purge(self) -> None:
         """Leave no byte of records that are no more: only an earlier format left any."""
-        self.remove(EARLIER)
-
-    def remove(self, folder: str) -> None:
-        """Remove all objects of a folder beside the log."""
-        with self._errors("removed"):
-            store = self._open()
-            for some in store.list(self._path(folder)):
-                store.delete([found["path"] for found in some])
+        self._objects.delete(self._objects.sizes(EARLIER))
 
     def problems(self) -> list[str]:
         """Return what is wrong with the object."""
         try:
             found = self._get()
-            if found is None:
-                return [f"{self.where} is gone; {REPAIR}"]
-            self._decoded(found)
         except MemoryFileError as error:
             return [str(error)]
-        return []
+        return [] if found is not None else [str(self._gone())]
 
     def inherit(self) -> None:
         """Go on in a forked child, which knows what was read so far."""
-        _inherited.append(self._store)
-        self._store = None
+        self._objects.inherit()
 
     def size(self) -> int:
         """Return the bytes of the object."""
-        with self._errors("read"):
-            return int(self._open().head(self._path(NAME))["size"])
+        return self._objects.size(NAME)
 
     def close(self) -> None:
         """Let go of the connection."""
-        self._store, self._is_own = None, False
-
-    def _path(self, name: str) -> str:
-        return f"{self._folder}/{name}" if self._folder else name
+        self.reopen()
 
     def _follow(self) -> _Object | None:
         """Look at what is there, and remember it."""
@@ -186,36 +149,24 @@ class ObjectLog:
 
     def _get(self, seen: _Object | None = None) -> _Object | None:
         """Return what is there; None: nothing; `seen`, if it still is that."""
-        from obstore.exceptions import NotModifiedError
-
-        condition = {"if_none_match": seen.tag["e_tag"]} if seen and "e_tag" in seen.tag else None
         try:
-            with self._errors("read"):
-                found = self._open().get(self._path(NAME), options=condition)
-                body = bytes(found.bytes())
-        except NotModifiedError:
-            return seen
+            found = self._objects.get(NAME, seen.tag if seen is not None else None)
         except FileNotFoundError:
             return None
-        return self._taken_apart(body, _tag(found.meta))
+        return seen if found is None else self._taken_apart(found.body, found.tag)
 
     def _put(self, head: Head, records: list[bytes], seen: _Object | None) -> None:
         """Replace what was seen, if it is still there; None: if there is nothing."""
-        from obstore.exceptions import AlreadyExistsError, PreconditionError
-
         self._is_writer, self._is_own = True, False
         number = uuid.uuid4().bytes
         body = _put_together(number, head, records)
-        mode: Any = "create" if seen is None else seen.tag
         self._sent.add(number)
         try:
-            with self._errors("written"):
-                done = self._open().put(self._path(NAME), body, mode=mode, use_multipart=False)
-            tag = _tag(done)
-        except (AlreadyExistsError, PreconditionError) as error:
+            tag = self._objects.put(NAME, body, None if seen is None else seen.tag)
+        except Replaced as error:
             found = self._get()
             if found is None and seen is not None:
-                raise MemoryFileError(f"{self.where} is gone; {REPAIR}") from error
+                raise self._gone() from error
             if found is None or (found.number in self._sent and found.number != number):
                 raise OSError(f"{self.where} could not be written; try again") from error
             if found.number != number:
@@ -229,81 +180,6 @@ class ObjectLog:
         # None of those before can come true any more.
         self._sent = {number}
 
-    def _check_conditions(self) -> None:
-        """Raise a ValueError where the store would let a second writer replace what is new."""
-        from obstore.exceptions import PreconditionError
-
-        path = self._path(_PROBE)
-        with contextlib.suppress(PreconditionError, FileNotFoundError), self._errors("written"):
-            other: Any = {"e_tag": '"1"', "version": "1"}
-            self._open().put(path, b"", mode=other, use_multipart=False)
-            self._open().delete(path)
-            raise ValueError(
-                f"uri: the store of {self._bucket!r} replaces an object even where it is another "
-                "one than expected (If-Match), so nothing would keep a second writer from undoing "
-                "what a first one stored; use one that heeds conditions, or a folder"
-            )
-
-    def _open(self) -> Any:
-        global _threads_of
-        if _threads_of not in (None, os.getpid()):
-            raise OSError(
-                f"{self.where} cannot be reached from a process that was forked from one that has "
-                "used an object store: start it with the method 'spawn' or 'forkserver'"
-            )
-        # Another thread may let go of it meanwhile.
-        store = self._store
-        if store is None:
-            from obstore.store import from_url
-
-            _threads_of = os.getpid()
-            try:
-                options = _sorted(self._options) | _profile(self._bucket, self._options)
-                store = self._store = from_url(self._bucket, **options)
-            except Exception as error:
-                raise ValueError(
-                    f"uri, storage_options: expected those of an object store, got "
-                    f"{self._bucket!r} and {sorted(self._options)} ({_first_line(error)})"
-                ) from error
-        return store
-
-    @contextlib.contextmanager
-    def _errors(self, done: str) -> Iterator[None]:
-        """Say what is wrong in one sentence."""
-        from obstore import exceptions
-
-        try:
-            yield
-        except (
-            exceptions.AlreadyExistsError,
-            exceptions.NotModifiedError,
-            exceptions.PreconditionError,
-        ):
-            raise
-        except exceptions.NotFoundError as error:
-            raise FileNotFoundError(str(error)) from error
-        except FileNotFoundError as error:
-            if "NoSuchBucket" in str(error) or "ContainerNotFound" in str(error):
-                raise OSError(
-                    f"uri: there is no bucket {self._bucket!r}, so {self.where} cannot be {done}; "
-                    "make the bucket first, or correct `uri` or `storage_options`"
-                ) from error
-            raise
-        except exceptions.BaseError as error:
-            kind, why = OSError, _first_line(error)
-            refused = exceptions.PermissionDeniedError, exceptions.UnauthenticatedError
-            if isinstance(error, refused):
-                kind = PermissionError
-            elif "169.254.169.254" in why or "metadata" in why:
-                kind, why = PermissionError, f"no credentials were found: {why}"
-            elif "builder error" in why:
-                why = f"an endpoint of http:// needs allow_http: {why}"
-            raise kind(
-                f"uri, storage_options: {self.where} cannot be {done} ({why}); credentials, region "
-                "and endpoint come from `storage_options` or the environment, as aws_access_key_id "
-                "or AWS_ACCESS_KEY_ID"
-            ) from error
-
     def _second(self) -> BlockingIOError:
         return BlockingIOError(
             f"uri: {self.where} was changed by another writer since this one opened it; what was "
@@ -311,46 +187,97 @@ class ObjectLog:
             "other one has ended"
         )
 
+    def _gone(self) -> MemoryFileError:
+        return MemoryFileError(f"{self.where} is gone; put it back, or {REPAIR}")
+
     def _taken_apart(self, body: bytes, tag: dict[str, str]) -> _Object:
-        with self._damage():
-            if body[: len(MAGIC)] != MAGIC:
-                raise ValueError("it is of another format")
-            parts, at = [], len(MAGIC)
-            while at < len(body):
-                (size,) = _SIZE.unpack_from(body, at)
-                at += _SIZE.size + size
-                parts.append(body[at - size : at])
-            seal, head, *records = parts
-            if at != len(body):
-                raise ValueError("its end is missing")
-            number, sums = unsealed(seal)[:_NUMBER_BYTES], unsealed(seal)[_NUMBER_BYTES:]
-            if sums != b"".join(part[:4] for part in (head, *records)):
-                raise ValueError("some of it is missing")
+        if body.startswith(_FOLDERS):
+            found = _of_folder(body, self.where)
+            return _Object(b"", tag, found.head, [record.encode() for record in found.records])
+        with _damage(self.where):
+            number, head, records = _parts(body)
             return _Object(number, tag, Head.decode(head), records)
 
-    def _decoded(self, found: _Object) -> list[Record]:
-        with self._damage():
-            return [Record.decode(record) for record in found.records]
 
-    @contextlib.contextmanager
-    def _damage(self) -> Iterator[None]:
-        try:
-            yield
-        except (ValueError, TypeError, KeyError, struct.error) as error:
-            raise MemoryFileError(f"{self.where} is damaged ({error}); {REPAIR}") from error
+def is_object(body: bytes) -> bool:
+    """Whether it is the log of a memory in an object store."""
+    return body.startswith(MAGIC)
 
 
-def check_uri(uri: str) -> None:
-    """Raise a ValueError unless log and table will be in one place."""
-    scheme, _, rest = uri.partition("://")
-    if scheme not in SCHEMES:
-        expected = ", ".join(f"{name}://" for name in SCHEMES)
-        raise ValueError(f"uri: expected a folder or one of {expected}, got {uri!r}")
-    # The engine of the table takes these for parts of an address.
-    odd = sorted(set(re.findall(r"[?#%\\]", rest)))
-    if odd or {"", ".", ".."} & set(rest.split("/")):
-        wrong = " ".join(odd) or "an empty part, '.' or '..'"
-        raise ValueError(f"uri: expected a place without {wrong}, got {uri!r}")
+def decoded(body: bytes, where: str) -> Contents:
+    """Return what is in the log of a memory in an object store.
+
+    Raises:
+        MemoryFileError: it is damaged.
+    """
+    with _damage(where):
+        _, head, records = _parts(body)
+        return Contents(Head.decode(head), [Record.decode(record) for record in records])
+
+
+def salvaged(body: bytes) -> tuple[list[Head], list[Record]]:
+    """Return those heads and records of a damaged log whose checksums are right."""
+    heads: list[Head] = []
+    records: list[Record] = []
+    at = 0
+    while at + _SIZE.size < len(body):
+        start = at + _SIZE.size
+        (size,) = _SIZE.unpack_from(body, at)
+        part = body[start : start + size]
+        at += 1
+        if len(part) < size or size < _SIZE.size:
+            continue
+        with contextlib.suppress(ValueError):
+            unsealed(part)
+            at = start + size
+            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, struct.error):
+                records.append(Record.decode(part))
+                continue
+            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+                heads.append(Head.decode(part))
+    return heads, records
+
+
+@contextlib.contextmanager
+def _damage(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, struct.error) as error:
+        raise MemoryFileError(f"{where} is damaged ({error}); {REPAIR}") from error
+
+
+def _of_folder(body: bytes, where: str) -> Contents:
+    """Return what is in the log of a memory that was copied from a folder."""
+    with tempfile.TemporaryDirectory(prefix="htm_pytorch-") as folder:
+        path = Path(folder, NAME)
+        path.write_bytes(body)
+        file = LogFile(path)
+        file.where = where
+        with contextlib.closing(file):
+            found = FolderLog(file).read()
+    if found is None:
+        raise MemoryFileError(f"{where} is that of many memories, which only a folder can hold")
+    return found
+
+
+def _parts(body: bytes) -> tuple[bytes, bytes, list[bytes]]:
+    """Return the number, the head and the records that `_put_together` put together."""
+    if not is_object(body):
+        raise ValueError("it is of another format")
+    parts, at = [], len(MAGIC)
+    while at < len(body):
+        (size,) = _SIZE.unpack_from(body, at)
+        at += _SIZE.size + size
+        parts.append(body[at - size : at])
+    seal, head, *records = parts
+    if at != len(body):
+        raise ValueError("its end is missing")
+    number, sums = unsealed(seal)[:_NUMBER_BYTES], unsealed(seal)[_NUMBER_BYTES:]
+    if sums != b"".join(part[:4] for part in (head, *records)):
+        raise ValueError("some of it is missing")
+    for record in records:
+        unsealed(record)
+    return number, head, records
 
 
 def _put_together(number: bytes, head: Head, records: Sequence[bytes]) -> bytes:
@@ -361,49 +288,3 @@ def _put_together(number: bytes, head: Head, records: Sequence[bytes]) -> bytes:
     for part in (seal, *parts):
         body += [_SIZE.pack(len(part)), part]
     return b"".join(body)
-
-
-def _tag(meta: Any) -> dict[str, str]:
-    """Return what tells this object from others; not all stores give both."""
-    return {name: meta[name] for name in ("e_tag", "version") if meta.get(name) is not None}
-
-
-def _sorted(options: Mapping[str, str]) -> dict[str, Any]:
-    """Return options of the store, of its connections and of another try, as obstore takes them."""
-    config: dict[str, Any] = {}
-    client: dict[str, Any] = {}
-    retry: dict[str, Any] = {}
-    for name, value in options.items():
-        key = name.lower()
-        bare = key.removeprefix("aws_").removeprefix("azure_").removeprefix("google_")
-        if bare in _CLIENT_OPTIONS:
-            client[bare] = value
-        elif key == "client_max_retries":
-            retry["max_retries"] = int(value)
-        elif key == "client_retry_timeout":
-            retry["retry_timeout"] = datetime.timedelta(seconds=float(value))
-        elif not _OF_THE_TABLE.match(key):
-            config[key] = value
-    found = {"config": config, "client_options": client, "retry_config": retry}
-    return {name: some for name, some in found.items() if some}
-
-
-def _profile(bucket: str, options: Mapping[str, str]) -> dict[str, Any]:
-    """Return the credentials of the user's profile, as the table's engine finds them, too.
-
-    Only where none are given, and if boto3 is installed, which reads them.
-    """
-    given = {name.lower().removeprefix("aws_") for name in options}
-    if given & {"access_key_id", "skip_signature"} or "AWS_ACCESS_KEY_ID" in os.environ:
-        return {}
-    if not bucket.startswith("s3:") or importlib.util.find_spec("boto3") is None:
-        return {}
-    from obstore.auth.boto3 import Boto3CredentialProvider
-
-    with contextlib.suppress(ValueError):
-        return {"credential_provider": Boto3CredentialProvider()}
-    return {}
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0].strip()

@@ -1,4 +1,4 @@
-"""What the log keeps of the files of a table, against damage: of each how it ends, and a manifest.
+"""What the log keeps of the files of a table, against damage: their ends, and a manifest.
 
 The engine's files say at their ends where everything in them is, and a manifest says which files
 there are. Neither has a checksum of its own.
@@ -8,68 +8,100 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from htm_pytorch.memory.files import MemoryFileError, sync_file, sync_folder
-from htm_pytorch.memory.log import REPAIR, sealed, unsealed
+from htm_pytorch.memory.log import REPAIR, Pin, sealed, unsealed
 
 _FOOTER = struct.Struct("<QQQIIHH4s")
 
 
-def pin(folder: Path, dataset: Any, before: bytes) -> bytes:
+def pin(folder: Path, dataset: Any, before: Pin | None) -> Pin:
     """Return what to keep of a version of a table; `before` is what was kept of an earlier one."""
-    known = _files_of(before) if before else {}
+    known = _files_of(before.body) if before else {}
+    unkept = before.ends if before else {}
     found: dict[str, list[int]] = {}
+    ends: dict[str, bytes] = {}
     for fragment in dataset.get_fragments():
-        for file in fragment.data_files():
-            name = f"data/{file.path}"
-            found[name] = known.get(name) or _end_of(folder / name)
+        names = {f"data/{file.path}": _start for file in fragment.data_files()}
         deleted = fragment.deletion_file()
         if deleted:
-            whole = (folder / str(deleted)).read_bytes()
-            found[str(deleted)] = [len(whole), 0, zlib.crc32(whole)]
+            names[str(deleted)] = lambda path: 0
+        for name, start_of in names.items():
+            if name in known:
+                found[name] = known[name]
+                if name in unkept:
+                    ends[name] = unkept[name]
+                continue
+            start = start_of(folder / name)
+            ends[name] = _read_end(folder / name, start) or b""
+            length = start + len(ends[name])
+            found[name] = [length, start, zlib.crc32(ends[name])]
     kept = manifest(folder, dataset.version).read_bytes()
     text = json.dumps(found, separators=(",", ":")).encode()
-    return sealed(struct.pack("<I", len(text)) + text + kept)
+    return Pin(sealed(struct.pack("<I", len(text)) + text + kept), ends)
 
 
-def check(folder: Path, version: int, kept: bytes, may_mend: bool) -> None:
+def check(
+    folder: Path, version: int, kept: Pin, end_of: Callable[[str], bytes | None] | None
+) -> None:
     """Compare the files of a version with what was kept of them.
 
-    Where `may_mend`, a manifest that is damaged is replaced by the one that was kept.
+    Args:
+        folder: that of the table.
+        version: of the table.
+        kept: what was kept of it.
+        end_of: gives the ends of files that were kept, to put right what is damaged; None: nothing
+            is changed.
 
     Raises:
         MemoryFileError: one of them is damaged, or gone.
     """
-    try:
-        ends = _files_of(kept)
-    except ValueError:
-        # The other way round: what was kept is damaged, and tells nothing.
-        return
-    path, right = manifest(folder, version), _manifest_of(kept)
+    ends, right = _files_of(kept.body), _manifest_of(kept.body)
     if not folder.exists():
         raise MemoryFileError(f"{str(folder)!r} is gone; {REPAIR}")
+    path = manifest(folder, version)
     if not path.exists() or path.read_bytes() != right:
-        if not may_mend:
-            raise MemoryFileError(
-                f"{str(path)!r} is damaged or gone; open the memory for writing, which puts it "
-                "right from a copy; where it was just compacted, open it again"
-            )
-        set_aside(path)
-        temporary = path.with_suffix(".new")
-        temporary.write_bytes(right)
-        sync_file(temporary)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        if end_of is None:
+            raise _damaged(path)
+        _replace(path, right)
     for name, (length, start, checksum) in ends.items():
-        end = _read_end(folder / name, start)
-        if end is None or (start + len(end), zlib.crc32(end)) != (length, checksum):
-            raise MemoryFileError(
-                f"{str(folder / name)!r} is damaged or gone; {REPAIR}; where it was just "
-                "compacted, `refresh()` or open it again"
-            )
+        path = folder / name
+        end = _read_end(path, start)
+        if end is not None and (start + len(end), zlib.crc32(end)) == (length, checksum):
+            continue
+        if end_of is None:
+            raise _damaged(path)
+        right = end_of(name)
+        # Only an end can be put right, not what comes before it.
+        before = path.read_bytes()[:start] if path.exists() else b""
+        if right is None or len(before) != start or zlib.crc32(right) != checksum:
+            raise MemoryFileError(f"{str(path)!r} is damaged or gone; {REPAIR}")
+        _replace(path, before + right)
+
+
+def files_of(kept: Pin) -> set[str]:
+    """Return the names of the files whose ends are kept."""
+    return set(_files_of(kept.body))
+
+
+def _damaged(path: Path) -> MemoryFileError:
+    return MemoryFileError(
+        f"{str(path)!r} is damaged or gone; open the memory for writing, which puts it right from "
+        "a copy; where it was just compacted, `refresh()` or open it again"
+    )
+
+
+def _replace(path: Path, right: bytes) -> None:
+    """Give a file other contents, and keep what it was."""
+    set_aside(path)
+    temporary = path.with_suffix(".new")
+    temporary.write_bytes(right)
+    sync_file(temporary)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
 
 
 def set_aside(path: Path) -> None:
@@ -108,19 +140,21 @@ def version_of(manifest: Path) -> int | None:
     return 2**64 - 1 - int(manifest.stem) if manifest.stem.isdigit() else None
 
 
-def _end_of(path: Path) -> list[int]:
-    """Return length, start and checksum of the part of a data file that says where the rest is."""
+def _start(path: Path) -> int:
+    """Return where a data file begins to say where in it everything is."""
     length = path.stat().st_size
     with open(path, "rb") as file:
         file.seek(max(0, length - _FOOTER.size))
         footer = file.read()
-        start = 0
-        if len(footer) == _FOOTER.size:
-            found = _FOOTER.unpack(footer)
-            # Of another version of the engine's files: all of it.
-            start = min(found[0], length) if found[-1] == b"LANC" else 0
-        file.seek(start)
-        return [length, start, zlib.crc32(file.read())]
+        if len(footer) != _FOOTER.size:
+            return 0
+        columns, _, table, buffers, _, _, _, magic = _FOOTER.unpack(footer)
+        # Of another version of the engine's files: all of it.
+        if magic != b"LANC" or table + 16 * buffers > length or buffers > 64:
+            return 0
+        file.seek(table)
+        places = struct.unpack(f"<{2 * buffers}Q", file.read(16 * buffers))[::2]
+    return min(columns, length, *places) if places else min(columns, length)
 
 
 def _read_end(path: Path, start: int) -> bytes | None:

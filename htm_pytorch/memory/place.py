@@ -93,7 +93,10 @@ class Lock:
                 "memory first, or use it; read_only=True reads beside it"
             )
         try:
+            made = [path for path in (folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
+            for path in made:
+                sync_folder(path.parent)
             # Not of one thread: whoever closes the memory gives it back.
             self._lock = FileLock(folder / "lock", thread_local=False)
             self._lock.acquire(timeout=0)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.memory import answers, entries, forks, log, state
+from htm_pytorch.memory.cache import ChunkCache
 from htm_pytorch.memory.chunked import ChunkedMemory
 from htm_pytorch.memory.files import MemoryFileError, sync_folder
 from htm_pytorch.memory.folder_log import LogFile
@@ -219,7 +220,7 @@ class Reading:
             table = versions.append(table, head, chunks)
         head = head._replace(table=table and table.pinned)
         records = entries.records_of(now.pending) + now.opened.records()
-        logs = {"": Contents(head, records, table.pin if table else b"")}
+        logs = {"": Contents(head, records, table.pin if table else None)}
         LogFile.create(partial / "journal", logs).close()
         os.rename(partial, target)
         sync_folder(target.parent)
@@ -227,7 +228,9 @@ class Reading:
     def verify(self) -> list[str]:
         """Read everything, compare it with its checksums and return what is wrong."""
         now = self._now()
-        found = self._log.problems()
+        # Not while this process is forked.
+        with self.mutex:
+            found = self._log.problems()
         if now.table is not None:
             found += now.table.verify(now.head.gaps)
         return found + self.unfit()
@@ -358,6 +361,9 @@ class Reading:
         self._inherited.append(self._lock)
         self._lock = None
         self._log.inherit()
+        # Another thread may have been at it.
+        form, slots = self._state.head.form, self._state.cache.slots
+        self._state = self._state._replace(cache=ChunkCache(form, slots))
 
     def __repr__(self) -> str:
         """Say where it is and how large."""
@@ -396,7 +402,8 @@ class Reading:
                     table = None
                 elif table is None or table.pinned != head.table:
                     assert self._versions is not None
-                    table = self._versions.open(head, contents.pin, not self.read_only)
+                    end_of = None if self.read_only else self._log.end
+                    table = self._versions.open(head, contents.pin, end_of)
                 return state.follow(before, contents, table, self.holds_summaries)
             except MemoryFileError:
                 newest = self._log.read()

@@ -9,28 +9,28 @@ import contextlib
 import datetime
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory import earlier, pins, place
+from htm_pytorch.memory import carved, earlier, pins, place
 from htm_pytorch.memory.files import MemoryFileError, sync_folder
 from htm_pytorch.memory.folder_log import LogFile
 from htm_pytorch.memory.formats import CPU, DTYPES, Chunks, Format
-from htm_pytorch.memory.log import Contents, Head, Range, Record, merged, unsealed
+from htm_pytorch.memory.log import Contents, Head, Pin, Range, Record, merged, unsealed
 from htm_pytorch.memory.opened import open_memory
 from htm_pytorch.memory.place import Lock, Place
-from htm_pytorch.memory.rows import BATCH_BYTES, Salvage, salvaged
+from htm_pytorch.memory.rows import BATCH_BYTES, Damaged, Salvage
 from htm_pytorch.memory.state import Batch, Open
 from htm_pytorch.memory.table import Versions
 
 _NEW = ".repaired"
 _PARTS = ("journal", "journal-journal", "chunks.lance")
-_MOST_ROWS = 100_000
-"""Of records that are asked for one by one, where a file is damaged between them."""
+Decoded = TypeVar("Decoded")
 
 
 class Report(NamedTuple):
@@ -108,11 +108,12 @@ def _rebuild(where: Place, folder: Path, problems: list[str]) -> Report:
         )
     if head is None:
         head = Head.first(form)._replace(generation=facts.get("generation", os.urandom(16).hex()))
-    rows = salvaged(dataset, form) if dataset is not None else []
+    damaged = Damaged(dataset, form) if dataset is not None else None
+    rows = damaged.rows() if damaged is not None else []
     least = max((row.first_step + row.length for row in rows if row.is_certain), default=0)
     found = [row for row in rows if row.is_whole]
     pieces, moved = _in_order(found, head)
-    held = _Held(pieces, found, dataset, form)
+    held = _Held(pieces, found, damaged, form)
     chunks, opened, more = _closed(records, form, held)
     versions = Versions(Place(str(new), new, None), sync=True)
     first = head._replace(table=None)
@@ -138,7 +139,7 @@ def _rebuild(where: Place, folder: Path, problems: list[str]) -> Report:
     kept = opened.records()
     if opened.next_step != steps and kept:
         kept = [kept[0]._replace(closes=True)]
-    logs = {"": Contents(after, kept, table.pin if table else b"")}
+    logs = {"": Contents(after, kept, table.pin if table else None)}
     LogFile.create(new / "journal", logs).close()
     (new / "complete").touch()
     sync_folder(new)
@@ -174,16 +175,16 @@ def _finish(folder: Path) -> str:
     return str(aside)
 
 
-def _log(where: Place) -> tuple[Head | None, list[Record], bytes]:
+def _log(where: Place) -> tuple[Head | None, list[Record], Pin | None]:
     """Return what can be read of the log: the newest head, records, and what the table kept."""
     path = where.log
     if not path.exists():
-        return None, [], b""
+        return None, [], None
     if path.read_bytes()[: len(earlier.MAGIC)] == earlier.MAGIC:
-        return None, earlier.salvaged(path.read_bytes()), b""
+        return None, earlier.salvaged(path.read_bytes()), None
     heads: list[Head] = []
     records: list[Record] = []
-    pin = b""
+    pin: Pin | None = None
     with contextlib.closing(LogFile(path)) as file:
         for table in ("heads", "spare_heads"):
             for (body,) in _rows(file, f"SELECT body FROM {table}"):
@@ -192,10 +193,19 @@ def _log(where: Place) -> tuple[Head | None, list[Record], bytes]:
         for (body,) in _rows(file, "SELECT body FROM pins"):
             with contextlib.suppress(ValueError):
                 unsealed(body)
-                pin = body
-        for (body,) in _each(file):
+                pin = Pin(body, {})
+        for (body,) in _rows(file, "SELECT body FROM records NOT INDEXED"):
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 records.append(Record.decode(body))
+        is_whole = not file.problems()
+    if not is_whole:
+        found = [body for _, body in carved.blobs(path.read_bytes())]
+        if not heads:
+            heads = list(_decoded(found, Head.decode))
+        known = {record.first_step for record in records}
+        records += [
+            record for record in _decoded(found, Record.decode) if record.first_step not in known
+        ]
     records.sort(key=lambda record: record.first_step)
     return max(heads, key=lambda head: head.sequence, default=None), records, pin
 
@@ -203,24 +213,25 @@ def _log(where: Place) -> tuple[Head | None, list[Record], bytes]:
 def _rows(file: LogFile, query: str) -> list[tuple[Any, ...]]:
     """Return what a query finds before it comes to damage."""
     found: list[tuple[Any, ...]] = []
-    with contextlib.suppress(MemoryFileError), file.transaction() as connection:
+    with contextlib.suppress(MemoryFileError, OSError), file.transaction() as connection:
         found.extend(connection.execute(query))
     return found
 
 
-def _each(file: LogFile) -> Iterator[tuple[Any, ...]]:
-    """Yield the records, past those that cannot be reached."""
-    found = _rows(file, "SELECT rowid, body FROM records NOT INDEXED ORDER BY rowid")
-    yield from ((body,) for _, body in found)
-    problems = file.problems()
-    if problems:
-        at = found[-1][0] if found else 0
-        for number in range(at + 1, at + 1 + _MOST_ROWS):
-            rows = _rows(file, f"SELECT body FROM records NOT INDEXED WHERE rowid = {number}")
-            yield from rows
+def _decoded(found: Sequence[bytes], decode: Callable[[bytes], Decoded]) -> Iterator[Decoded]:
+    """Yield what can be made of those that are whole, and of this kind."""
+    for body in found:
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, struct.error):
+            yield decode(body)
 
 
-def _dataset(where: Place, head: Head | None, pin: bytes) -> tuple[Any, dict[str, str]]:
+def _ends(where: Place) -> dict[str, bytes]:
+    """Return what can be read of the ends of files that the log keeps."""
+    with contextlib.closing(LogFile(where.log)) as file:
+        return dict(_rows(file, "SELECT file, body FROM ends"))
+
+
+def _dataset(where: Place, head: Head | None, pin: Pin | None) -> tuple[Any, dict[str, str]]:
     """Return the version of the table that counts, or the newest that can be read."""
     assert where.folder is not None
     folder = where.folder / "chunks.lance"
@@ -228,9 +239,9 @@ def _dataset(where: Place, head: Head | None, pin: bytes) -> tuple[Any, dict[str
         return None, {}
     versions = Versions(where, sync=True)
     wanted = head.table.version if head is not None and head.table is not None else None
-    if wanted is not None and pin:
+    if wanted is not None and pin is not None:
         with contextlib.suppress(MemoryFileError):
-            pins.check(folder, wanted, pin, may_mend=True)
+            pins.check(folder, wanted, pin, _ends(where).get)
     dataset = versions.readable(wanted)
     if dataset is None:
         return None, {}
@@ -303,13 +314,17 @@ class _Held:
     """The chunks of the old table, in their new order."""
 
     def __init__(
-        self, pieces: Sequence[_Piece], found: Sequence[Salvage], dataset: Any, form: Format
+        self,
+        pieces: Sequence[_Piece],
+        found: Sequence[Salvage],
+        damaged: Damaged | None,
+        form: Format,
     ):
         self.end = max((piece.first_step + piece.length for piece in pieces), default=0)
         self.episode = max((piece.episode for piece in pieces), default=-1)
         self._pieces = pieces
         self._of_row = {row.row: row for row in found}
-        self._dataset = dataset
+        self._damaged = damaged
         self._form = form
 
     def parts(self) -> Iterator[Chunks]:
@@ -330,7 +345,8 @@ class _Held:
 
     def _chunks(self, some: Sequence[_Piece]) -> Chunks:
         form, rows = self._form, [self._of_row[piece.row] for piece in some]
-        stored = torch.stack([row.stored(self._dataset, form) for row in rows])
+        assert self._damaged is not None
+        stored = torch.stack([self._damaged.stored(row) for row in rows])
         counts = torch.tensor([piece.length for piece in some], dtype=torch.int32, device=CPU)
         marks = tuple(row.marks for row in rows)
         return Chunks(

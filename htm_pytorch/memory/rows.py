@@ -1,6 +1,9 @@
 """Closed chunks as rows of a Lance table, with checksums over all that they say."""
 
+import functools
 import json
+import math
+import operator
 import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -10,7 +13,7 @@ from torch import Tensor
 
 from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.formats import CPU, Chunks, Format, Marks
-from htm_pytorch.memory.log import sealed, unsealed
+from htm_pytorch.memory.log import REPAIR, sealed, unsealed
 
 BATCH_BYTES = 16 * 2**20
 """Of contents read or written at a time."""
@@ -159,7 +162,7 @@ def unmarked(stored: bytes | None, number: int) -> Marks | None:
         times, keys = json.loads(unsealed(stored))
     except ValueError as error:
         raise MemoryFileError(
-            f"chunk {number}: its times and keys are damaged ({error})"
+            f"chunk {number}: its times and keys are damaged ({error}); {REPAIR}"
         ) from error
     return Marks(tuple(times), tuple(keys))
 
@@ -232,42 +235,101 @@ class Salvage(NamedTuple):
     """Whether the steps are."""
     most: int
     """C."""
-
-    def stored(self, dataset: Any, form: Format) -> Tensor:
-        """Return the chunk [C, step_bytes]."""
-        column = dataset.take([self.row], columns=["contents"])["contents"]
-        return joined(column, torch.uint8).view(form.chunk_size, form.step_bytes)
+    source: tuple[int, int, tuple[str, ...]]
+    """What was asked for when it could be read: rows from, up to, and columns."""
 
 
-def salvaged(dataset: Any, form: Format) -> list[Salvage]:
-    """Return the rows of the engine's table that can be read, past those that cannot."""
-    length = dataset.count_rows()
-    size = max(1, BATCH_BYTES // form.chunk_bytes)
-    found: list[Salvage] = []
-    for start in range(0, length, size):
-        found += _salvaged(dataset, form, start, min(start + size, length))
-    return found
+class Damaged:
+    """The rows of an engine's table, some of which cannot be read."""
+
+    def __init__(self, dataset: Any, form: Format):
+        self._dataset = dataset
+        self._form = form
+        self._last: tuple[tuple[int, int, tuple[str, ...]], Any] | None = None
+
+    def rows(self) -> list[Salvage]:
+        """Return those that can be read."""
+        length = self._dataset.count_rows()
+        size = max(1, BATCH_BYTES // self._form.chunk_bytes)
+        there = self._dataset.schema.names
+        names = tuple(name for name in schema(self._form).names if name in there)
+        found: list[Salvage] = []
+        for start in range(0, length, size):
+            found += self._from(start, min(start + size, length), names)
+        return found
+
+    def stored(self, row: Salvage) -> Tensor:
+        """Return the chunk [C, step_bytes] of a row, by the request that could read it."""
+        if self._last is None or self._last[0] != row.source:
+            self._last = row.source, self._read(*row.source)
+        contents = joined(self._last[1].column("contents"), torch.uint8)
+        return contents.view(-1, self._form.chunk_size, self._form.step_bytes)[
+            row.row - row.source[0]
+        ]
+
+    def _read(self, start: int, end: int, names: tuple[str, ...]) -> Any:
+        table = self._dataset.take(list(range(start, end)), columns=list(names))
+        (batch,) = table.combine_chunks().to_batches()
+        return batch
+
+    def _from(self, start: int, end: int, names: tuple[str, ...]) -> list[Salvage]:
+        try:
+            batch = self._read(start, end, names)
+            return list(_whole_rows(batch, self._form, (start, end, names)))
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+                raise
+        if end - start > 1:
+            middle = (start + end) // 2
+            return self._from(start, middle, names) + self._from(middle, end, names)
+        # Neither is needed: a summary is made again.
+        for name in ("marks", "summary"):
+            if name in names:
+                return self._from(start, end, tuple(n for n in names if n != name))
+        return []
 
 
-def _salvaged(dataset: Any, form: Format, start: int, end: int) -> list[Salvage]:
-    names = [name for name in schema(form).names if name in dataset.schema.names]
-    try:
-        table = dataset.take(list(range(start, end)), columns=names)
-        batches = table.combine_chunks().to_batches()
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
-            raise
-        if end - start == 1:
-            return []
-        middle = (start + end) // 2
-        return _salvaged(dataset, form, start, middle) + _salvaged(dataset, form, middle, end)
-    found: list[Salvage] = []
-    for batch in batches:
-        found += _whole_rows(batch, form, start)
-    return found
+def _mended(row: Chunks, place: int, kept: int, right: int) -> Chunks | None:
+    """Return the numbers of a row with the one bit flipped that makes its checksum right."""
+    part = row.part(place, place + 1)
+    total = int(_numbers(part, torch.tensor([kept], device=CPU)))
+    if (total ^ right) % 2**64 in {1 << bit for bit in range(64)}:
+        return part
+    missing = (right - total) % 2**64
+    columns = [
+        part.counts.long(),
+        part.episodes,
+        part.first_steps,
+        *part.times.contiguous().view(torch.int64).unbind(1),
+    ]
+    # The factor of the checksum of the summary is the first, of which nothing is needed here.
+    for number, factor in enumerate(_odd(2**62, 1 + len(columns)).tolist()):
+        if number == 0:
+            continue
+        value = int(columns[number - 1])
+        for bit in range(64):
+            changed = value ^ (1 << bit) if bit < 63 else value ^ -(1 << 63)
+            if factor * (changed - value) % 2**64 == missing:
+                columns[number - 1] = torch.tensor([changed], dtype=torch.int64, device=CPU)
+                counts, episodes, first_steps, *times = columns
+                return part._replace(
+                    counts=counts.int(),
+                    episodes=episodes,
+                    first_steps=first_steps,
+                    times=torch.stack(times, 1).view(torch.float64),
+                )
+    return None
 
 
-def _whole_rows(batch: Any, form: Format, start: int) -> Iterator[Salvage]:
+def _whole_rows(
+    batch: Any, form: Format, source: tuple[int, int, tuple[str, ...]]
+) -> Iterator[Salvage]:
+    import pyarrow as pa
+
+    if "summary" not in batch.schema.names:
+        nothing = torch.zeros(batch.num_rows, form.dim, dtype=torch.float32, device=CPU)
+        values = pa.FixedSizeListArray.from_arrays(_array(nothing, pa.float32()), form.dim)
+        batch = batch.append_column("summary", values)
     row = decoded(batch, Chunks.none(form), True)
     chunks = row.chunks
     is_certain = row.is_right
@@ -277,6 +339,16 @@ def _whole_rows(batch: Any, form: Format, start: int) -> Iterator[Salvage]:
         kept = joined(batch.column("sum").fill_null(0), torch.int64)
         for sums in (kept, _sums(chunks.summaries)):
             is_certain = is_certain | (stored == _numbers(chunks, sums))
+        mended: list[Chunks] = []
+        for place in range(batch.num_rows):
+            part = chunks.part(place, place + 1)
+            if not is_certain[place]:
+                found = _mended(chunks, place, int(kept[place]), int(stored[place]))
+                is_certain[place] = found is not None
+                part = found or part
+            mended.append(part)
+        if mended:
+            chunks = functools.reduce(operator.add, mended)
     contents = joined(batch.column("contents"), torch.uint8).view(batch.num_rows, -1)
     checksums = batch.column("checksum").to_pylist()
     marked = batch.column("marks").to_pylist() if "marks" in batch.schema.names else None
@@ -290,8 +362,11 @@ def _whole_rows(batch: Any, form: Format, start: int) -> Iterator[Salvage]:
         except MemoryFileError:
             marks = None
         first, last = chunks.times[place].tolist()
+        if not is_certain[place]:
+            # Rather none than another one.
+            first, last = (marks.times[0], marks.times[-1]) if marks else (math.nan, math.nan)
         yield Salvage(
-            start + place,
+            source[0] + place,
             int(chunks.first_steps[place]),
             count,
             int(chunks.episodes[place]),
@@ -301,4 +376,5 @@ def _whole_rows(batch: Any, form: Format, start: int) -> Iterator[Salvage]:
             bool(is_certain[place]) and 0 < count <= form.chunk_size,
             is_whole and bool(is_finite[place]),
             form.chunk_size,
+            source,
         )

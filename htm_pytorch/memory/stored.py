@@ -5,8 +5,7 @@ chunks too few to be worth a version of the table, is in a log, which also says 
 the table counts. A step that `append` has acknowledged is in one of the two.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Self
 
 import torch
@@ -217,17 +216,21 @@ class StoredMemory(Reading):
         """Close it."""
         self.close()
 
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[State]:
+    def _changing(self) -> "_Change":
         """Give the state to change; `_state` is replaced when the disk has the new one."""
-        with self.mutex:
-            self._check_writable()
-            self.recover()
-            self._is_changing = self._is_busy = True
-            try:
-                yield self._state
-            finally:
-                self._is_busy = False
+        return _Change(self)
+
+    def begin(self) -> State:
+        """Return the state that a change begins with."""
+        self._check_writable()
+        self.recover()
+        self._is_changing = self._is_busy = True
+        return self._state
+
+    def end(self, is_whole: bool) -> None:
+        """Note how a change ended."""
+        self._is_busy = False
+        if is_whole:
             self._is_changing = False
 
     def _check_writable(self) -> None:
@@ -259,6 +262,7 @@ class StoredMemory(Reading):
             table = self._versions.append(table, after, pending)
             after = after._replace(table=table.pinned)
             self._log.write(after, opened.records(), replace=True, pin=table.pin)
+            table = table.is_kept()
             pending = Chunks.none(head.form)
         else:
             self._log.write(after, [batch.record()], replace=False)
@@ -275,6 +279,7 @@ class StoredMemory(Reading):
         table = self._versions.append(before.table, before.head, before.pending)
         head = before.head._replace(sequence=before.head.sequence + 1, table=table.pinned)
         self._log.write(head, before.opened.records(), replace=True, pin=table.pin)
+        table = table.is_kept()
         none = Chunks.none(head.form)
         self._state = before._replace(head=head, table=table, pending=none)
         return self._tidy(self._state)
@@ -298,6 +303,7 @@ class StoredMemory(Reading):
         head = now.head._replace(sequence=now.head.sequence + 1, table=table.pinned)
         records = entries.records_of(now.pending) + now.opened.records()
         self._log.write(head, records, replace=True, pin=table.pin)
+        table = table.is_kept()
         contents = Contents(head, [], table.pin)
         self._state = state.follow(now, contents, table, self.holds_summaries)
         return self._state
@@ -354,6 +360,31 @@ class StoredMemory(Reading):
         assert contents is not None
         nothing = State.nothing(head, now.known.summaries.shape[1], now.cache.slots)
         self._state = state.follow(nothing, contents, now.table, self.holds_summaries)
+
+
+class _Change:
+    """A change of a memory: where it does not come to its end, the next call looks at the disk.
+
+    Not a generator: what an interrupt has left of one would end later, in the middle of another.
+    """
+
+    def __init__(self, memory: StoredMemory):
+        self._memory = memory
+
+    def __enter__(self) -> State:
+        memory = self._memory
+        memory.mutex.acquire()
+        try:
+            return memory.begin()
+        except BaseException:
+            memory.mutex.release()
+            raise
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self._memory.end(is_whole=error is None)
+        finally:
+            self._memory.mutex.release()
 
 
 class ExactMemory(StoredMemory):

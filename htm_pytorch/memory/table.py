@@ -8,10 +8,11 @@ new ones.
 import contextlib
 import datetime
 import importlib
+import os
 import sys
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from htm_pytorch.memory import index, pins
 from htm_pytorch.memory.files import MemoryFileError, sync_file, sync_folder
 from htm_pytorch.memory.formats import CPU, DTYPES, Chunks, Format, Marks
-from htm_pytorch.memory.log import REPAIR, Head, Pinned, Range
+from htm_pytorch.memory.log import REPAIR, Head, Pin, Pinned, Range
 from htm_pytorch.memory.place import Place
 from htm_pytorch.memory.rows import (
     BATCH_BYTES,
@@ -43,21 +44,37 @@ _KEEP = datetime.timedelta(hours=1)
 """Files that are no longer needed stay so long, for readers that have not refreshed."""
 _MOST_VERSIONS = 64
 """But not those of more versions than that."""
+_process: int | None = None
+"""In which the engine was used first."""
+
+
+class ForkedError(RuntimeError):
+    """The engine was used before this process was forked, and would stop it now and then."""
 
 
 class Table:
     """A version of the table of a memory."""
 
     def __init__(
-        self, dataset: Any, form: Format, pinned: Pinned, pin: bytes, order: Tensor | None = None
+        self,
+        dataset: Any,
+        form: Format,
+        pinned: Pinned,
+        pin: Pin | None,
+        order: Tensor | None = None,
     ):
-        self._dataset = dataset
+        self._opened = dataset
         self.form = form
         self.pinned = pinned
         self.pin = pin
         """What the log keeps of it, against damage."""
         self.order = order
         """[M] int64, the row of each chunk; None: the row of its number."""
+
+    @property
+    def _dataset(self) -> Any:
+        _check_process()
+        return self._opened
 
     @property
     def length(self) -> int:
@@ -67,6 +84,12 @@ class Table:
     def ordered(self, order: Tensor | None) -> "Table":
         """Return the same version with these rows for its chunks."""
         return Table(self._dataset, self.form, self.pinned, self.pin, order)
+
+    def is_kept(self) -> "Table":
+        """Note that the log has what is to be kept of this version."""
+        if self.pin is not None:
+            self.pin = self.pin._replace(ends={})
+        return self
 
     def rows(self, start: int, with_summaries: bool) -> Iterator[Row]:
         """Yield what is known of the rows from `start` on, a few at a time.
@@ -208,18 +231,21 @@ class Versions:
             raise
         return True
 
-    def open(self, head: Head, pin: bytes, may_mend: bool) -> Table:
+    def open(
+        self, head: Head, pin: Pin | None, end_of: Callable[[str], bytes | None] | None
+    ) -> Table:
         """Open the version that a head names, and compare it with what the log keeps of it.
 
-        Where `may_mend`, what says which files there are is restored, if it is damaged.
+        `end_of` gives what the log keeps of the ends of files, to put right those that are damaged;
+        None: nothing is changed.
 
         Raises:
             MemoryFileError: it is damaged, or no longer there.
         """
         pinned = head.table
         assert pinned is not None
-        if self._folder is not None and pin:
-            pins.check(self._folder, pinned.version, pin, may_mend)
+        if self._folder is not None and pin is not None:
+            pins.check(self._folder, pinned.version, pin, end_of)
         with _reading(f"version {pinned.version} of {self.uri!r}"):
             dataset = _lance().dataset(
                 self.uri, version=pinned.version, storage_options=self._options
@@ -258,7 +284,7 @@ class Versions:
             ends = first + joined(numbers["steps"], torch.int32)
         end, rows = int(ends.max()) if len(ends) else 0, len(ends)
         pinned = Pinned(dataset.version, end, rows, 0, rows)
-        return Table(dataset, form, pinned, b""), facts
+        return Table(dataset, form, pinned, None), facts
 
     def readable(self, wanted: int | None) -> Any:
         """Return the engine's table of version `wanted`, or of the newest that can be read."""
@@ -450,10 +476,10 @@ class Versions:
     ) -> Table:
         """Wait until the disk has all files of a version."""
         if self._folder is None:
-            return Table(dataset, form, pinned, b"", order)
+            return Table(dataset, form, pinned, None, order)
         if self._sync:
             self._sync_new()
-        pin = pins.pin(self._folder, dataset, base.pin if base is not None else b"")
+        pin = pins.pin(self._folder, dataset, base.pin if base is not None else None)
         return Table(dataset, form, pinned, pin, order)
 
     def _remember(self) -> None:
@@ -496,6 +522,8 @@ def _few(numbers: Sequence[int]) -> str:
 
 def is_damage(error: BaseException) -> bool:
     """Whether an error is the engine's; where it gives up, it raises what is no Exception."""
+    if isinstance(error, ForkedError):
+        return False
     if isinstance(error, OSError | ValueError | RuntimeError | ArithmeticError | LookupError):
         return True
     return type(error).__module__ == "pyo3_runtime"
@@ -555,7 +583,19 @@ def load_engine() -> None:
         ) from failed[0]
 
 
+def _check_process() -> None:
+    global _process
+    _process = _process or os.getpid()
+    if _process != os.getpid():
+        raise ForkedError(
+            f"memory: process {_process}, of which this is a fork, had read stored chunks before, "
+            "and what reads them does not survive a fork; start processes by 'spawn' or "
+            "'forkserver' (of a DataLoader: multiprocessing_context), or read nothing before"
+        )
+
+
 def _lance() -> Any:
     import lance
 
+    _check_process()
     return lance
