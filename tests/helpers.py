@@ -30,6 +30,15 @@ def assert_near(got: Tensor, expected: Tensor, tolerance: float, name: str = "va
     assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """What sums in `dtype`, in float32 at least, may err beyond a multiple of the plain error.
+
+    That is one draw of roundings, which may cancel by luck: over thousands of draws, errors were
+    up to 6 units above the multiples that tests allow.
+    """
+    return 16 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+
+
 def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 

@@ -49,10 +49,26 @@ def searched(
         nothing = torch.empty(len(vectors), 0, dtype=torch.int64, device=CPU)
         return nothing, nothing.float()
     gaps = [f"NOT (first_step >= {a} AND first_step + steps <= {b})" for a, b in now.head.gaps]
-    conditions = [*gaps, *(chosen.conditions() if chosen is not None else ())]
+    conditions = gaps + ([_chosen(now, chosen)] if chosen is not None else [])
     condition = " AND ".join(conditions) or None
     first_steps, products = now.table.nearest(vectors, k, probes, condition)
     return numbers_of(now, first_steps), products
+
+
+def _chosen(now: State, chosen: Chosen) -> str:
+    """Return the condition of SQL on the rows of chunks that are chosen."""
+    ways = [" AND ".join(chosen.conditions()) or "true"]
+    mask = chosen.mask(now.known)
+    # Of chunks whose oldest steps were forgotten, rows still tell of those.
+    for _, end in now.head.gaps:
+        for number in (now.known.first_steps == end).nonzero()[:, 0].tolist():
+            if mask[number]:
+                ways.append(f"first_step < {end} AND first_step + steps > {end}")
+    return (
+        " OR ".join(f"({way})" for way in ways)
+        if len(ways) == 1
+        else ("(" + " OR ".join(f"({way})" for way in ways) + ")")
+    )
 
 
 def numbers_of(now: State, first_steps: Tensor) -> Tensor:
@@ -65,6 +81,15 @@ def numbers_of(now: State, first_steps: Tensor) -> Tensor:
         return torch.full_like(first_steps, -1)
     far = known[inside] - first_steps >= now.head.chunk_size
     return inside.masked_fill((first_steps < 0) | (number >= len(known)) | far, -1)
+
+
+def numbers_to(now: State, ends: Tensor) -> Tensor:
+    """Return the chunks that end before these steps; -1 where there is none."""
+    known = now.known.first_steps + now.known.counts
+    if not len(known):
+        return torch.full_like(ends, -1)
+    number = torch.searchsorted(known, ends.contiguous()).clamp(max=len(known) - 1)
+    return number.masked_fill(known[number] != ends, -1)
 
 
 def whole(now: State, start: int, end: int) -> Chunks:

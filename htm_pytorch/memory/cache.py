@@ -65,8 +65,9 @@ class ChunkCache:
                     if self._free:
                         slots.append(self._free.pop())
                     elif self._begun < self.slots:
-                        slots.append(self._begun)
+                        # An interrupt between the two may lose a slot, but not give it twice.
                         self._begun += 1
+                        slots.append(self._begun - 1)
                     else:
                         slots.append(self._slot_of.popitem(last=False)[1])
                 self._steps[slots] = steps[[place for _, place in new]]

@@ -38,7 +38,14 @@ class Chosen(NamedTuple):
         if self.episodes is not None:
             numbers = ", ".join(map(str, self.episodes)) or "-1"
             found.append(f"episode IN ({numbers})")
-        for name, bound in (("first_time >=", self.since), ("last_time <=", self.until)):
-            if bound is not None and math.isfinite(bound):
-                found.append(f"{name} {bound!r}")
+        bounds = (("first_time", ">=", self.since), ("last_time", "<=", self.until))
+        for name, sign, bound in bounds:
+            if bound is None:
+                continue
+            # In SQL, what is no number is larger than all numbers.
+            found.append(f"NOT isnan({name})")
+            if math.isfinite(bound):
+                found.append(f"{name} {sign} {bound!r}")
+            elif (bound > 0) == (sign == ">="):
+                found.append("episode < 0")
         return found

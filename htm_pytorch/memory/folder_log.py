@@ -17,6 +17,7 @@ from htm_pytorch.memory.log import (
     REPAIR,
     Contents,
     Head,
+    OtherFormatError,
     Pin,
     Record,
     check_records,
@@ -52,6 +53,8 @@ class LogFile:
         self._copied: tempfile.TemporaryDirectory[str] | None = None
         self.mutex = threading.RLock()
         self.is_joint = False
+        # Whether nothing can be written beside it.
+        self._is_fixed = False
 
     @classmethod
     def create(
@@ -187,6 +190,15 @@ class LogFile:
         self.mutex = threading.RLock()
         self._read_only = True
 
+    def look_again(self) -> None:
+        """Let go of the file, where nothing can be written and a writer has left it half done."""
+        if self._copied is not None or (self._is_fixed and self._is_unfinished()):
+            self.close()
+
+    def _is_unfinished(self) -> bool:
+        unfinished = self.path.with_name(f"{self.path.name}-journal")
+        return unfinished.exists() and unfinished.stat().st_size > 0
+
     def opened(self) -> sqlite3.Connection:
         """Return the connection, which is made where there is none."""
         if self._connection is None:
@@ -204,8 +216,9 @@ class LogFile:
 
     def _open_elsewhere(self) -> sqlite3.Connection:
         """Open the file where nothing can be written beside it."""
+        self._is_fixed = True
         unfinished = self.path.with_name(f"{self.path.name}-journal")
-        if not unfinished.exists() or not unfinished.stat().st_size:
+        if not self._is_unfinished():
             return _connect(self.path, "ro", self._sync)
         self._copied = tempfile.TemporaryDirectory(prefix="htm_pytorch-")
         for path in (unfinished, self.path):
@@ -252,6 +265,7 @@ class _Transaction:
         file = self._file
         file.mutex.acquire()
         try:
+            file.look_again()
             connection = file.opened()
             self._is_part = file.is_joint
             if not self._is_part:
@@ -378,6 +392,8 @@ class FolderLog:
 
     def problems(self) -> list[str]:
         """Return what is wrong with the file, and with what is in it."""
+        # What is there, not what was read before.
+        self.file.close()
         found = self.file.problems()
         try:
             contents = self.read()
@@ -406,6 +422,8 @@ class FolderLog:
             for (body,) in rows:
                 try:
                     found.append(Head.decode(body))
+                except OtherFormatError as error:
+                    raise MemoryFileError(f"{self.where}: {error}") from error
                 except (ValueError, TypeError, KeyError, AttributeError) as error:
                     wrong = error
         if not found and wrong is not None:

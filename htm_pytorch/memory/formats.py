@@ -54,8 +54,9 @@ class Format(NamedTuple):
         if self.dtype != torch.int8:
             return stored.view(self.dtype)
         levels = stored[..., : self.dim].view(torch.int8)
-        scale = stored[..., self.dim :].contiguous().view(torch.float32)
-        return levels * scale
+        # A copy, which begins where numbers may begin.
+        scale = stored[..., self.dim :].clone(memory_format=torch.contiguous_format)
+        return levels * scale.view(torch.float32)
 
     def summarise(self, stored: Tensor, counts: Tensor) -> Tensor:
         """Return the means [M, D] of chunks [M, C, step_bytes] with `counts` [M] steps, float32."""

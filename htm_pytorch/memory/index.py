@@ -42,6 +42,11 @@ def add_missing(dataset: Any) -> None:
         dataset.optimize.optimize_indices(index_names=[NAME])
 
 
+def drop(dataset: Any) -> None:
+    """Remove the index."""
+    dataset.drop_index(NAME)
+
+
 def exists(dataset: Any) -> bool:
     """Whether there is an index."""
     return any(i.name == NAME for i in dataset.describe_indices())

@@ -24,6 +24,10 @@ Range = tuple[int, int]
 REPAIR = "`htm memory repair` sets aside what is damaged and keeps the rest"
 
 
+class OtherFormatError(MemoryFileError):
+    """Nothing is damaged, but this release does not know what it is."""
+
+
 class Pinned(NamedTuple):
     """The version of the table that counts."""
 
@@ -94,7 +98,7 @@ class Head(NamedTuple):
         """
         body = json.loads(unsealed(stored))
         if body.pop("format") != FORMAT:
-            raise ValueError("it is of another format")
+            raise OtherFormatError("it is of another format; a newer release reads it")
         if body["table"] is not None:
             body["table"] = Pinned(**body["table"])
         for name in ("forgotten", "lost"):

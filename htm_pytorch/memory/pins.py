@@ -72,9 +72,9 @@ def check(
         end = _read_end(path, start)
         if end is not None and (start + len(end), zlib.crc32(end)) == (length, checksum):
             continue
-        if end_of is None:
+        if end_of is None and size(path) >= start:
             raise _damaged(path)
-        right = end_of(name)
+        right = end_of(name) if end_of is not None else None
         # Only an end can be put right, not what comes before it.
         before = path.read_bytes()[:start] if path.exists() else b""
         if right is None or len(before) != start or zlib.crc32(right) != checksum:

@@ -18,7 +18,7 @@ from htm_pytorch.memory.folder_log import LogFile
 from htm_pytorch.memory.formats import CPU, step_mask
 from htm_pytorch.memory.home import Span
 from htm_pytorch.memory.log import Contents, Log
-from htm_pytorch.memory.place import Lock, Place
+from htm_pytorch.memory.place import Lock, Place, mark
 from htm_pytorch.memory.state import State
 from htm_pytorch.memory.table import Versions
 from htm_pytorch.memory.view import Chosen, Moment, View
@@ -191,7 +191,9 @@ class Reading:
         if len(used):
             summaries = answers.fetched(now, used).summaries[0].float()
             exact = (query.detach().float() @ summaries.T).gather(1, place.clamp(min=0))
-            scores = exact.masked_fill(numbers < 0, -torch.inf)
+            exact = exact.masked_fill(numbers < 0, -torch.inf)
+            scores, order = torch.sort(exact, dim=1, descending=True, stable=True)
+            numbers = numbers.gather(1, order)
         return Found(numbers, scores)
 
     def refresh(self) -> Self:
@@ -222,6 +224,7 @@ class Reading:
         records = entries.records_of(now.pending) + now.opened.records()
         logs = {"": Contents(head, records, table.pin if table else None)}
         LogFile.create(partial / "journal", logs).close()
+        mark(partial, sync=True)
         os.rename(partial, target)
         sync_folder(target.parent)
 
@@ -269,8 +272,8 @@ class Reading:
         best = torch.full((len(vectors), kept), -torch.inf, dtype=torch.float32, device=CPU)
         exact = torch.full(best.shape, -1, device=CPU)
         for row in now.table.rows(0, True):
-            names = row.chunks.first_steps
-            numbers = answers.numbers_of(now, names).expand(len(vectors), -1)
+            ends = row.chunks.first_steps + row.chunks.counts
+            numbers = answers.numbers_to(now, ends).expand(len(vectors), -1)
             scores = (vectors @ row.chunks.summaries.T).masked_fill(numbers < 0, -torch.inf)
             best, place = torch.cat([best, scores], 1).topk(kept, 1)
             exact = torch.cat([exact, numbers], 1).gather(1, place)
@@ -321,7 +324,12 @@ class Reading:
         for name, bound in {"since": since, "until": until}.items():
             if bound is not None and bound != bound:
                 raise ValueError(f"{name}: expected a time, got {bound}")
-        return View([self], Chosen(wanted, since, until), has_rows=False)
+        chosen = Chosen(
+            wanted,
+            None if since is None else float(since),
+            None if until is None else float(until),
+        )
+        return View([self], chosen, has_rows=False)
 
     def moment(self, chosen: Chosen | None = None) -> Moment:
         """Return the memory as it is now, whatever other threads do: what one recall reads."""

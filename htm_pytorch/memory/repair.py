@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory import carved, earlier, pins, place
+from htm_pytorch.memory import carved, earlier, object_log, pins, place
 from htm_pytorch.memory.files import MemoryFileError, sync_folder
 from htm_pytorch.memory.folder_log import LogFile
 from htm_pytorch.memory.formats import CPU, DTYPES, Chunks, Format
@@ -180,8 +180,13 @@ def _log(where: Place) -> tuple[Head | None, list[Record], Pin | None]:
     path = where.log
     if not path.exists():
         return None, [], None
-    if path.read_bytes()[: len(earlier.MAGIC)] == earlier.MAGIC:
-        return None, earlier.salvaged(path.read_bytes()), None
+    body = path.read_bytes()
+    if body.startswith(earlier.MAGIC):
+        return None, earlier.salvaged(body), None
+    if object_log.is_object(body):
+        found, records = object_log.salvaged(body)
+        records.sort(key=lambda record: record.first_step)
+        return next(iter(found), None), records, None
     heads: list[Head] = []
     records: list[Record] = []
     pin: Pin | None = None

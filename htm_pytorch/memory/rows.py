@@ -5,7 +5,7 @@ import json
 import math
 import operator
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -90,8 +90,8 @@ def _odd(most: int, count: int) -> Tensor:
     return torch.randint(-most, most, (count,), **size) | 1
 
 
-def problems(batch: Any, form: Format, start: int) -> Iterator[str]:
-    """Yield what is wrong with whole rows, the first of them number `start`."""
+def problems(batch: Any, form: Format, numbers: Sequence[int]) -> Iterator[str]:
+    """Yield what is wrong with whole rows, which are the chunks of these numbers."""
     row = decoded(batch, Chunks.none(form), True)
     stored = joined(batch.column("contents"), torch.uint8)
     stored = stored.view(-1, form.chunk_size, form.step_bytes)
@@ -101,7 +101,7 @@ def problems(batch: Any, form: Format, start: int) -> Iterator[str]:
     finite = form.decode(stored).float().isfinite().flatten(1).all(1)
     marked = batch.column("marks").to_pylist() if "marks" in batch.schema.names else ()
     for place, marks in enumerate(marked or [None] * batch.num_rows):
-        chunk, count = f"chunk {start + place}", int(counts[place])
+        chunk, count = f"chunk {numbers[place]}", int(counts[place])
         mean, kept = means[place], row.chunks.summaries[place]
         if zlib.crc32(stored[place].numpy().data) != checksums[place]:
             yield f"{chunk}: its checksum is wrong"
@@ -115,7 +115,7 @@ def problems(batch: Any, form: Format, start: int) -> Iterator[str]:
             yield f"{chunk}: it has {count} steps"
         else:
             try:
-                unmarked(marks, start + place)
+                unmarked(marks, numbers[place])
             except MemoryFileError as error:
                 yield str(error)
 

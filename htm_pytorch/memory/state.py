@@ -30,10 +30,13 @@ class Batch(NamedTuple):
         borders: list[int] = []
         times: list[Tensor] = []
         keys: list[str | None] = []
-        at = 0
+        at, episode = 0, records[0].episode
         for record in records:
             length = len(record.steps) // form.step_bytes
+            if record.episode > episode and 0 not in record.borders:
+                borders.append(at)
             borders += [at + border for border in record.borders]
+            episode = record.episode + sum(border > 0 for border in record.borders)
             time = torch.tensor(record.times or [torch.nan], dtype=torch.float64, device=CPU)
             times.append(time.expand(length))
             some = record.keys or (None,)
@@ -341,10 +344,12 @@ def _read(table: Table, head: Head, has_summaries: bool) -> tuple[Known, Table]:
 def _read_on(before: State, table: Table, head: Head, has_summaries: bool) -> tuple[Known, Table]:
     """Read the rows that came since."""
     rows = before.table.pinned.rows if before.table else 0
-    known = before.known.part(before.in_table)
+    # Those that were pending are known: what others may look at is not read again.
+    start = rows + before.pending.length
     if before.table is not None and before.table.order is not None:
-        table = table.ordered(before.table.order)
-    return _add_rows(known, rows, table, head, has_summaries)
+        pending = torch.arange(rows, start, device=CPU)
+        table = table.ordered(torch.cat([before.table.order, pending]))
+    return _add_rows(before.known, start, table, head, has_summaries)
 
 
 def _add_rows(

@@ -188,9 +188,11 @@ class StoredMemory(Reading):
         with self._changing() as before:
             now = self._flush(before) if self._versions is not None else before
             # To say that this writer is still the one, before anything is deleted.
+            is_gone = now.head.purge and now.table is None
+            others = self._versions.others(None) if self._versions and is_gone else ()
             now = self._rewrite_head(now, now.head)
             if self._versions is not None:
-                now = self._compact(now, self._versions)
+                now = self._compact(now, self._versions, others)
             if now.head.purge:
                 self._log.purge()
                 self._rewrite_head(now, now.head._replace(purge=False))
@@ -251,6 +253,9 @@ class StoredMemory(Reading):
         closed, opened = before.opened.close(batch, head.form)
         entries.check_finite(closed, opened, head)
         pending = before.pending + closed
+        if pending is closed:
+            # What stays must not change with the tensor that was given.
+            pending = closed._replace(stored=closed.stored.clone())
         after = head._replace(
             sequence=head.sequence + 1,
             steps=opened.next_step,
@@ -314,11 +319,11 @@ class StoredMemory(Reading):
         self._state = now._replace(head=head)
         return self._state
 
-    def _compact(self, now: State, versions: Versions) -> State:
+    def _compact(self, now: State, versions: Versions, others: Sequence[str]) -> State:
         if now.table is None:
             if now.head.purge:
                 versions.empty(now.head)
-                versions.clean(None, everything=True)
+                versions.clean(None, everything=True, others=others)
             return now
         table, was_indexed = now.table, versions.is_indexed(now.table)
         if now.head.purge:
@@ -329,12 +334,15 @@ class StoredMemory(Reading):
                 rest = rest + state.trimmed(chunk, first, now.head.form)
             table = versions.without(table, now.head.gaps, rest, now.head.generation)
         table = versions.join(table, FRAGMENT_BYTES)
-        if was_indexed and table.length:
+        if was_indexed and not table.length:
+            table = versions.drop_index(table)
+        elif was_indexed:
             # An index that was built with what is forgotten still tells of it.
             renew = versions.build_index if now.head.purge else versions.extend_index
             table = renew(table)
+        others = versions.others(table) if now.head.purge else ()
         now = self._replace_table(now, table)
-        versions.clean(table, everything=now.head.purge)
+        versions.clean(table, everything=now.head.purge, others=others)
         return now
 
     def _forget(self, before: State, gone: Sequence[log.Range]) -> None:

@@ -13,6 +13,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from htm_pytorch.memory import index, pins
 from htm_pytorch.memory.files import MemoryFileError, sync_file, sync_folder
 from htm_pytorch.memory.formats import CPU, DTYPES, Chunks, Format, Marks
 from htm_pytorch.memory.log import REPAIR, Head, Pin, Pinned, Range
+from htm_pytorch.memory.object_store import Objects
 from htm_pytorch.memory.place import Place
 from htm_pytorch.memory.rows import (
     BATCH_BYTES,
@@ -40,6 +42,7 @@ FRAGMENT_BYTES = 256 * 2**20
 SMALL_BYTES = 32 * 2**20
 """Of contents in a fragment that is joined with others when there are `MOST_SMALL` such."""
 MOST_SMALL = 32
+_FOLDER = "chunks.lance"
 _KEEP = datetime.timedelta(hours=1)
 """Files that are no longer needed stay so long, for readers that have not refreshed."""
 _MOST_VERSIONS = 64
@@ -164,6 +167,12 @@ class Table:
         """Read everything and say what is wrong, chunk by chunk."""
         names = schema(self.form).names
         number, ends = 0, []
+        numbers = list(range(self.length))
+        if self.order is not None:
+            # Rows of forgotten chunks have no number of a chunk.
+            numbers = [-1] * self.length
+            for chunk, row in enumerate(self.order.tolist()):
+                numbers[row] = chunk
         try:
             with _reading("chunks"):
                 size = max(1, BATCH_BYTES // self.form.chunk_bytes)
@@ -173,7 +182,8 @@ class Table:
                 for batch in scanner.to_batches():
                     if not batch.num_rows:
                         continue
-                    for problem in problems(batch, self.form, number):
+                    some = range(number, number + batch.num_rows)
+                    for problem in problems(batch, self.form, [numbers[row] for row in some]):
                         yield f"{problem}; {REPAIR}"
                     first = joined(batch.column("first_step"), torch.int64)
                     count = joined(batch.column("steps"), torch.int32)
@@ -194,6 +204,21 @@ class Table:
             "version": self.pinned.version,
         }
 
+    def needs(self) -> tuple[str, ...]:
+        """Return the names of all files of this version, or of the folders that they are in."""
+        names = [f"_versions/{2**64 - 1 - self.pinned.version:020d}.manifest"]
+        change = self._dataset.read_transaction(self.pinned.version)
+        if change is not None:
+            names.append(f"_transactions/{change.read_version}-{change.uuid}.txn")
+        for found in self._dataset.describe_indices():
+            names += [f"_indices/{segment.uuid}/" for segment in found.segments]
+        for fragment in self._dataset.get_fragments():
+            names += [f"data/{file.path}" for file in fragment.data_files()]
+            deleted = fragment.deletion_file()
+            if deleted:
+                names.append(deleted)
+        return tuple(names)
+
     def _there(self, columns: Sequence[str]) -> list[str]:
         """Return those columns that there are; a table of format 1 has not all of them."""
         names = self._dataset.schema.names
@@ -212,9 +237,12 @@ class Versions:
     """All versions of a table, in a folder or an object store; the writer makes new ones."""
 
     def __init__(self, place: Place, sync: bool):
-        self.uri = f"{place.uri}/chunks.lance"
+        self.uri = f"{place.uri}/{_FOLDER}"
         self._options = place.storage_options
-        self._folder = None if place.folder is None else place.folder / "chunks.lance"
+        self._folder = None if place.folder is None else place.folder / _FOLDER
+        self._objects = None
+        if place.folder is None:
+            self._objects = Objects(place.uri, place.storage_options)
         self._sync = sync
         self._synced: set[str] | None = None
 
@@ -337,6 +365,7 @@ class Versions:
         self._remember()
         with _writing(self.uri):
             if base is None:
+                self._set_all_aside()
                 mode = "overwrite" if self.exists else "create"
                 dataset = _lance().write_dataset(
                     reader, self.uri, mode=mode, storage_options=self._options
@@ -379,6 +408,14 @@ class Versions:
         pinned = base.pinned._replace(version=dataset.version, layout=base.pinned.layout + 1)
         return self._done(dataset, base.form, pinned, base, None)
 
+    def drop_index(self, base: Table) -> Table:
+        """Return the version without an index."""
+        with _writing(self.uri):
+            dataset = self._on_top(base)
+            index.drop(dataset)
+        pinned = base.pinned._replace(version=dataset.version)
+        return self._done(dataset, base.form, pinned, base, base.order)
+
     def extend_index(self, base: Table) -> Table:
         """Return the version whose index has all chunks, where there is an index."""
         with _writing(self.uri):
@@ -414,8 +451,14 @@ class Versions:
         """Whether there is an index."""
         return index.exists(base._dataset)
 
-    def clean(self, base: Table | None, everything: bool) -> None:
-        """Delete files that are not needed: for an hour, or, `everything`, at all."""
+    def clean(self, base: Table | None, everything: bool, others: Sequence[str] = ()) -> None:
+        """Delete files that are not needed: for an hour, or, `everything`, at all.
+
+        In an object store, where another writer may have begun, those that `others` gave.
+        """
+        if everything and self._objects is not None:
+            self._objects.delete(others)
+            return
         if not self.exists:
             return
         dataset = _lance().dataset(self.uri, storage_options=self._options)
@@ -425,23 +468,44 @@ class Versions:
             if everything:
                 now = datetime.timedelta(0)
                 dataset.cleanup_old_versions(older_than=now, delete_unverified=True)
+                self._sync_folders()
             else:
                 dataset.cleanup_old_versions(older_than=_KEEP)
                 dataset.cleanup_old_versions(retain_versions=_MOST_VERSIONS)
 
+    def _sync_folders(self) -> None:
+        """Wait until the disk knows that files are gone, before the log says that they are."""
+        if self._folder is not None and self._sync:
+            for root, _, _ in os.walk(self._folder):
+                sync_folder(Path(root))
+
+    def others(self, base: Table | None) -> list[str]:
+        """Return the objects, in an object store, that a version does not need.
+
+        They may be deleted when a log that was written after this names that version: whoever else
+        has begun to use one of them can write to that log no more.
+        """
+        if self._objects is None:
+            return []
+        found = self._objects.sizes(_FOLDER)
+        needed = () if base is None else base.needs()
+        return [name for name in found if not name.removeprefix(f"{_FOLDER}/").startswith(needed)]
+
     def empty(self, head: Head) -> None:
         """Make a version without chunks, so that the files of all others can be deleted."""
-        if self.exists:
+        if self._folder is not None and self.exists:
             table = schema(head.form, head.generation).empty_table()
             with _writing(self.uri):
+                self._set_all_aside()
                 _lance().write_dataset(
                     table, self.uri, mode="overwrite", storage_options=self._options
                 )
 
     def size(self) -> int:
-        """Return the bytes of all files in the folder; 0 in an object store, which can tell."""
-        if self._folder is None:
-            return 0
+        """Return the bytes of all files, also of those that are no longer needed."""
+        if self._objects is not None:
+            return sum(self._objects.sizes(_FOLDER).values())
+        assert self._folder is not None
         return sum(pins.size(self._folder / name) for name in pins.files(self._folder))
 
     def _on_top(self, base: Table) -> Any:
@@ -456,6 +520,11 @@ class Versions:
         if dataset.latest_version != dataset.version:
             dataset.restore()
         return dataset
+
+    def _set_all_aside(self) -> None:
+        """Do so with all that cannot be read, where no version counts yet."""
+        if self._folder is not None and self._folder.exists():
+            self._set_aside(0)
 
     def _set_aside(self, version: int) -> None:
         """Move what newer versions are said to be, where it cannot be read, out of the way."""
@@ -548,8 +617,10 @@ def _reading(what: str) -> Iterator[None]:
 def _writing(uri: str) -> Iterator[None]:
     try:
         yield
-    except OSError:
-        raise
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise OSError(f"{uri!r} cannot be written ({error}); nothing was changed") from error
     except BaseException as error:
         if not is_damage(error):
             raise

@@ -8,7 +8,16 @@ import pytest
 from torch import distributed as dist
 
 from htm_pytorch import memory
-from tests.memory.home_laws import DIM, LAWS, SIZE, Make, holds_shared_out, in_ram
+from tests.memory.home_laws import (
+    DIM,
+    LAWS,
+    SIZE,
+    Make,
+    holds_shared_out,
+    in_ram,
+    spans_of_parts_elsewhere,
+    spans_of_rows_and_rings,
+)
 from tests.shard_world import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,20 +31,35 @@ def test_in_ram(law: Callable[[Make], None]) -> None:
 
 @every_law
 @pytest.mark.parametrize("search", ["exact", "index"])
-@pytest.mark.parametrize("scheme", ["", "file://"], ids=["disk", "object store"])
-def test_stored(law: Callable[[Make], None], scheme: str, search: Any, tmp_path: Path) -> None:
+def test_on_disk(law: Callable[[Make], None], search: Any, tmp_path: Path) -> None:
     pytest.importorskip("lance", reason="the extra `store` is not installed")
+    holds_stored(law, search, str(tmp_path), None)
+
+
+@every_law
+@pytest.mark.parametrize("search", ["exact", "index"])
+def test_in_an_object_store(
+    law: Callable[[Make], None], search: Any, s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So that most chunks are in a table.
+    monkeypatch.setattr("htm_pytorch.memory.stored.GROUP_BYTES", 3 * SIZE * DIM * 4)
+    holds_stored(law, search, s3.place(), s3.options)
+
+
+def holds_stored(law: Callable[[Make], None], search: Any, place: str, options: Any) -> None:
+    """A law, over memories in a folder or in a place of an object store."""
     made: list[Any] = []
 
     def make() -> Any:
         made.append(
             memory.open(
-                f"{scheme}{tmp_path}/{len(made)}",
+                f"{place}/{len(made)}",
                 dim=DIM,
                 chunk_size=SIZE,
                 search=search,
                 cache_bytes=2**10,
                 sync=False,
+                storage_options=options,
             )
         )
         return made[-1]
@@ -57,3 +81,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 @every_law
 def test_shared_out(world: World, law: Callable[[Make], None]) -> None:
     world.run(holds_shared_out, "three", law)
+
+
+def test_shared_spans_are_those_of_one_process(world: World) -> None:
+    errors = world.run(spans_of_rows_and_rings, "three")
+    assert errors[0] == errors[1] == errors[2]
+    missing, beyond, row, chunks, rows = errors[0]
+    assert missing == "chunks: expected chunks that can be recalled, got [1, 5, 6]"
+    assert beyond == "chunks: expected numbers from 0 to 6, got [7]"
+    assert row == "row: expected an integer from 0 to 1, got 2"
+    assert chunks.startswith("chunks (a checksum): expected the same on all ranks")
+    assert rows == "row: expected the same on all ranks, got 0 on rank 0 and 1 on rank 1"
+
+
+def test_shared_spans_of_parts_elsewhere(world: World) -> None:
+    world.run(spans_of_parts_elsewhere, "three")

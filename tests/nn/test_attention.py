@@ -16,7 +16,15 @@ import htm_pytorch
 from htm_pytorch import ChunkedMemory, HTMAttention, HTMBlock
 from htm_pytorch.nn.attention import sinusoid
 from htm_pytorch.ops import Impl, reference
-from tests.helpers import assert_near, leaf, normal, on_cpu, relative_error, value_and_gradients
+from tests.helpers import (
+    assert_near,
+    leaf,
+    normal,
+    on_cpu,
+    relative_error,
+    rounding,
+    value_and_gradients,
+)
 
 IMPLS = on_cpu(Impl)
 
@@ -131,10 +139,11 @@ class TestWhatMustNotMatter:
             part[1] = float("nan")
         value, gradients = value_and_gradients(layer, inputs)
         again, gradients_again = value_and_gradients(layer, changed)
-        assert torch.equal(again[0], value[0])
+        # Not the same bits: how many chunks all rows pick is the shape of a matrix product.
+        assert_near(again[0], value[0], 1e-14)
         assert again[1].isnan().all()
         for got, wanted in zip(gradients_again, gradients, strict=True):
-            assert torch.equal(got[0], wanted[0])
+            assert_near(got[0], wanted[0], 1e-13)
 
     def test_other_queries(self) -> None:
         layer = build()
@@ -412,9 +421,15 @@ def low_precision_problem(
     """A layer, its double, and inputs that `dtype` holds exactly, whose best chunks are clear."""
     low = build(dtype=dtype, dim=16, dim_head=8, mem_chunk_size=8, topk_mems=2)
     exact = copy.deepcopy(low).double()
-    # Chunks that differ much, so that rounding does not change which are kept.
     contents = torch.randn(2, 6, 8, 16) + 3 * torch.randn(2, 6, 1, 16)
-    return low, exact, torch.randn(2, 7, 16).to(dtype), contents.flatten(1, 2).to(dtype)
+    memories = contents.flatten(1, 2).to(dtype)
+    queries = torch.randn(2, 64, 16).to(dtype)
+    # Those whose best chunks are furthest apart: rounding does not change which are kept.
+    summaries = ChunkedMemory.from_steps(memories.double(), 8, borders="newest").summaries
+    scores = exact.to_summary_queries(queries.double()) @ exact.to_summary_keys(summaries).mT
+    gaps = -scores.topk(3).values.diff(dim=-1).amax(-1)
+    clear = gaps.topk(7).indices[..., None].expand(-1, -1, 16)
+    return low, exact, queries.gather(1, clear), memories
 
 
 def assert_as_accurate(
@@ -424,7 +439,7 @@ def assert_as_accurate(
     queries: Tensor,
     memories: Tensor,
 ) -> None:
-    """Output and gradients err at most twice as much as the paper's order in the low dtype."""
+    """Output and gradients err little more than twice the paper's order in the low dtype."""
     true = exact(queries.double(), memories.double())
     cotangent = torch.randn_like(true)
     true.backward(cotangent)
@@ -438,15 +453,16 @@ def assert_as_accurate(
     rounded.backward(cotangent.to(low_dtype))
     assert out.dtype == low_dtype
     unit = torch.finfo(low_dtype).eps
-    allowed = 2 * max(relative_error(rounded, true), unit)
-    assert allowed < 32 * unit
-    assert relative_error(out, true) <= allowed
+    chance = rounding(low_dtype)
+    error = relative_error(rounded, true)
+    assert error < 16 * unit
+    assert relative_error(out, true) <= 2 * max(error, unit) + chance
     got, low, wanted = gradients_of(layer), gradients_of(plain_layer), gradients_of(exact)
     for name, value in wanted.items():
         if name == "to_summary_keys.bias":
             assert not got[name].any()
             continue
-        allowed = 2 * max(relative_error(low[name], value), 4 * unit)
+        allowed = 2 * max(relative_error(low[name], value), 4 * unit) + chance
         assert relative_error(got[name], value) <= allowed, name
 
 

@@ -115,7 +115,11 @@ def test_an_earlier_episode_matters_only_when_it_is_kept(keep: bool) -> None:
     with torch.no_grad():
         one = model(x, model.initial_state(1), is_first)[0][:, 10:]
         two = model(other, model.initial_state(1), is_first)[0][:, 10:]
-    assert torch.equal(one, two) != keep
+    if keep:
+        assert not torch.allclose(one, two)
+    else:
+        # Bits may differ: how many chunks are picked, by all, is the shape of a matrix product.
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
 
 
 def test_another_rows_episode_border_does_not_matter() -> None:

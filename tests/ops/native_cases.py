@@ -8,7 +8,7 @@ from torch import Tensor
 
 from htm_pytorch.memory import Steps
 from htm_pytorch.ops import recall
-from tests.helpers import assert_near, memory_of, normal, relative_error
+from tests.helpers import assert_near, memory_of, normal, relative_error, rounding
 
 OPERATORS = torch.ops.htm_pytorch
 
@@ -111,7 +111,7 @@ def assert_as_accurate(
         unit = torch.finfo(got[name].dtype).eps
         # The truth itself has the roundings of float64.
         unit = 8 * unit if got[name].dtype == torch.float64 else unit
-        allowed = 8 * max(relative_error(plain[name], true), unit)
+        allowed = 8 * max(relative_error(plain[name], true), unit) + rounding(got[name].dtype)
         error = relative_error(got[name], true)
         assert error <= allowed, f"{name} {note}: {error:.2e} > {allowed:.2e}"
 

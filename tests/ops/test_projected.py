@@ -16,6 +16,7 @@ from tests.helpers import (
     normal,
     on_cpu,
     relative_error,
+    rounding,
     value_and_gradients,
 )
 
@@ -239,12 +240,15 @@ def test_any_number_of_threads_gives_the_same_bits(
     shared: bool, count: int, threads: Callable[[int], None]
 ) -> None:
     problem = Problem(Sizes(B=3, Q=150, H=5, M=40, C=9, shared=shared, seen=0.7))
+    # Keys and values go through torch's own products, which are exact for whole numbers alone.
+    for name in ("projections", "positions", "past"):
+        problem.inputs[NAMES.index(name)].round_()
     inputs = [part.float() for part in problem.inputs]
     value, gradients = problem.run("projected", inputs)
     threads(count)
     again, gradients_again = problem.run("projected", inputs)
     assert torch.equal(again, value)
-    # The others go through torch's own products.
+    # The gradients of the others are such products of anything.
     for name in ("route", "queries", "summaries"):
         at = NAMES.index(name)
         assert torch.equal(gradients_again[at], gradients[at]), name
@@ -278,9 +282,9 @@ def test_tails_of_vectors(dtype: torch.dtype, width: int) -> None:
         strict=True,
     ):
         assert value.dtype == dtype, name
-        allowed = 8 * max(relative_error(low, true), unit)
-        assert allowed < 128 * unit, name
-        assert relative_error(value, true) <= allowed, name
+        plain_error, chance = relative_error(low, true), rounding(dtype)
+        assert plain_error < 16 * unit + chance, name
+        assert relative_error(value, true) <= 8 * max(plain_error, unit) + chance, name
 
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -307,7 +311,7 @@ def test_memory_of_another_dtype(dtype: torch.dtype, stored: torch.dtype) -> Non
         ):
             assert value.dtype == kind, f"{impl} {name}"
             unit = max(torch.finfo(kind).eps, torch.finfo(dtype).eps)
-            assert relative_error(value, true) <= 32 * unit, f"{impl} {name}"
+            assert relative_error(value, true) <= 32 * unit + rounding(dtype), f"{impl} {name}"
 
 
 GARBAGE = [float("nan"), float("inf"), torch.finfo(torch.float64).max]
@@ -353,7 +357,8 @@ def test_nan_of_a_query_stays_with_it(shared: bool, which: str) -> None:
     dirty, _ = problem.attend("projected", *inputs)
     others = torch.ones(2, 9, dtype=torch.bool)
     others[1, 4] = False
-    assert torch.equal(dirty[others], value[others])
+    # Not the same bits: how many chunks are picked is the shape of a matrix product.
+    assert_near(dirty[others], value[others], 1e-13)
     if which != "cotangent":
         assert dirty[1, 4].isnan().all()
     gradients = torch.autograd.grad(dirty, inputs, cotangent)

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from htm_pytorch import ChunkedMemory, Recall
 from htm_pytorch.ops import RecallImpl, blocked, recall, recall_with_weights
-from tests.helpers import assert_near, memory_of, on_cpu, relative_error, value_and_gradients
+from tests.helpers import (
+    assert_near,
+    memory_of,
+    on_cpu,
+    relative_error,
+    rounding,
+    value_and_gradients,
+)
 
 IMPLS = on_cpu(RecallImpl)
 FAST = [impl for impl in IMPLS if impl != "reference"]
@@ -214,8 +221,9 @@ def test_as_accurate_as_the_reference(impl: Any, sizes: Sizes, dtype: torch.dtyp
         unit = torch.finfo(dtype).eps
         plain_error = relative_error(plain, true)
         # The plain one rounds at least once; a few roundings more are no defect.
-        assert plain_error <= 16 * unit, name
-        assert relative_error(fast, true) <= 4 * max(plain_error, unit / 2), name
+        chance = rounding(dtype)
+        assert plain_error <= 16 * unit + chance, name
+        assert relative_error(fast, true) <= 4 * max(plain_error, unit / 2) + chance, name
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -251,11 +259,12 @@ def test_memory_of_another_dtype(
     assert value.dtype == query_dtype
     assert [gradient.dtype for gradient in gradients] == dtypes
     expected, expected_gradients = problem.run(impl, [part.double() for part in problem.inputs])
-    assert_near(value, expected, 8 * torch.finfo(query_dtype).eps)
+    chance = rounding(query_dtype)
+    assert_near(value, expected, 8 * torch.finfo(query_dtype).eps + chance)
     for name, got, wanted in zip(NAMES, gradients, expected_gradients, strict=True):
         # The slack of the cotangent, which is rounded to the dtype of the value.
         unit = max(torch.finfo(got.dtype).eps, torch.finfo(query_dtype).eps)
-        assert_near(got, wanted, 8 * unit, name)
+        assert_near(got, wanted, 8 * unit + chance, name)
 
 
 GARBAGE = [float("nan"), float("inf"), float("-inf"), torch.finfo(torch.float64).max]
