@@ -277,7 +277,7 @@ def follow(before: State, contents: Contents, table: Table | None, has_summaries
     if pinned is not None:
         assert table is not None
         if before.table is None or before.table.pinned.layout != pinned.layout:
-            if before.known.length and end <= known_end:
+            if end <= known_end:
                 # The same chunks, in other places.
                 table = table.ordered(_order(table, known, end, head.gaps))
             else:
