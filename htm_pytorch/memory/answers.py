@@ -48,27 +48,31 @@ def searched(
     if now.table is None or not k:
         nothing = torch.empty(len(vectors), 0, dtype=torch.int64, device=CPU)
         return nothing, nothing.float()
-    gaps = [f"NOT (first_step >= {a} AND first_step + steps <= {b})" for a, b in now.head.gaps]
-    conditions = gaps + ([_chosen(now, chosen)] if chosen is not None else [])
+    gaps = now.head.gaps
+    conditions = [f"NOT (first_step >= {start} AND first_step < {end})" for start, end in gaps]
+    conditions += chosen.conditions() if chosen is not None else []
     condition = " AND ".join(conditions) or None
     first_steps, products = now.table.nearest(vectors, k, probes, condition)
-    return numbers_of(now, first_steps), products
+    numbers = numbers_of(now, first_steps)
+    rest, more = cut(now, vectors)
+    if not len(rest):
+        return numbers, products
+    if chosen is not None:
+        more[:, ~chosen.mask(now.known)[rest]] = -torch.inf
+    products = products.masked_fill(torch.isin(numbers, rest), -torch.inf)
+    numbers = torch.cat([numbers, rest.expand(len(vectors), -1)], 1)
+    products, place = torch.cat([products, more], 1).topk(k, 1)
+    return numbers.gather(1, place).masked_fill(products == -torch.inf, -1), products
 
 
-def _chosen(now: State, chosen: Chosen) -> str:
-    """Return the condition of SQL on the rows of chunks that are chosen."""
-    ways = [" AND ".join(chosen.conditions()) or "true"]
-    mask = chosen.mask(now.known)
-    # Of chunks whose oldest steps were forgotten, rows still tell of those.
-    for _, end in now.head.gaps:
-        for number in (now.known.first_steps == end).nonzero()[:, 0].tolist():
-            if mask[number]:
-                ways.append(f"first_step < {end} AND first_step + steps > {end}")
-    return (
-        " OR ".join(f"({way})" for way in ways)
-        if len(ways) == 1
-        else ("(" + " OR ".join(f"({way})" for way in ways) + ")")
-    )
+def cut(now: State, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the chunks [S] that lost steps which rows still tell of, and products [X, S]."""
+    known = now.known.cut
+    numbers = torch.tensor(sorted(known), dtype=torch.int64, device=CPU)
+    if not known:
+        return numbers, vectors[:, :0].float()
+    summaries = torch.stack([known[first_step] for first_step in numbers.tolist()])
+    return torch.searchsorted(now.known.first_steps, numbers), vectors @ summaries.T
 
 
 def numbers_of(now: State, first_steps: Tensor) -> Tensor:

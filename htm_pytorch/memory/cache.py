@@ -21,7 +21,6 @@ class ChunkCache:
         self._steps = torch.empty(sizes, dtype=form.given, device=CPU)
         self._slot_of: OrderedDict[int, int] = OrderedDict()
         self._free: list[int] = []
-        self._begun = 0
         self._mutex = threading.Lock()
 
     @property
@@ -58,21 +57,16 @@ class ChunkCache:
             # Two slots for one chunk would leave one of them to be given to another chunk as well;
             # and another thread may have fetched it meanwhile.
             new = [(step, p) for step, p in place_of.items() if step not in self._slot_of]
+            for step in place_of.keys() & self._slot_of.keys():
+                self._slot_of.move_to_end(step)
             new = new[-self.slots :]
             slots: list[int] = []
-            try:
-                for _ in new:
-                    if self._free:
-                        slots.append(self._free.pop())
-                    elif self._begun < self.slots:
-                        # An interrupt between the two may lose a slot, but not give it twice.
-                        self._begun += 1
-                        slots.append(self._begun - 1)
-                    else:
-                        slots.append(self._slot_of.popitem(last=False)[1])
-                self._steps[slots] = steps[[place for _, place in new]]
-                # Published only when they are filled.
-                self._slot_of.update(zip((step for step, _ in new), slots, strict=True))
-            except BaseException:
-                self._free += set(slots) - set(self._slot_of.values())
-                raise
+            for _ in new:
+                if not self._free and len(self._slot_of) + len(slots) < self.slots:
+                    # The first ones, or those that an interrupt made others lose.
+                    used = {*self._slot_of.values(), *slots}
+                    self._free = [slot for slot in range(self.slots) if slot not in used]
+                slots.append(self._free.pop() if self._free else self._slot_of.popitem(False)[1])
+            self._steps[slots] = steps[[place for _, place in new]]
+            # Published only when they are filled.
+            self._slot_of.update(zip((step for step, _ in new), slots, strict=True))

@@ -1,8 +1,9 @@
 """What is appended, and what is forgotten: from arguments to what a log keeps."""
 
 import math
+import operator
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +12,77 @@ from htm_pytorch.memory import state
 from htm_pytorch.memory.formats import CPU, Chunks
 from htm_pytorch.memory.log import Head, Range, Record
 from htm_pytorch.memory.state import Batch, Open, State
-from htm_pytorch.shapes import check_device, check_tensor
+from htm_pytorch.shapes import check_device, check_floating, check_mask, check_tensor
+
+
+def batch(
+    before: State,
+    steps: Tensor,
+    is_first: Tensor | None,
+    keys: str | Sequence[str | None] | None,
+    times: float | Tensor | None,
+) -> Batch | None:
+    """Return the steps that are to be appended; None where there are none.
+
+    Raises:
+        ValueError: an argument does not fit; see `StoredMemory.append`.
+    """
+    head = before.head
+    check_tensor("steps", steps, "B T D", B=1, D=head.dim)
+    check_floating("steps", steps, head.form.given)
+    check_device("steps", steps, CPU)
+    length = steps.shape[1]
+    check_mask("is_first", is_first, "B T", CPU, B=1, T=length)
+    borders = () if is_first is None else tuple(is_first[0].nonzero()[:, 0].tolist())
+    names = key_of_each(keys, length)
+    when = time_of_each(times, length, head.time)
+    if not length:
+        return None
+    episode = max(head.episode + (borders[:1] == (0,)), 0)
+    stored = head.form.encode(steps[0].detach())
+    return Batch(stored, when, names, head.steps, episode, borders)
+
+
+def appended(before: State, batch: Batch) -> State:
+    """Return the state after more steps, all of which the log holds.
+
+    Raises:
+        ValueError: they are not finite.
+    """
+    head = before.head
+    closed, opened = before.opened.close(batch, head.form)
+    check_finite(closed, opened, head)
+    head = head._replace(
+        sequence=head.sequence + 1,
+        steps=opened.next_step,
+        episode=opened.episode,
+        time=float(batch.times[-1]),
+    )
+    known, pending = before.known.extended(closed), before.pending.extended(closed)
+    return State(head, before.table, known, pending, opened, before.cache)
+
+
+def numbers_of_episodes(episodes: Iterable[int]) -> tuple[int, ...]:
+    """Return them in order.
+
+    Raises:
+        ValueError: they are not numbers of episodes.
+    """
+    try:
+        return tuple(sorted({operator.index(episode) for episode in episodes}))
+    except TypeError as error:
+        raise ValueError(f"episodes: expected their numbers, got {episodes!r} ({error})") from error
+
+
+def moment(name: str, time: float | None) -> float | None:
+    """Return a time that bounds others.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if time is not None and time != time:
+        raise ValueError(f"{name}: expected a time, got {time}")
+    return None if time is None else float(time)
 
 
 def key_of_each(
@@ -106,6 +177,17 @@ def without(pending: Chunks, gone: Sequence[Range], head: Head) -> Chunks:
         cut = max((end for start, end in gone if start <= first < end), default=first)
         left = left + (state.trimmed(chunk, cut, head.form) if cut > first else chunk)
     return left
+
+
+def steps_of(now: State, episodes: Sequence[int]) -> list[Range]:
+    """Return the steps of episodes."""
+    known, opened = now.known, now.opened
+    chosen = torch.isin(known.episodes, torch.tensor(episodes, dtype=torch.int64, device=CPU))
+    first = known.first_steps[chosen]
+    ranges = list(zip(first.tolist(), (first + known.counts[chosen]).tolist(), strict=True))
+    if len(opened.stored) and opened.episode in episodes:
+        ranges.append((opened.first_step, opened.next_step))
+    return ranges
 
 
 def within(part: Range, ranges: Sequence[Range]) -> bool:

@@ -7,7 +7,7 @@ import sqlite3
 import struct
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -52,7 +52,6 @@ class LogFile:
         self._connection: sqlite3.Connection | None = None
         self._copied: tempfile.TemporaryDirectory[str] | None = None
         self.mutex = threading.RLock()
-        self.is_joint = False
         # Whether nothing can be written beside it.
         self._is_fixed = False
 
@@ -92,7 +91,7 @@ class LogFile:
         return cls(path, sync=sync)
 
     def transaction(self, kind: str = "DEFERRED") -> "_Transaction":
-        """Change everything that is changed inside, or nothing.
+        """Change everything that is changed inside, or nothing; for those who hold the mutex.
 
         Raises:
             MemoryFileError: the file is damaged.
@@ -100,20 +99,16 @@ class LogFile:
         """
         return _Transaction(self, kind)
 
-    @contextlib.contextmanager
-    def joint(self) -> Iterator[None]:
-        """Make all changes inside one transaction."""
-        with self.transaction("IMMEDIATE"):
-            self.is_joint = True
-            try:
-                yield
-            finally:
-                self.is_joint = False
+    def write(self, changes: Iterable[tuple[str, Head, Sequence[Record]]]) -> None:
+        """Change memories by name, all or none, to their heads, with more records."""
+        with self.mutex, self.transaction("IMMEDIATE") as connection:
+            for name, head, records in changes:
+                _put(connection, name, head, records, None)
 
     def is_log(self) -> bool:
         """Whether it is a file of SQLite's at all, damaged or not."""
         try:
-            with self.transaction() as connection:
+            with self.mutex, self.transaction() as connection:
                 connection.execute("PRAGMA user_version").fetchone()
         except MemoryFileError as error:
             code = getattr(error.__cause__, "sqlite_errorname", "")
@@ -124,25 +119,26 @@ class LogFile:
 
     def is_of_many(self) -> bool:
         """Whether it was made for many memories."""
-        with self.transaction() as connection:
+        with self.mutex, self.transaction() as connection:
             (kind,) = connection.execute("PRAGMA application_id").fetchone()
         return kind == _KINDS[True]
 
     def has(self, name: str) -> bool:
         """Whether there is a memory of this name."""
-        with self.transaction() as connection:
+        with self.mutex, self.transaction() as connection:
             query = "SELECT 1 FROM heads WHERE name = ?"
             return connection.execute(query, (name,)).fetchone() is not None
 
     def changes(self) -> int:
         """Return another number than before, if another process has written meanwhile."""
-        with self.transaction() as connection:
+        with self.mutex, self.transaction() as connection:
             return connection.execute("PRAGMA data_version").fetchone()[0]
 
     def names(self) -> list[str]:
         """Return the names of all memories in the file, in order."""
-        with self.transaction() as connection:
-            return [name for (name,) in connection.execute("SELECT name FROM heads ORDER BY name")]
+        with self.mutex, self.transaction() as connection:
+            rows = connection.execute("SELECT name FROM heads ORDER BY name").fetchall()
+        return [name for (name,) in rows]
 
     def purge(self) -> None:
         """Write the file anew, without the pages that are no longer used."""
@@ -152,15 +148,15 @@ class LogFile:
     def problems(self) -> list[str]:
         """Return what is wrong with the file itself."""
         try:
-            with self.transaction() as connection:
-                found = [text for (text,) in connection.execute("PRAGMA integrity_check")]
+            with self.mutex, self.transaction() as connection:
+                found = connection.execute("PRAGMA integrity_check").fetchall()
                 heads = connection.execute(
                     "SELECT heads.name FROM heads LEFT JOIN spare_heads USING (name) "
                     "WHERE heads.body IS NOT spare_heads.body"
                 ).fetchall()
         except MemoryFileError as error:
             return [str(error)]
-        damaged = [f"{self.where}: {text}; {REPAIR}" for text in found if text != "ok"]
+        damaged = [f"{self.where}: {text}; {REPAIR}" for (text,) in found if text != "ok"]
         return damaged + [f"{self.where}: one of two heads is damaged; {REPAIR}" for _ in heads]
 
     def save(self, path: Path) -> None:
@@ -175,7 +171,6 @@ class LogFile:
     def close(self) -> None:
         """Close the file; it is opened again when it is asked for."""
         with self.mutex:
-            self.is_joint = False
             connection, self._connection = self._connection, None
             if connection is not None:
                 connection.close()
@@ -251,55 +246,44 @@ class LogFile:
 
 
 class _Transaction:
-    """A transaction of a file; inside of a joint one, a part of that.
+    """A transaction of a file.
 
     Not a generator: what an interrupt has left of one would end later, in the middle of another.
+    Nor does it take the mutex: only `with` itself gives back a lock whenever an interrupt comes.
+    For the same reason no cursor has a name here: the traceback of an interrupt would keep it, and
+    with it the file locked.
     """
 
     def __init__(self, file: LogFile, kind: str):
         self._file = file
         self._kind = kind
-        self._is_part = False
 
     def __enter__(self) -> sqlite3.Connection:
         file = self._file
-        file.mutex.acquire()
+        file.look_again()
+        connection = file.opened()
         try:
-            file.look_again()
-            connection = file.opened()
-            self._is_part = file.is_joint
-            if not self._is_part:
-                if connection.in_transaction:
-                    # Of a call that was interrupted: whatever followed would be part of it.
-                    connection.execute("ROLLBACK")
-                connection.execute(f"BEGIN {self._kind}")
-            return connection
+            if connection.in_transaction:
+                # Of a call that was interrupted: whatever followed would be part of it.
+                connection.execute("ROLLBACK")
+            connection.execute(f"BEGIN {self._kind}")
         except sqlite3.Error as error:
-            file.mutex.release()
             raise file.told(error) from error
-        except BaseException:
-            file.mutex.release()
-            raise
+        return connection
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        file = self._file
         try:
-            if not self._is_part:
-                if error is None:
-                    file.opened().execute("COMMIT")
-                else:
-                    self._undo()
-            if isinstance(error, sqlite3.Error):
-                raise file.told(error) from error
-        except sqlite3.Error as failed:
+            if error is None:
+                self._file.opened().execute("COMMIT")
+        except BaseException as failed:
             self._undo()
-            raise file.told(failed) from failed
-        except BaseException:
-            if not self._is_part:
-                self._undo()
+            if isinstance(failed, sqlite3.Error):
+                raise self._file.told(failed) from failed
             raise
-        finally:
-            file.mutex.release()
+        if error is not None:
+            self._undo()
+        if isinstance(error, sqlite3.Error):
+            raise self._file.told(error) from error
 
     def _undo(self) -> None:
         with contextlib.suppress(sqlite3.Error, MemoryFileError):
@@ -318,7 +302,7 @@ class FolderLog:
 
     def read(self, known: Head | None = None) -> Contents | None:
         """Return the head and the records that are not known; see `Log.read`."""
-        with self.file.transaction() as connection:
+        with self.file.mutex, self.file.transaction() as connection:
             head = self._head(connection)
             if head is None:
                 return None
@@ -335,7 +319,7 @@ class FolderLog:
             pin: Pin | None = None
             if known is None or known.table != head.table:
                 query = "SELECT body FROM pins WHERE name = ?"
-                for (body,) in connection.execute(query, (self.name,)):
+                for (body,) in connection.execute(query, (self.name,)).fetchall():
                     # Damaged, it says nothing, and the next version gets another one.
                     with contextlib.suppress(ValueError):
                         unsealed(body)
@@ -357,26 +341,27 @@ class FolderLog:
         self, head: Head, new: Sequence[Record], replace: bool, pin: Pin | None = None
     ) -> None:
         """Change to `head`; see `Log.write`."""
-        with self.file.transaction("IMMEDIATE") as connection:
+        with self.file.mutex, self.file.transaction("IMMEDIATE") as connection:
             if replace:
                 connection.execute("DELETE FROM records WHERE name = ?", (self.name,))
             _put(connection, self.name, head, new, pin)
 
     def end(self, name: str) -> bytes | None:
         """Return the end of a file of the table that a pin brought."""
-        with self.file.transaction() as connection:
+        with self.file.mutex, self.file.transaction() as connection:
             query = "SELECT body FROM ends WHERE file = ?"
-            return next((body for (body,) in connection.execute(query, (name,))), None)
+            row = connection.execute(query, (name,)).fetchone()
+        return None if row is None else row[0]
 
     def remove(self) -> None:
         """Remove this memory from the file."""
-        with self.file.transaction("IMMEDIATE") as connection:
+        with self.file.mutex, self.file.transaction("IMMEDIATE") as connection:
             for table in ("records", "pins", "heads", "spare_heads"):
                 connection.execute(f"DELETE FROM {table} WHERE name = ?", (self.name,))
 
     def forget_purge(self) -> None:
         """Note that no byte is left of what was forgotten."""
-        with self.file.transaction("IMMEDIATE") as connection:
+        with self.file.mutex, self.file.transaction("IMMEDIATE") as connection:
             head = self._head(connection)
             if head is not None and head.purge:
                 head = head._replace(sequence=head.sequence + 1, purge=False)
@@ -418,8 +403,8 @@ class FolderLog:
     def _head(self, connection: sqlite3.Connection) -> Head | None:
         found, wrong = [], None
         for table in ("heads", "spare_heads"):
-            rows = connection.execute(f"SELECT body FROM {table} WHERE name = ?", (self.name,))
-            for (body,) in rows:
+            query = f"SELECT body FROM {table} WHERE name = ?"
+            for (body,) in connection.execute(query, (self.name,)).fetchall():
                 try:
                     found.append(Head.decode(body))
                 except OtherFormatError as error:
@@ -446,7 +431,7 @@ def _put(
     if pin is not None:
         connection.execute("INSERT OR REPLACE INTO pins VALUES (?, ?)", (name, pin.body))
         needed = files_of(pin)
-        there = {file for (file,) in connection.execute("SELECT file FROM ends")}
+        there = {file for (file,) in connection.execute("SELECT file FROM ends").fetchall()}
         gone = [(file,) for file in there - needed]
         connection.executemany("DELETE FROM ends WHERE file = ?", gone)
         connection.executemany("INSERT OR REPLACE INTO ends VALUES (?, ?)", pin.ends.items())

@@ -106,33 +106,21 @@ class Chunks(NamedTuple):
         """M."""
         return len(self.counts)
 
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        """All of these tensors."""
+        return self[:-1]
+
     def __add__(self, others: "Chunks") -> "Chunks":  # type: ignore[override]
         """Return these and the others."""
         if not self.length or not others.length:
             return others if others.length else self
-        return Chunks(
-            torch.cat([self.stored, others.stored]),
-            torch.cat([self.summaries, others.summaries]),
-            torch.cat([self.counts, others.counts]),
-            torch.cat([self.episodes, others.episodes]),
-            torch.cat([self.first_steps, others.first_steps]),
-            torch.cat([self.times, others.times]),
-            torch.cat([self.marked, others.marked]),
-            self.marks + others.marks,
-        )
+        pairs = zip(self.columns, others.columns, strict=True)
+        return Chunks._make((*map(torch.cat, pairs), self.marks + others.marks))
 
     def part(self, start: int, end: int | None = None) -> "Chunks":
         """Return those from `start` up to `end`."""
-        return Chunks(
-            self.stored[start:end],
-            self.summaries[start:end],
-            self.counts[start:end],
-            self.episodes[start:end],
-            self.first_steps[start:end],
-            self.times[start:end],
-            self.marked[start:end],
-            self.marks[start:end],
-        )
+        return Chunks._make(column[start:end] for column in self)
 
 
 @functools.cache

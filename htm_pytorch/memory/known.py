@@ -3,69 +3,87 @@
 import contextlib
 import math
 import mmap
-from typing import Self
+from collections.abc import Mapping
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory.formats import CPU, Chunks
+from htm_pytorch.memory.formats import CPU, Chunks, Format, Marks
 
 GROWTH = 1.5
 """Of the room for summaries, when it is full."""
 
 
 class Known:
-    """What is known of every chunk, in RAM; summaries of a width of 0 where they are not wanted.
+    """What is known of every chunk, in RAM; what is not wanted in RAM has a width of 0.
 
     A value: `extended` returns another one. Both share their room, of which each sees its own part.
     """
 
-    def __init__(self, columns: tuple[Tensor, ...], length: int):
+    def __init__(
+        self, columns: tuple[Tensor, ...], length: int, cut: Mapping[int, Tensor] | None = None
+    ):
         self._columns = columns
         self.length = length
+        self.cut = cut or {}
+        """Of chunks that lost their oldest steps, by the number of the first that is left: the
+        summaries [D] float32, since rows of the table tell of all steps."""
 
     @classmethod
     def nothing(cls, width: int) -> Self:
-        """Return what is known of no chunks."""
-        number = torch.empty(0, dtype=torch.int64, device=CPU)
-        summaries = torch.empty(0, width, dtype=torch.float32, device=CPU)
-        times = torch.empty(0, 2, dtype=torch.float64, device=CPU)
-        return cls((summaries, number.int(), number, number, times, number.bool()), 0)
+        """Return what is known of no chunks, with summaries of this width."""
+        return cls(_empty(0, 0, width), 0)
+
+    @classmethod
+    def whole(cls, form: Format) -> Self:
+        """Return what is known of no chunks, where all that is stored of each is to be."""
+        return cls(_empty(form.chunk_size, form.step_bytes, form.dim), 0)
+
+    @property
+    def stored(self) -> Tensor:
+        """[M, C, step_bytes] uint8, or [M, 0, 0]."""
+        return self._columns[0][: self.length]
 
     @property
     def summaries(self) -> Tensor:
-        """[M, D] float32."""
-        return self._columns[0][: self.length]
+        """[M, D] float32, or [M, 0]."""
+        return self._columns[1][: self.length]
 
     @property
     def counts(self) -> Tensor:
         """[M] int32."""
-        return self._columns[1][: self.length]
+        return self._columns[2][: self.length]
 
     @property
     def episodes(self) -> Tensor:
         """[M] int64."""
-        return self._columns[2][: self.length]
+        return self._columns[3][: self.length]
 
     @property
     def first_steps(self) -> Tensor:
         """[M] int64, rising."""
-        return self._columns[3][: self.length]
+        return self._columns[4][: self.length]
 
     @property
     def times(self) -> Tensor:
         """[M, 2] float64, of the first and the last step; NaN where none is known."""
-        return self._columns[4][: self.length]
+        return self._columns[5][: self.length]
 
     @property
     def marked(self) -> Tensor:
         """[M] bool, those of whose steps there is more to say."""
-        return self._columns[5][: self.length]
+        return self._columns[6][: self.length]
+
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        """All of these, in the order of `Chunks`."""
+        return tuple(column[: self.length] for column in self._columns)
 
     @property
     def nbytes(self) -> int:
         """Of the part of the room that is used."""
-        return sum(column[: self.length].nbytes for column in self._columns)
+        return sum(column.nbytes for column in self.columns)
 
     def extended(self, chunks: Chunks) -> "Known":
         """Return what is known of these and `chunks`; only the newest of such values may grow."""
@@ -73,30 +91,71 @@ class Known:
             return self
         length = self.length + chunks.length
         columns = self._columns
-        if length > len(columns[1]):
-            room = max(length, int(GROWTH * len(columns[1])))
+        if length > len(columns[2]):
+            room = max(length, int(GROWTH * len(columns[2])))
             columns = tuple(_grown(column, self.length, room) for column in columns)
-        summaries, counts, episodes, first_steps, times, marked = (
-            column[self.length : length] for column in columns
-        )
-        summaries.copy_(chunks.summaries[:, : summaries.shape[1]])
-        counts.copy_(chunks.counts)
-        episodes.copy_(chunks.episodes)
-        first_steps.copy_(chunks.first_steps)
-        times.copy_(chunks.times)
-        marked.copy_(chunks.marked)
-        return Known(columns, length)
+        for column, new in zip(columns, chunks.columns, strict=True):
+            part = column[self.length : length]
+            if part.numel():
+                part.copy_(new[:, : part.shape[1]] if part.ndim == 2 else new)
+        return Known(columns, length, self.cut)
 
     def part(self, length: int) -> "Known":
         """Return what is known of the first `length` chunks."""
-        return Known(self._columns, min(length, self.length))
+        return Known(self._columns, min(length, self.length), self.cut)
 
     def chosen(self, order: Tensor) -> "Known":
         """Return what is known of the chunks `order` [M] int64, in room of its own."""
         columns = tuple(_grown(column, self.length, len(column)) for column in self._columns)
         for column, old in zip(columns, self._columns, strict=True):
             torch.index_select(old[: self.length], 0, order, out=column[: len(order)])
-        return Known(columns, len(order))
+        return Known(columns, len(order), self.cut)
+
+    def shortened(self, number: int, chunk: Chunks) -> "Known":
+        """Return the same with what is left of a chunk; only the newest of such values may."""
+        first = int(chunk.first_steps[0])
+        self.first_steps[number] = first
+        self.counts[number] = chunk.counts[0]
+        self.times[number] = chunk.times[0]
+        self.summaries[number] = chunk.summaries[0, : self.summaries.shape[1]]
+        return Known(self._columns, self.length, {**self.cut, first: chunk.summaries[0]})
+
+
+class Pending(NamedTuple):
+    """Closed chunks that the table does not hold; like `Known`, a value that shares room."""
+
+    known: Known
+    marks: tuple[Marks | None, ...]
+
+    @classmethod
+    def none(cls, form: Format) -> Self:
+        """Return no chunks."""
+        return cls(Known.whole(form), ())
+
+    @property
+    def length(self) -> int:
+        """M."""
+        return self.known.length
+
+    @property
+    def chunks(self) -> Chunks:
+        """Themselves."""
+        known = self.known
+        return Chunks._make((*known.columns, self.marks))
+
+    def extended(self, chunks: Chunks) -> "Pending":
+        """Return these and `chunks`; only the newest of such values may grow."""
+        if not chunks.length:
+            return self
+        return Pending(self.known.extended(chunks), self.marks + chunks.marks)
+
+
+def _empty(size: int, step_bytes: int, width: int) -> tuple[Tensor, ...]:
+    stored = torch.empty(0, size, step_bytes, dtype=torch.uint8, device=CPU)
+    summaries = torch.empty(0, width, dtype=torch.float32, device=CPU)
+    number = torch.empty(0, dtype=torch.int64, device=CPU)
+    times = torch.empty(0, 2, dtype=torch.float64, device=CPU)
+    return stored, summaries, number.int(), number, number, times, number.bool()
 
 
 def _grown(column: Tensor, length: int, room: int) -> Tensor:

@@ -1,6 +1,5 @@
 """`open_many`: thousands of small memories, one a user or a stream, in one folder."""
 
-import contextlib
 import os
 import threading
 import weakref
@@ -11,15 +10,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory import forks, place
+from htm_pytorch.memory import entries, forks, place
 from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.folder_log import FolderLog, LogFile
-from htm_pytorch.memory.log import REPAIR, Contents, Head
+from htm_pytorch.memory.formats import CPU
+from htm_pytorch.memory.log import REPAIR, Contents, Head, Record
 from htm_pytorch.memory.opened import check_agrees, checked
 from htm_pytorch.memory.place import Lock, Place
+from htm_pytorch.memory.state import State
 from htm_pytorch.memory.stored import ExactMemory
 from htm_pytorch.memory.view import View
-from htm_pytorch.shapes import check_tensor
+from htm_pytorch.shapes import check_mask, check_tensor
 
 MOST_LOADED = 1024
 """Memories that stay in RAM though nobody else holds them."""
@@ -99,7 +100,7 @@ class Memories:
         self._loaded: weakref.WeakValueDictionary[str, ExactMemory] = weakref.WeakValueDictionary()
         self._used: OrderedDict[str, ExactMemory] = OrderedDict()
         self._seen = -1
-        # Taken before those of the memories, and those before that of the file.
+        # Also that of the memories, which write to one file.
         self.mutex = threading.RLock()
         forks.watch(self)
 
@@ -150,7 +151,9 @@ class Memories:
         names: Sequence[str],
         steps: Tensor,
         is_first: Tensor | None = None,
-        **options: Any,
+        *,
+        keys: str | Sequence[str | None] | None = None,
+        times: float | Tensor | None = None,
     ) -> Self:
         """Store `steps` [B, T, D], a row for each name, all or none; one wait for the disk.
 
@@ -158,27 +161,32 @@ class Memories:
             names: B different ones; memories are made where there are none.
             steps: of the `dtype` of the memories.
             is_first: [B, T] bool, True where an episode of a row begins.
-            options: `keys` and `times`, the same for all; see `StoredMemory.append`.
+            keys: the same for all rows; see `StoredMemory.append`.
+            times: the same for all rows; see `StoredMemory.append`.
         """
         self._check_writable()
         names = list(names)
         check_tensor("steps", steps, "B T D", B=len(names), D=self._form.dim)
+        check_mask("is_first", is_first, "B T", CPU, B=len(names), T=steps.shape[1])
         if len(set(names)) != len(names):
             raise ValueError(f"names: expected different ones, got {names}")
-        with contextlib.ExitStack() as held:
+        with self.mutex:
             memories = [self.open(name) for name in names]
-            for _, memory in sorted(zip(names, memories, strict=True), key=lambda pair: pair[0]):
-                held.enter_context(memory.mutex)
-                memory.recover()
-            try:
-                with self._file.joint():
-                    for row, memory in enumerate(memories):
-                        first = None if is_first is None else is_first[row : row + 1]
-                        memory.append(steps[row : row + 1], first, **options)
-            except BaseException:
-                for memory in memories:
-                    memory.distrust()
-                raise
+            changes: list[tuple[str, Head, list[Record]]] = []
+            after: list[State] = []
+            for row, memory in enumerate(memories):
+                before = memory.moment().states[0]
+                first = None if is_first is None else is_first[row : row + 1]
+                batch = entries.batch(before, steps[row : row + 1], first, keys, times)
+                if batch is None:
+                    return self
+                after.append(entries.appended(before, batch))
+                changes.append((names[row], after[-1].head, [batch.record()]))
+            for memory in memories:
+                memory.distrust()
+            self._file.write(changes)
+            for memory, state in zip(memories, after, strict=True):
+                memory.become(state)
         return self
 
     def rows(self, names: Sequence[str]) -> View:
@@ -282,7 +290,7 @@ class Memories:
                             f"{name!r}: no such memory in {self.uri!r}; open(name) makes one"
                         )
                     log.write(Head.first(self._form), [], replace=False)
-                memory = ExactMemory(self._place, log, None, None, self.read_only, 0, 1)
+                memory = ExactMemory(self._place, log, None, None, self.read_only, 0, 1, self.mutex)
                 memory.reopens_as(_again_one, self.uri, name)
                 self._loaded[name] = memory
             self._used[name] = memory

@@ -61,6 +61,7 @@ class Reading:
         read_only: bool,
         cache_bytes: int,
         probes: int,
+        mutex: Any = None,
     ):
         self.uri = place.uri
         self.read_only = read_only
@@ -75,9 +76,10 @@ class Reading:
         search = "exact" if self.holds_summaries else "index"
         options = place.storage_options
         self._again: tuple[Any, ...] = _again, (place.uri, search, probes, cache_bytes, options)
-        self.mutex = threading.RLock()
+        self.mutex = mutex or threading.RLock()
         # Whether a call has begun to change something, and whether it is still at it.
-        self._is_changing = self._is_busy = False
+        self._is_changing = False
+        self._busy = threading.Lock()
         contents = log.read()
         if contents is None:
             raise MemoryFileError(f"{log.where} holds no memory")
@@ -221,7 +223,7 @@ class Reading:
             chunks = answers.whole(now, start, min(start + piece, now.in_table))
             table = versions.append(table, head, chunks)
         head = head._replace(table=table and table.pinned)
-        records = entries.records_of(now.pending) + now.opened.records()
+        records = entries.records_of(now.pending.chunks) + now.opened.records()
         logs = {"": Contents(head, records, table.pin if table else None)}
         LogFile.create(partial / "journal", logs).close()
         mark(partial, sync=True)
@@ -241,7 +243,7 @@ class Reading:
     def unfit(self) -> list[str]:
         """Return what is wrong with the chunks that the log holds."""
         now = self._now()
-        decoded = now.head.form.decode(now.pending.stored).float()
+        decoded = now.head.form.decode(now.pending.known.stored).float()
         finite = decoded.isfinite().flatten(1).all(1)
         wrong = (now.in_table + (~finite).nonzero()[:, 0]).tolist()
         return [f"chunk {number}: its steps are not finite" for number in wrong]
@@ -269,13 +271,15 @@ class Reading:
         if now.table is None or not kept or not len(vectors):
             return 1.0
         found = answers.searched(now, vectors, kept, self._probes, None)[0]
-        best = torch.full((len(vectors), kept), -torch.inf, dtype=torch.float32, device=CPU)
-        exact = torch.full(best.shape, -1, device=CPU)
+        cut, best = answers.cut(now, vectors)
+        exact = cut.expand(len(vectors), -1)
         for row in now.table.rows(0, True):
             ends = row.chunks.first_steps + row.chunks.counts
             numbers = answers.numbers_to(now, ends).expand(len(vectors), -1)
-            scores = (vectors @ row.chunks.summaries.T).masked_fill(numbers < 0, -torch.inf)
-            best, place = torch.cat([best, scores], 1).topk(kept, 1)
+            is_other = (numbers >= 0) & ~torch.isin(numbers, cut)
+            scores = (vectors @ row.chunks.summaries.T).masked_fill(~is_other, -torch.inf)
+            best = torch.cat([best, scores], 1)
+            best, place = best.topk(min(kept, best.shape[1]), 1)
             exact = torch.cat([exact, numbers], 1).gather(1, place)
         return float((exact[:, :, None] == found[:, None]).any(2).float().mean())
 
@@ -299,7 +303,7 @@ class Reading:
             "steps lost by damage": sum(end - start for start, end in now.head.lost),
             "bytes of the log": self._log.size(),
             "bytes of the table": self._versions.size() if self._versions else 0,
-            "bytes in RAM": now.known.nbytes + now.cache.nbytes + now.pending.stored.nbytes,
+            "bytes in RAM": now.known.nbytes + now.cache.nbytes + now.pending.known.nbytes,
         }
         nothing = {"chunks in the index": 0, "fragments": 0, "version": 0}
         return found | (now.table.info() if now.table else nothing)
@@ -320,15 +324,8 @@ class Reading:
             since: chunks whose steps all happened at this time or later.
             until: chunks whose steps all happened at this time or earlier.
         """
-        wanted = None if episodes is None else tuple(sorted({int(e) for e in episodes}))
-        for name, bound in {"since": since, "until": until}.items():
-            if bound is not None and bound != bound:
-                raise ValueError(f"{name}: expected a time, got {bound}")
-        chosen = Chosen(
-            wanted,
-            None if since is None else float(since),
-            None if until is None else float(until),
-        )
+        wanted = None if episodes is None else entries.numbers_of_episodes(episodes)
+        chosen = Chosen(wanted, entries.moment("since", since), entries.moment("until", until))
         return View([self], chosen, has_rows=False)
 
     def moment(self, chosen: Chosen | None = None) -> Moment:
@@ -352,6 +349,10 @@ class Reading:
         """Look at what is stored before the next answer."""
         self._is_changing = True
 
+    def become(self, now: State) -> None:
+        """Show what others have stored for this memory."""
+        self._state, self._is_changing = now, False
+
     def recover(self) -> None:
         """Look at what is stored, if the last change did not come to its end."""
         if self._is_changing:
@@ -361,7 +362,7 @@ class Reading:
 
     def inherit(self) -> None:
         """Go on in a forked child, for reading only."""
-        self.mutex = threading.RLock()
+        self.mutex, self._busy = threading.RLock(), threading.Lock()
         if not self.read_only:
             self.read_only = True
             self._why_read_only = f"process {os.getppid()}, of which this is a fork, writes to it"
@@ -382,13 +383,9 @@ class Reading:
 
     def _now(self) -> State:
         """Return the state to read from; after a call that did not end, that of the disk."""
-        # Whoever gets the lock while something changes has found a change that broke off.
-        broke_off = self._is_changing and not self._is_busy
-        if broke_off and self.mutex.acquire(blocking=False):
-            try:
+        if self._is_changing and not self._busy.locked():
+            with self.mutex:
                 self.recover()
-            finally:
-                self.mutex.release()
         return self._state
 
     def _followed(self, before: State, contents: Contents | None = None) -> State:

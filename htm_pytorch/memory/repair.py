@@ -218,7 +218,8 @@ def _log(where: Place) -> tuple[Head | None, list[Record], Pin | None]:
 def _rows(file: LogFile, query: str) -> list[tuple[Any, ...]]:
     """Return what a query finds before it comes to damage."""
     found: list[tuple[Any, ...]] = []
-    with contextlib.suppress(MemoryFileError, OSError), file.transaction() as connection:
+    damage = contextlib.suppress(MemoryFileError, OSError)
+    with damage, file.mutex, file.transaction() as connection:
         found.extend(connection.execute(query))
     return found
 

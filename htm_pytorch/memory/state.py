@@ -9,7 +9,7 @@ from torch import Tensor
 from htm_pytorch.memory.cache import ChunkCache
 from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.formats import CPU, Chunks, Format, Marks, step_mask
-from htm_pytorch.memory.known import Known
+from htm_pytorch.memory.known import Known, Pending
 from htm_pytorch.memory.log import REPAIR, Contents, Head, Range, Record
 from htm_pytorch.memory.table import Table, holes
 
@@ -199,7 +199,7 @@ class State(NamedTuple):
     table: Table | None
     known: Known
     """Of all chunks."""
-    pending: Chunks
+    pending: Pending
     """Those that the table does not hold."""
     opened: Open
     cache: ChunkCache
@@ -212,7 +212,7 @@ class State(NamedTuple):
             head,
             None,
             Known.nothing(width),
-            Chunks.none(form),
+            Pending.none(form),
             Open.nothing(form, 0, -1),
             ChunkCache(form, cache_slots),
         )
@@ -232,7 +232,7 @@ class State(NamedTuple):
         missing = self.cache.read(names, contents)
         waiting = [place for place in missing if numbers[place] >= self.in_table]
         if waiting:
-            stored = self.pending.stored[index[waiting] - self.in_table]
+            stored = self.pending.known.stored[index[waiting] - self.in_table]
             contents[waiting] = form.decode(stored)
         cold = [place for place in missing if numbers[place] < self.in_table]
         if cold:
@@ -282,18 +282,19 @@ def follow(before: State, contents: Contents, table: Table | None, has_summaries
                 table = table.ordered(_order(table, known, end, head.gaps))
             else:
                 known, table = _read(table, head, has_summaries)
-                pending, opened = Chunks.none(head.form), _after(known, head, end)
+                pending, opened = Pending.none(head.form), _after(known, head, end)
         elif end > known_end:
             known, table = _read_on(before, table, head, has_summaries)
-            pending, opened = Chunks.none(head.form), _after(known, head, end)
+            pending, opened = Pending.none(head.form), _after(known, head, end)
         else:
             rows = before.table.pinned.rows
             order = before.table.order
             if order is not None:
                 more = torch.arange(rows, pinned.rows, device=CPU)
                 table = table.ordered(torch.cat([order, more]))
-        kept = int((pending.first_steps < end).sum())
-        pending = pending.part(kept)
+        kept = int((pending.known.first_steps < end).sum())
+        if kept:
+            pending = Pending.none(head.form).extended(pending.chunks.part(kept))
     for run in _runs(contents.records, head.form):
         batch = Batch.of(run, head.form).since(opened.next_step)
         if not len(batch.stored):
@@ -310,7 +311,7 @@ def follow(before: State, contents: Contents, table: Table | None, has_summaries
             batch = batch._replace(borders=(0, *batch.borders))
         chunks, opened = opened.close(batch, head.form, run[-1].closes)
         for closed in (*parts, chunks):
-            known, pending = known.extended(closed), pending + closed
+            known, pending = known.extended(closed), pending.extended(closed)
     if not len(opened.stored):
         opened = opened._replace(first_step=head.steps, episode=head.episode)
     return State(head, table, known, pending, opened, before.cache)
@@ -412,15 +413,9 @@ def _shortened(known: Known, table: Table, head: Head, old: int) -> Known:
     first = known.first_steps
     ends = first + known.counts
     for start, end in head.gaps:
-        cut = (first < end) & (first >= start) & (ends > end)
-        for number in cut.nonzero()[:, 0].tolist():
-            if number < old:
-                continue
-            chunk = trimmed(one(table, known, number), end, head.form)
-            known.first_steps[number] = end
-            known.counts[number] = chunk.counts[0]
-            known.times[number] = chunk.times[0]
-            known.summaries[number] = chunk.summaries[0, : known.summaries.shape[1]]
+        cut = (first[old:] < end) & (first[old:] >= start) & (ends[old:] > end)
+        for number in (old + cut.nonzero()[:, 0]).tolist():
+            known = known.shortened(number, trimmed(one(table, known, number), end, head.form))
     return known
 
 

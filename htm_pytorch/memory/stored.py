@@ -5,7 +5,7 @@ chunks too few to be worth a version of the table, is in a log, which also says 
 the table counts. A step that `append` has acknowledged is in one of the two.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Self
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from htm_pytorch.memory import answers, entries, log, state
 from htm_pytorch.memory.formats import CPU, Chunks
+from htm_pytorch.memory.known import Pending
 from htm_pytorch.memory.log import Contents, Head, merged
 from htm_pytorch.memory.reading import Reading, forgetting
 from htm_pytorch.memory.state import Batch, Open, State
@@ -20,8 +21,6 @@ from htm_pytorch.memory.table import FRAGMENT_BYTES, SMALL_BYTES, Table, Version
 from htm_pytorch.memory.view import Chosen, ScoredMoment, SearchedMoment
 from htm_pytorch.shapes import (
     check_at_least,
-    check_device,
-    check_floating,
     check_mask,
     check_tensor,
 )
@@ -66,23 +65,13 @@ class StoredMemory(Reading):
             ValueError: an argument that does not fit; nothing is changed.
             OSError: it cannot be written, since the disk is full for one; nothing is changed.
         """
-        form = self._state.head.form
-        check_tensor("steps", steps, "B T D", B=1, D=form.dim)
-        check_floating("steps", steps, form.given)
-        check_device("steps", steps, self.device)
-        length = steps.shape[1]
-        check_mask("is_first", is_first, "B T", self.device, B=1, T=length)
-        borders = () if is_first is None else tuple(is_first[0].nonzero()[:, 0].tolist())
-        names = entries.key_of_each(keys, length)
-        with self._changing() as before:
-            when = entries.time_of_each(times, length, before.head.time)
-            if not length:
-                return self
-            episode = max(before.head.episode + (borders[:1] == (0,)), 0)
-            stored = form.encode(steps[0].detach())
-            first_step = before.head.steps
-            self._write(before, Batch(stored, when, names, first_step, episode, borders))
-        return self
+
+        def change(before: State) -> None:
+            batch = entries.batch(before, steps, is_first, keys, times)
+            if batch is not None:
+                self._write(before, batch)
+
+        return self._change(change)
 
     def ingest(
         self, pieces: Iterable[Tensor], *, total: int | None = None, progress: bool = True
@@ -104,14 +93,14 @@ class StoredMemory(Reading):
         self._check_writable()
         check_tensor("rows", rows, "B", B=1)
         check_mask("rows", rows, "B", self.device, B=1)
-        if rows.any():
-            with self._changing() as before:
-                head = Head.first(before.head.form)
-                head = head._replace(sequence=before.head.sequence + 1, purge=True)
-                self._log.write(head, [], replace=True)
-                width, slots = before.known.summaries.shape[1], before.cache.slots
-                self._state = State.nothing(head, width, slots)
-        return self
+
+        def change(before: State) -> None:
+            head = Head.first(before.head.form)
+            head = head._replace(sequence=before.head.sequence + 1, purge=True)
+            self._log.write(head, [], replace=True)
+            self._state = State.nothing(head, before.known.summaries.shape[1], before.cache.slots)
+
+        return self._change(change) if rows.any() else self
 
     def forget(
         self,
@@ -135,34 +124,26 @@ class StoredMemory(Reading):
             ValueError: `before`, where there are steps of which no time is known.
         """
         self._check_writable()
-        wanted = [int(episode) for episode in episodes]
-        numbers = torch.tensor(wanted, dtype=torch.int64, device=CPU)
+        wanted = entries.numbers_of_episodes(episodes)
+        moment = entries.moment("before", before)
         if before_step is not None:
             check_at_least("before_step", before_step, 0)
-        with self._changing() as now:
-            known, opened = now.known, now.opened
-            held = len(opened.stored)
-            gone = [(0, min(before_step, now.head.steps))] if before_step else []
-            chosen = torch.isin(known.episodes, numbers)
-            ends = known.first_steps + known.counts
-            pairs = zip(known.first_steps[chosen].tolist(), ends[chosen].tolist(), strict=True)
-            gone += list(pairs)
-            if held and opened.episode in wanted:
-                gone.append((opened.first_step, opened.next_step))
-            if before is not None:
-                gone.append((0, entries.step_at(now, before)))
+
+        def change(now: State) -> None:
+            gone = entries.steps_of(now, wanted)
+            if before_step:
+                gone.append((0, min(before_step, now.head.steps)))
+            if moment is not None:
+                gone.append((0, entries.step_at(now, moment)))
             gone = [(start, end) for start, end in merged(gone) if start < end]
-            if gone and any(not entries.within(part, now.head.gaps) for part in gone):
+            if any(not entries.within(part, now.head.gaps) for part in gone):
                 self._forget(now, gone)
-        return self
+
+        return self._change(change)
 
     def flush(self) -> Self:
         """Move the closed chunks that the log holds to the table."""
-        self._check_writable()
-        if self._versions is not None:
-            with self._changing() as before:
-                self._flush(before)
-        return self
+        return self._change(lambda before: self._flush(before))
 
     def build_index(self) -> Self:
         """Make the index that memories opened with `search="index"` ask; again, if there is one.
@@ -170,12 +151,16 @@ class StoredMemory(Reading):
         It takes the chunks of now. Later ones are compared one by one, until `compact` adds them.
         """
         self._check_writable()
-        versions = self._check_table()
-        with self._changing() as before:
+        if self._versions is None:
+            raise ValueError(f"memory: {self.uri!r} is small and has no table, so no index either")
+        versions = self._versions
+
+        def change(before: State) -> None:
             now = self._flush(before)
             if now.table is not None and now.table.length:
                 self._replace_table(now, versions.build_index(now.table))
-        return self
+
+        return self._change(change)
 
     def compact(self) -> Self:
         """Join small files, and delete what has not been needed for an hour.
@@ -184,9 +169,9 @@ class StoredMemory(Reading):
         are behind then have to `refresh`. Also adds chunks to the index that came after it was
         built.
         """
-        self._check_writable()
-        with self._changing() as before:
-            now = self._flush(before) if self._versions is not None else before
+
+        def change(before: State) -> None:
+            now = self._flush(before)
             # To say that this writer is still the one, before anything is deleted.
             is_gone = now.head.purge and now.table is None
             others = self._versions.others(None) if self._versions and is_gone else ()
@@ -196,7 +181,8 @@ class StoredMemory(Reading):
             if now.head.purge:
                 self._log.purge()
                 self._rewrite_head(now, now.head._replace(purge=False))
-        return self
+
+        return self._change(change)
 
     def close(self) -> None:
         """Give up the right to write, and let go of the files; what was appended is stored.
@@ -218,22 +204,19 @@ class StoredMemory(Reading):
         """Close it."""
         self.close()
 
-    def _changing(self) -> "_Change":
-        """Give the state to change; `_state` is replaced when the disk has the new one."""
-        return _Change(self)
+    def _change(self, change: Callable[[State], object]) -> Self:
+        """Let the state be changed; where that does not come to its end, look at the disk next.
 
-    def begin(self) -> State:
-        """Return the state that a change begins with."""
+        `_state` is replaced when the disk has the new one.
+        """
         self._check_writable()
-        self.recover()
-        self._is_changing = self._is_busy = True
-        return self._state
-
-    def end(self, is_whole: bool) -> None:
-        """Note how a change ended."""
-        self._is_busy = False
-        if is_whole:
+        with self.mutex, self._busy:
+            self._check_writable()
+            self.recover()
+            self._is_changing = True
+            change(self._state)
             self._is_changing = False
+        return self
 
     def _check_writable(self) -> None:
         if self.read_only:
@@ -243,49 +226,28 @@ class StoredMemory(Reading):
                 "for writing"
             )
 
-    def _check_table(self) -> Versions:
-        if self._versions is None:
-            raise ValueError(f"memory: {self.uri!r} is small and has no table, so no index either")
-        return self._versions
-
     def _write(self, before: State, batch: Batch) -> None:
-        head = before.head
-        closed, opened = before.opened.close(batch, head.form)
-        entries.check_finite(closed, opened, head)
-        pending = before.pending + closed
-        if pending is closed:
-            # What stays must not change with the tensor that was given.
-            pending = closed._replace(stored=closed.stored.clone())
-        after = head._replace(
-            sequence=head.sequence + 1,
-            steps=opened.next_step,
-            episode=opened.episode,
-            time=float(batch.times[-1]),
-        )
-        table = before.table
-        if self._versions is not None and pending.stored.nbytes >= GROUP_BYTES:
-            table = self._versions.append(table, after, pending)
-            after = after._replace(table=table.pinned)
-            self._log.write(after, opened.records(), replace=True, pin=table.pin)
-            table = table.is_kept()
-            pending = Chunks.none(head.form)
-        else:
-            self._log.write(after, [batch.record()], replace=False)
-        known = before.known.extended(closed)
-        self._state = State(after, table, known, pending, opened, before.cache)
-        if table is not before.table:
-            self._tidy(self._state)
+        now = entries.appended(before, batch)
+        if self._versions is None or now.pending.known.stored.nbytes < GROUP_BYTES:
+            self._log.write(now.head, [batch.record()], replace=False)
+            self._state = now
+            return
+        table = self._versions.append(now.table, now.head, now.pending.chunks)
+        head = now.head._replace(table=table.pinned)
+        self._log.write(head, now.opened.records(), replace=True, pin=table.pin)
+        none = Pending.none(head.form)
+        self._state = now._replace(head=head, table=table.is_kept(), pending=none)
+        self._tidy(self._state)
 
     def _flush(self, before: State) -> State:
         """Move what is closed to the table, and return the state after that."""
-        if not before.pending.length:
+        if self._versions is None or not before.pending.length:
             return before
-        assert self._versions is not None
-        table = self._versions.append(before.table, before.head, before.pending)
+        table = self._versions.append(before.table, before.head, before.pending.chunks)
         head = before.head._replace(sequence=before.head.sequence + 1, table=table.pinned)
         self._log.write(head, before.opened.records(), replace=True, pin=table.pin)
         table = table.is_kept()
-        none = Chunks.none(head.form)
+        none = Pending.none(head.form)
         self._state = before._replace(head=head, table=table, pending=none)
         return self._tidy(self._state)
 
@@ -306,7 +268,7 @@ class StoredMemory(Reading):
     def _replace_table(self, now: State, table: Table) -> State:
         """Make a version with the same chunks the one that counts."""
         head = now.head._replace(sequence=now.head.sequence + 1, table=table.pinned)
-        records = entries.records_of(now.pending) + now.opened.records()
+        records = entries.records_of(now.pending.chunks) + now.opened.records()
         self._log.write(head, records, replace=True, pin=table.pin)
         table = table.is_kept()
         contents = Contents(head, [], table.pin)
@@ -346,7 +308,7 @@ class StoredMemory(Reading):
         return now
 
     def _forget(self, before: State, gone: Sequence[log.Range]) -> None:
-        now = self._flush(before) if self._versions is not None else before
+        now = self._flush(before)
         opened = now.opened
         end = max((end for start, end in gone if start <= opened.first_step), default=0)
         dropped = min(max(end - opened.first_step, 0), len(opened.stored))
@@ -362,37 +324,12 @@ class StoredMemory(Reading):
             forgotten=merged((*now.head.forgotten, *gone)),
             purge=True,
         )
-        pending = entries.without(now.pending, gone, head)
-        self._log.write(head, entries.records_of(pending) + opened.records(), replace=True)
-        contents = self._log.read()
-        assert contents is not None
+        pending = entries.without(now.pending.chunks, gone, head)
+        records = entries.records_of(pending) + opened.records()
+        self._log.write(head, records, replace=True)
         nothing = State.nothing(head, now.known.summaries.shape[1], now.cache.slots)
+        contents = Contents(head, records)
         self._state = state.follow(nothing, contents, now.table, self.holds_summaries)
-
-
-class _Change:
-    """A change of a memory: where it does not come to its end, the next call looks at the disk.
-
-    Not a generator: what an interrupt has left of one would end later, in the middle of another.
-    """
-
-    def __init__(self, memory: StoredMemory):
-        self._memory = memory
-
-    def __enter__(self) -> State:
-        memory = self._memory
-        memory.mutex.acquire()
-        try:
-            return memory.begin()
-        except BaseException:
-            memory.mutex.release()
-            raise
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            self._memory.end(is_whole=error is None)
-        finally:
-            self._memory.mutex.release()
 
 
 class ExactMemory(StoredMemory):
@@ -449,7 +386,7 @@ class IndexedMemory(StoredMemory):
     def _nearest(self, now: State, vectors: Tensor, k: int, chosen: Chosen | None) -> Tensor:
         numbers, scores = answers.searched(now, vectors, min(k, now.in_table), self._probes, chosen)
         pending = torch.arange(now.in_table, now.known.length, device=CPU)
-        products = vectors @ now.pending.summaries.T
+        products = vectors @ now.pending.known.summaries.T
         if chosen is not None:
             products[:, ~chosen.mask(now.known)[now.in_table :]] = -torch.inf
         numbers = torch.cat([numbers, pending.expand(len(vectors), -1)], 1)

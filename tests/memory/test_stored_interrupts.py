@@ -19,6 +19,7 @@ from htm_pytorch import memory
 from htm_pytorch.memory import StoredMemory, stored, table
 from htm_pytorch.memory.cache import ChunkCache
 from htm_pytorch.memory.formats import Format
+from htm_pytorch.memory.many import open_many
 from tests.memory.on_disk import DIM, SIZE, beginning, look, make, steps_from
 from tests.memory.plain_memory import Plain, assert_shows, expected_of, shown_by
 
@@ -174,12 +175,13 @@ def test_interrupted_at_some_places(small: Path, name: str) -> None:
         interrupt(small, name, count)
 
 
-def test_the_cache_is_interrupted_at_every_place() -> None:
-    """No chunk is ever given for another one."""
+@pytest.mark.parametrize("slots", [1, 3])
+def test_the_cache_is_interrupted_at_every_place(slots: int) -> None:
+    """No chunk is ever given for another one, and what is fetched next finds room."""
     steps = torch.arange(6 * SIZE * DIM, dtype=torch.float32).view(6, SIZE, DIM)
     count, came = 0, True
     while came:
-        cache = ChunkCache(Format(DIM, SIZE, torch.float32), 3)
+        cache = ChunkCache(Format(DIM, SIZE, torch.float32), slots)
 
         def write(*numbers: int, cache: ChunkCache = cache) -> None:
             cache.write(list(numbers), steps[list(numbers)])
@@ -196,7 +198,7 @@ def test_the_cache_is_interrupted_at_every_place() -> None:
         missing = cache.read(list(range(6)), found)
         for number in set(range(6)) - set(missing):
             assert torch.equal(found[number], steps[number])
-        assert 5 not in missing
+        assert 1 not in missing
     assert count > 20
 
 
@@ -208,3 +210,25 @@ def test_interrupted_at_every_place(small: Path, name: str) -> None:
         count += 1
     assert count > 20
     print(f"{name}: {count} places")
+
+
+def test_a_joint_append_is_interrupted(tmp_path: Path) -> None:
+    """All rows have the steps, or none has."""
+    with open_many(tmp_path / "m", dim=DIM, chunk_size=SIZE, sync=False) as many:
+        names, steps = ["a", "b"], steps_from(0, 3).expand(2, -1, -1)
+        many.append(names, steps)
+        count, came, held = 0, True, 3
+        while came:
+            one = Interrupt(count)
+            came = one(lambda: many.append(names, steps))
+            there = elsewhere(lambda: [many[name].steps for name in names])
+            assert there in ([held] * 2, [held + 3] * 2)
+            held = there[0]
+            again = open_many(tmp_path / "m", read_only=True)
+            assert [again[name].steps for name in names] == there
+            again.close()
+            elsewhere(lambda: many.append(names, steps))
+            held += 3
+            count += 1
+        assert count > 20
+        assert torch.equal(many["b"].read(0, held), steps[:1].repeat(1, held // 3, 1))

@@ -3,15 +3,15 @@
 import contextlib
 import copy
 import dataclasses
-import itertools
 import pickle
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -32,59 +32,27 @@ from hypothesis.stateful import (
 
 from htm_pytorch import HTMAttention, memory
 from htm_pytorch.memory import MemoryFileError, StoredMemory, stored, table
-from htm_pytorch.memory.formats import Format
 from htm_pytorch.ops import recall_with_weights
 from tests.helpers import assert_near
-from tests.memory.faults import SEAMS, Fault, everywhere, failing
+from tests.memory.any_changes import (
+    DIM,
+    SIZE,
+    Changes,
+    appended,
+    changes,
+    chosen,
+    faults,
+    searches,
+    shares,
+)
+from tests.memory.faults import Fault, everywhere, failing
 from tests.memory.plain_memory import Plain, assert_shows, expected_of, shown_by
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SIZE, DIM = 4, 3
 MOST_READERS = 3
 FILES_STAY = 12
 """Calls of a writer, after which readers that did not look may miss files."""
-CHANGES = ("append", "flush", "compact", "build_index", "reset", "forget")
-ERRORS = (OSError, KeyboardInterrupt, MemoryError)
-
-shares = st.integers(0, 8).map(lambda eighths: eighths / 8)
-appended = st.fixed_dictionaries(
-    {
-        "length": st.integers(0, 11),
-        "borders": st.sets(st.integers(0, 10), max_size=2),
-        "keys": st.sampled_from(["none", "none", "one", "each", "some"]),
-        "times": st.sampled_from(["none", "one", "each", "pairs"]),
-    }
-)
-forgotten = st.fixed_dictionaries(
-    {},
-    optional={
-        "episodes": st.sets(shares, max_size=2),
-        "before": shares,
-        "before_step": shares,
-    },
-)
-changes = st.one_of(
-    *[st.tuples(st.just("append"), appended)] * 4,
-    st.tuples(st.just("forget"), forgotten),
-    st.tuples(st.sampled_from(["flush", "compact", "build_index", "compact"]), st.just({})),
-    st.tuples(st.sampled_from(["flush", "reset"]), st.just({})),
-)
-faults = st.builds(
-    Fault,
-    seam=st.sampled_from(SEAMS),
-    after=st.booleans(),
-    call=st.integers(0, 3),
-    stays=st.booleans(),
-    error=st.sampled_from(ERRORS),
-)
-searches = st.sampled_from(["exact", "index"])
-chosen = st.one_of(
-    st.none(),
-    st.fixed_dictionaries(
-        {}, optional={"episodes": st.sets(shares, max_size=3), "since": shares, "until": shares}
-    ),
-)
 
 
 @dataclasses.dataclass(eq=False)
@@ -108,13 +76,6 @@ class Handle:
                 raise
 
 
-class Call(NamedTuple):
-    """A change, and what is there after it."""
-
-    do: Callable[[StoredMemory], Any]
-    after: Plain
-
-
 class AnyCalls(RuleBasedStateMachine):
     dtype: ClassVar[torch.dtype] = torch.float32
     count: ClassVar[int] = 0
@@ -124,12 +85,12 @@ class AnyCalls(RuleBasedStateMachine):
         super().__init__()
         shared = Path("/dev/shm")
         self.folder = Path(tempfile.mkdtemp(dir=shared if shared.is_dir() else None))
-        self.form = Format(DIM, SIZE, self.dtype)
+        self.changes = Changes(self.dtype)
         self.patch = pytest.MonkeyPatch()
-        self.clock = 1000.0
-        everywhere(self.patch, "time", SimpleNamespace(time=self.now))
+        clock = SimpleNamespace(**{**vars(time), "time": self.changes.now})
+        everywhere(self.patch, "time", clock)
         # So that tables, fragments and batches are many.
-        chunk = self.form.chunk_bytes
+        chunk = self.changes.form.chunk_bytes
         self.patch.setattr(stored, "GROUP_BYTES", 3 * chunk)
         self.patch.setattr(table, "MOST_SMALL", 4)
         everywhere(self.patch, "SMALL_BYTES", 5 * chunk)
@@ -137,16 +98,8 @@ class AnyCalls(RuleBasedStateMachine):
         everywhere(self.patch, "BATCH_BYTES", 3 * chunk)
         everywhere(self.patch, "COPY_BYTES", 4 * chunk)
         everywhere(self.patch, "PIECE_BYTES", 5 * 4 * SIZE * DIM)
-        self.serial = itertools.count()
         self.readers: list[Handle] = []
         self.layer = HTMAttention(DIM, topk_mems=3, dim_head=4)
-
-    def now(self) -> float:
-        self.clock += 0.5
-        return self.clock
-
-    def seeded(self) -> torch.Generator:
-        return torch.Generator().manual_seed(next(self.serial))
 
     def open(self, search: str, **options: Any) -> StoredMemory:
         type(self).count += 1
@@ -190,64 +143,6 @@ class AnyCalls(RuleBasedStateMachine):
 
     # What changes a memory.
 
-    def call(self, name: str, arguments: dict[str, Any], before: Plain) -> Call:
-        if name == "append":
-            return self.append(before, **arguments)
-        if name == "forget":
-            return self.forget(before, **arguments)
-        if name == "reset":
-            return Call(lambda m: m.reset(torch.tensor([True])), Plain(SIZE))
-        return Call(lambda m: getattr(m, name)(), before)
-
-    def append(self, before: Plain, length: int, borders: set[int], keys: str, times: str) -> Call:
-        steps = torch.randn(1, length, DIM, generator=self.seeded()).to(self.form.given)
-        # As they are stored, which may be less precise.
-        values = self.form.decode(self.form.encode(steps[0])).tolist() if length else []
-        begins = [number in borders for number in range(length)]
-        is_first = torch.tensor([begins], dtype=torch.bool) if borders else None
-        key_of_each: list[str | None] = [f"{before.next_step + n} é" for n in range(length)]
-        given_keys: Any = key_of_each
-        if keys == "none":
-            given_keys, key_of_each = None, [None] * length
-        elif keys == "one":
-            given_keys, key_of_each = "a key", ["a key"] * length
-        elif keys == "some":
-            given_keys = key_of_each = [k if n % 3 else None for n, k in enumerate(key_of_each)]
-        first = max(before.time, self.now())
-        rising = [first + (n if times == "each" else n // 2) for n in range(length)]
-        given_times: Any = torch.tensor(rising, dtype=torch.float64)
-        if times in ("none", "one"):
-            given_times, rising = first if times == "one" else None, [first] * length
-        self.clock = max(self.clock, first, *rising)
-        if times == "none":
-            rising = [max(before.time, self.clock + 0.5)] * length
-
-        def do(held: StoredMemory) -> None:
-            # A caller that uses one buffer again and again.
-            buffer = steps.clone()
-            held.append(buffer, is_first, keys=given_keys, times=given_times)
-            buffer.fill_(torch.nan)
-
-        return Call(do, before.append(values, begins, rising, key_of_each))
-
-    def forget(self, plain: Plain, **shares: Any) -> Call:
-        arguments: dict[str, Any] = {}
-        held = plain.held
-        if "episodes" in shares:
-            arguments["episodes"] = {round(s * (plain.episode + 1)) for s in shares["episodes"]}
-        if "before_step" in shares:
-            arguments["before_step"] = round(shares["before_step"] * (plain.next_step + 1))
-        if "before" in shares and held:
-            arguments["before"] = held[round(shares["before"] * (len(held) - 1))].time
-        after = plain.without(
-            lambda step: (
-                step.episode in arguments.get("episodes", ())
-                or step.number < arguments.get("before_step", 0)
-                or step.time < arguments.get("before", -torch.inf)
-            )
-        )
-        return Call(lambda m: m.forget(**arguments), after)
-
     def tell_readers(self, name: str) -> None:
         for reader in self.readers:
             reader.calls += 1
@@ -262,7 +157,7 @@ class AnyCalls(RuleBasedStateMachine):
     def change(self, change: tuple[str, dict[str, Any]]) -> None:
         type(self).count += 1
         name, arguments = change
-        call = self.call(name, arguments, self.writer.plain)
+        call = self.changes.call(name, arguments, self.writer.plain)
         self.tell_readers(name)
         call.do(self.writer.memory)
         self.writer.plain = call.after
@@ -274,7 +169,7 @@ class AnyCalls(RuleBasedStateMachine):
         type(self).count += 1
         name, arguments = change
         before = self.writer.plain
-        call = self.call(name, arguments, before)
+        call = self.changes.call(name, arguments, before)
         self.tell_readers(name)
         raised = False
         with failing(fault):
@@ -293,7 +188,7 @@ class AnyCalls(RuleBasedStateMachine):
     def reopen(self, search: str, fault: Fault | None) -> None:
         self.writer.memory.close()
         with pytest.raises(ValueError, match="it was closed"):
-            self.writer.memory.append(torch.zeros(1, 1, DIM, dtype=self.form.given))
+            self.writer.memory.append(torch.zeros(1, 1, DIM, dtype=self.changes.form.given))
         assert_shows(self.writer.memory, self.writer.plain)
         with contextlib.ExitStack() as stack:
             if fault is not None:
@@ -362,7 +257,7 @@ class AnyCalls(RuleBasedStateMachine):
         with memory.open(path, cache_bytes=0) as made:
             assert_shows(made, plain)
             assert made.verify() == []
-            call = self.append(plain, 3, set(), "some", "each")
+            call = self.changes.append(plain, 3, set(), "some", "each")
             call.do(made)
             made.flush()
             assert_shows(made, call.after)
@@ -387,7 +282,7 @@ class AnyCalls(RuleBasedStateMachine):
     def fetch(self, which: int, fault: Fault | None) -> None:
         handle = self.handle(which)
         chunks, size = handle.plain.chunks, (6 if handle.plain.chunks else 0,)
-        numbers = torch.randint(max(chunks, 1), size, generator=self.seeded())
+        numbers = torch.randint(max(chunks, 1), size, generator=self.changes.seeded())
         if fault is not None:
             with failing(fault), handle.reading(), contextlib.suppress(fault.error):
                 handle.memory.fetch(numbers)
@@ -417,7 +312,7 @@ class AnyCalls(RuleBasedStateMachine):
     @rule(which=st.integers(0, MOST_READERS), k=st.integers(1, 9))
     def find(self, which: int, k: int) -> None:
         handle = self.handle(which)
-        query = torch.randn(2, DIM, generator=self.seeded())
+        query = torch.randn(2, DIM, generator=self.changes.seeded())
         with handle.reading():
             found = handle.memory.find(query, k)
             if not handle.plain.chunks:
@@ -454,7 +349,7 @@ class AnyCalls(RuleBasedStateMachine):
         plain, home = handle.plain, handle.memory
         mask = [True] * plain.chunks
         if some is not None:
-            arguments = self.chosen(plain, some)
+            arguments = self.changes.chosen(plain, some)
             mask = [
                 chunk[0].episode in arguments.get("episodes", [chunk[0].episode])
                 and chunk[0].time >= arguments.get("since", -torch.inf)
@@ -462,7 +357,7 @@ class AnyCalls(RuleBasedStateMachine):
                 for chunk in plain.closed
             ]
             home = handle.memory.where(**arguments)
-        generator = self.seeded()
+        generator = self.changes.seeded()
         route = torch.randn(1, 3, DIM, generator=generator)
         probe = torch.randn(1, 3, 2, DIM, generator=generator)
         with handle.reading():
@@ -483,18 +378,6 @@ class AnyCalls(RuleBasedStateMachine):
             expected, _ = recall_with_weights(route, probe, ram, k)
             assert_near(context, expected, 1e-4)
             assert_near(out, self.layer(route, ram), 1e-4)
-
-    def chosen(self, plain: Plain, some: dict[str, Any]) -> dict[str, Any]:
-        arguments: dict[str, Any] = {}
-        if "episodes" in some:
-            arguments["episodes"] = {round(s * (plain.episode + 1)) for s in some["episodes"]}
-        times = [step.time for step in plain.held] or [0.0]
-        for name in ("since", "until"):
-            if name in some:
-                place = round(some[name] * len(times))
-                edge = torch.inf if name == "since" else -torch.inf
-                arguments[name] = times[place] if place < len(times) else edge
-        return arguments
 
     @rule(which=st.integers(0, MOST_READERS))
     def verify(self, which: int) -> None:
