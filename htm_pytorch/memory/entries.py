@@ -51,7 +51,7 @@ def appended(before: State, batch: Batch) -> State:
     """
     head = before.head
     closed, opened = before.opened.close(batch, head.form)
-    check_finite(closed, opened, head)
+    check_finite(closed, opened, batch, head)
     head = head._replace(
         sequence=head.sequence + 1,
         steps=opened.next_step,
@@ -131,11 +131,12 @@ def time_of_each(times: float | Tensor | None, length: int, last: float | None) 
     return found
 
 
-def check_finite(closed: Chunks, opened: Open, head: Head) -> None:
+def check_finite(closed: Chunks, opened: Open, batch: Batch, head: Head) -> None:
     """Raise a ValueError where steps are no numbers: they would spoil every answer."""
     # A mean is finite only if all its steps are; so the few numbers tell of all.
-    if closed.summaries.isfinite().all():
-        if head.form.decode(opened.stored).isfinite().all():
+    if _is_finite(closed.summaries):
+        # Of an open chunk only what is new: the steps before were looked at when they came.
+        if _is_finite(head.form.decode(batch.stored[-max(len(opened.stored), 1) :])):
             return
         wrong = opened.first_step
     else:
@@ -145,6 +146,11 @@ def check_finite(closed: Chunks, opened: Open, head: Head) -> None:
         f"steps: expected finite numbers, got NaN or inf in the chunk of step {wrong}; "
         "nothing was stored"
     )
+
+
+def _is_finite(numbers: Tensor) -> bool:
+    # Where the sum is, all are, and it is the faster question.
+    return math.isfinite(float(numbers.sum())) or bool(numbers.isfinite().all())
 
 
 def records_of(pending: Chunks) -> list[Record]:

@@ -423,11 +423,13 @@ def _put(
     records: Sequence[Record],
     pin: Pin | None,
 ) -> None:
-    rows = [(name, record.first_step, record.encode()) for record in records]
-    connection.executemany("INSERT INTO records VALUES (?, ?, ?)", rows)
+    for record in records:
+        row = name, record.first_step, record.encode()
+        connection.execute("INSERT INTO records VALUES (?, ?, ?)", row)
+    body = head.encode()
     # Twice, in pages of their own: one damaged byte leaves the other.
     for table in ("heads", "spare_heads"):
-        connection.execute(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", (name, head.encode()))
+        connection.execute(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", (name, body))
     if pin is not None:
         connection.execute("INSERT OR REPLACE INTO pins VALUES (?, ?)", (name, pin.body))
         needed = files_of(pin)

@@ -19,6 +19,7 @@ from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.formats import Format
 
 FORMAT = 2
+_JSON = json.JSONEncoder(separators=(",", ":"))
 Range = tuple[int, int]
 """Steps from a first one up to, and without, a last one."""
 REPAIR = "`htm memory repair` sets aside what is damaged and keeps the rest"
@@ -87,7 +88,7 @@ class Head(NamedTuple):
         body = {**self._asdict(), "format": FORMAT}
         if self.table is not None:
             body["table"] = self.table._asdict()
-        return sealed(json.dumps(body, separators=(",", ":")).encode())
+        return sealed(_JSON.encode(body).encode())
 
     @classmethod
     def decode(cls, stored: bytes) -> Self:
@@ -125,7 +126,7 @@ class Record(NamedTuple):
 
     def encode(self) -> bytes:
         """Return it as bytes, behind a checksum."""
-        text = json.dumps(self[:-1], separators=(",", ":")).encode()
+        text = _JSON.encode(self[:-1]).encode()
         return sealed(b"".join((struct.pack("<I", len(text)), text, self.steps)))
 
     @classmethod

@@ -65,8 +65,10 @@ class Batch(NamedTuple):
     def record(self) -> Record:
         """Return what the log keeps of it."""
         times, keys = self.times, self.keys or ()
-        if len(times) and bool((times == times[0]).all() | times.isnan().all()):
-            times = times[:1] if not times[0].isnan() else times[:0]
+        first, last = (float(times[0]), float(times[-1])) if len(times) else (0.0, 0.0)
+        # Times never fall, and those that are not known come first.
+        if first == last or last != last:
+            times = times[:1] if last == last else times[:0]
         if len(set(keys)) == 1:
             keys = keys[:1]
         stored = self.stored.contiguous().numpy().tobytes()
