@@ -21,6 +21,7 @@ from htm_pytorch.memory.log import (
     Pin,
     Record,
     check_records,
+    second_writer,
     unknown,
     unsealed,
 )
@@ -54,6 +55,7 @@ class LogFile:
         self.mutex = threading.RLock()
         # Whether nothing can be written beside it.
         self._is_fixed = False
+        self._opened: tuple[int, int] | None = None
 
     @classmethod
     def create(
@@ -103,6 +105,7 @@ class LogFile:
         """Change memories by name, all or none, to their heads, with more records."""
         with self.mutex, self.transaction("IMMEDIATE") as connection:
             for name, head, records in changes:
+                _check_next(connection, f"{self.where}, memory {name!r}", name, head)
                 _put(connection, name, head, records, None)
 
     def is_log(self) -> bool:
@@ -186,7 +189,12 @@ class LogFile:
         self._read_only = True
 
     def look_again(self) -> None:
-        """Let go of the file, where nothing can be written and a writer has left it half done."""
+        """Let go of the file, where another one is in its place by now.
+
+        Or where nothing can be written, and a writer has left it half done.
+        """
+        if self._connection is not None and self._opened != _identity(self.path):
+            self.close()
         if self._copied is not None or (self._is_fixed and self._is_unfinished()):
             self.close()
 
@@ -197,7 +205,8 @@ class LogFile:
     def opened(self) -> sqlite3.Connection:
         """Return the connection, which is made where there is none."""
         if self._connection is None:
-            if not self.path.exists():
+            self._opened = _identity(self.path)
+            if self._opened is None:
                 raise MemoryFileError(f"{self.where} is gone; {REPAIR}")
             if not self._read_only:
                 self._connection = _connect(self.path, "rw", self._sync)
@@ -261,8 +270,8 @@ class _Transaction:
     def __enter__(self) -> sqlite3.Connection:
         file = self._file
         file.look_again()
-        connection = file.opened()
         try:
+            connection = file.opened()
             if connection.in_transaction:
                 # Of a call that was interrupted: whatever followed would be part of it.
                 connection.execute("ROLLBACK")
@@ -303,10 +312,10 @@ class FolderLog:
     def read(self, known: Head | None = None) -> Contents | None:
         """Return the head and the records that are not known; see `Log.read`."""
         with self.file.mutex, self.file.transaction() as connection:
-            head = self._head(connection)
+            head = _head(connection, self.where, self.name)
             if head is None:
                 return None
-            if known is not None and known.sequence == head.sequence:
+            if known is not None and head.is_same(known):
                 return Contents(head, [])
             start = unknown(head, known)
             # From the record on that holds this step.
@@ -342,6 +351,7 @@ class FolderLog:
     ) -> None:
         """Change to `head`; see `Log.write`."""
         with self.file.mutex, self.file.transaction("IMMEDIATE") as connection:
+            _check_next(connection, self.where, self.name, head)
             if replace:
                 connection.execute("DELETE FROM records WHERE name = ?", (self.name,))
             _put(connection, self.name, head, new, pin)
@@ -362,7 +372,7 @@ class FolderLog:
     def forget_purge(self) -> None:
         """Note that no byte is left of what was forgotten."""
         with self.file.mutex, self.file.transaction("IMMEDIATE") as connection:
-            head = self._head(connection)
+            head = _head(connection, self.where, self.name)
             if head is not None and head.purge:
                 head = head._replace(sequence=head.sequence + 1, purge=False)
                 _put(connection, self.name, head, [], None)
@@ -400,20 +410,32 @@ class FolderLog:
         """Close the file."""
         self.file.close()
 
-    def _head(self, connection: sqlite3.Connection) -> Head | None:
-        found, wrong = [], None
-        for table in ("heads", "spare_heads"):
-            query = f"SELECT body FROM {table} WHERE name = ?"
-            for (body,) in connection.execute(query, (self.name,)).fetchall():
-                try:
-                    found.append(Head.decode(body))
-                except OtherFormatError as error:
-                    raise MemoryFileError(f"{self.where}: {error}") from error
-                except (ValueError, TypeError, KeyError, AttributeError) as error:
-                    wrong = error
-        if not found and wrong is not None:
-            raise MemoryFileError(f"{self.where}: its heads are damaged ({wrong}); {REPAIR}")
-        return max(found, key=lambda head: head.sequence, default=None)
+
+def _head(connection: sqlite3.Connection, where: str, name: str) -> Head | None:
+    """Return the head of a memory, of which there are two copies."""
+    found, wrong = [], None
+    for table in ("heads", "spare_heads"):
+        query = f"SELECT body FROM {table} WHERE name = ?"
+        for (body,) in connection.execute(query, (name,)).fetchall():
+            try:
+                found.append(Head.decode(body))
+            except OtherFormatError as error:
+                raise MemoryFileError(f"{where}: {error}") from error
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                wrong = error
+    if not found and wrong is not None:
+        raise MemoryFileError(f"{where}: its heads are damaged ({wrong}); {REPAIR}")
+    return max(found, key=lambda head: head.sequence, default=None)
+
+
+def _check_next(connection: sqlite3.Connection, where: str, name: str, head: Head) -> None:
+    """Raise where the log is not what the writer of `head` has read.
+
+    The lock keeps others away, unless somebody removes its file.
+    """
+    now = _head(connection, where, name)
+    if now is not None and head.sequence != now.sequence + 1:
+        raise second_writer(where)
 
 
 def _put(
@@ -437,6 +459,15 @@ def _put(
         gone = [(file,) for file in there - needed]
         connection.executemany("DELETE FROM ends WHERE file = ?", gone)
         connection.executemany("INSERT OR REPLACE INTO ends VALUES (?, ?)", pin.ends.items())
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from others that have or had its name; None where there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _connect(path: Path, mode: str, sync: bool) -> sqlite3.Connection:

@@ -83,6 +83,11 @@ class Head(NamedTuple):
         """Steps that are not there and need not be."""
         return merged((*self.forgotten, *self.lost))
 
+    def is_same(self, known: Self) -> bool:
+        """Whether nothing has changed since a head that was written."""
+        at = self.generation, self.sequence
+        return self.sequence > 0 and at == (known.generation, known.sequence)
+
     def encode(self) -> bytes:
         """Return it as bytes, behind a checksum."""
         body = {**self._asdict(), "format": FORMAT}
@@ -217,6 +222,15 @@ class Log(Protocol):
     def close(self) -> None:
         """Let go of it."""
         ...
+
+
+def second_writer(where: str) -> BlockingIOError:
+    """Return the error of a writer that comes second."""
+    return BlockingIOError(
+        f"uri: {where} was changed by another writer since this one opened it; what was "
+        "acknowledged to either is stored; close this memory, and open it again once the other one "
+        "has ended"
+    )
 
 
 def sealed(body: bytes) -> bytes:

@@ -22,6 +22,7 @@ from htm_pytorch.memory.log import (
     Record,
     check_records,
     sealed,
+    second_writer,
     unknown,
     unsealed,
 )
@@ -69,8 +70,7 @@ class ObjectLog:
         if found is None:
             return None
         head = found.head
-        now = head.generation, head.sequence
-        if known is not None and (known.generation, known.sequence) == now:
+        if known is not None and head.is_same(known):
             return Contents(head, [])
         start = unknown(head, known)
         with _damage(self.where):
@@ -102,7 +102,7 @@ class ObjectLog:
         # What is there may be newer than what the caller has read.
         self._is_fenced |= head.sequence != seen.head.sequence + 1
         if self._is_fenced:
-            raise self._second()
+            raise second_writer(self.where)
         records = [record.encode() for record in new]
         self._put(head, records if replace else [*seen.records, *records], seen)
 
@@ -172,20 +172,13 @@ class ObjectLog:
             if found.number != number:
                 self._is_fenced = seen is not None
                 if self._is_fenced:
-                    raise self._second() from error
+                    raise second_writer(self.where) from error
                 return
             # It is this one, and the answer to it was lost.
             tag = found.tag
         self._seen, self._is_own = _Object(number, tag, head, records), True
         # None of those before can come true any more.
         self._sent = {number}
-
-    def _second(self) -> BlockingIOError:
-        return BlockingIOError(
-            f"uri: {self.where} was changed by another writer since this one opened it; what was "
-            "acknowledged to either is stored; close this memory, and open it again once the "
-            "other one has ended"
-        )
 
     def _gone(self) -> MemoryFileError:
         return MemoryFileError(f"{self.where} is gone; put it back, or {REPAIR}")

@@ -127,6 +127,9 @@ def _log(where: Place, form: Format | None, read_only: bool, sync: bool) -> Log:
         file = LogFile(path, sync=sync, read_only=read_only)
         if file.is_of_many():
             raise MemoryFileError(f"uri: {where.uri!r} has many memories: open_many opens them")
+        if not read_only:
+            # Where whoever made it did not come to that.
+            place.mark(where.folder, sync)
         return FolderLog(file)
     if any((where.folder / name).exists() for name in (MARKER, "chunks.lance")):
         raise MemoryFileError(

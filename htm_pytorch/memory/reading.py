@@ -400,7 +400,7 @@ class Reading:
                 # What this one knows was taken back, or a copy from before was put in its place.
                 before, contents = forgetting(before), None
                 continue
-            if head.sequence == before.head.sequence and before.head.sequence:
+            if head.is_same(before.head):
                 return before
             try:
                 if head.table is None:

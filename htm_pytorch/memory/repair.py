@@ -164,6 +164,8 @@ def _finish(folder: Path) -> str:
         for name in _PARTS:
             if (folder / name).exists():
                 os.rename(folder / name, aside / name)
+        for changed in (aside, aside.parent, folder):
+            sync_folder(changed)
         moved.touch()
         sync_folder(new)
     for name in _PARTS:

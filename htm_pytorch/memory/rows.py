@@ -90,8 +90,8 @@ def _odd(most: int, count: int) -> Tensor:
     return torch.randint(-most, most, (count,), **size) | 1
 
 
-def problems(batch: Any, form: Format, numbers: Sequence[int]) -> Iterator[str]:
-    """Yield what is wrong with whole rows, which are the chunks of these numbers."""
+def problems(batch: Any, form: Format, names: Sequence[str]) -> Iterator[str]:
+    """Yield what is wrong with whole rows, which are chunks that go by these names."""
     row = decoded(batch, Chunks.none(form), True)
     stored = joined(batch.column("contents"), torch.uint8)
     stored = stored.view(-1, form.chunk_size, form.step_bytes)
@@ -101,7 +101,7 @@ def problems(batch: Any, form: Format, numbers: Sequence[int]) -> Iterator[str]:
     finite = form.decode(stored).float().isfinite().flatten(1).all(1)
     marked = batch.column("marks").to_pylist() if "marks" in batch.schema.names else ()
     for place, marks in enumerate(marked or [None] * batch.num_rows):
-        chunk, count = f"chunk {numbers[place]}", int(counts[place])
+        chunk, count = names[place], int(counts[place])
         mean, kept = means[place], row.chunks.summaries[place]
         if zlib.crc32(stored[place].numpy().data) != checksums[place]:
             yield f"{chunk}: its checksum is wrong"
@@ -115,7 +115,7 @@ def problems(batch: Any, form: Format, numbers: Sequence[int]) -> Iterator[str]:
             yield f"{chunk}: it has {count} steps"
         else:
             try:
-                unmarked(marks, numbers[place])
+                unmarked(marks, chunk)
             except MemoryFileError as error:
                 yield str(error)
 
@@ -150,8 +150,8 @@ def _marked(marks: Marks | None) -> bytes | None:
     return None if marks is None else sealed(json.dumps(marks, separators=(",", ":")).encode())
 
 
-def unmarked(stored: bytes | None, number: int) -> Marks | None:
-    """Return what was marked in chunk `number`.
+def unmarked(stored: bytes | None, chunk: str) -> Marks | None:
+    """Return what was marked in a chunk that goes by the name `chunk`.
 
     Raises:
         MemoryFileError: it is not what was stored.
@@ -162,7 +162,7 @@ def unmarked(stored: bytes | None, number: int) -> Marks | None:
         times, keys = json.loads(unsealed(stored))
     except ValueError as error:
         raise MemoryFileError(
-            f"chunk {number}: its times and keys are damaged ({error}); {REPAIR}"
+            f"{chunk}: its times and keys are damaged ({error}); {REPAIR}"
         ) from error
     return Marks(tuple(times), tuple(keys))
 
@@ -358,7 +358,7 @@ def _whole_rows(
         is_whole = zlib.crc32(contents[place].numpy().data) == checksums[place]
         count = int(chunks.counts[place])
         try:
-            marks = unmarked(marked[place], place) if marked else None
+            marks = unmarked(marked[place], f"row {place}") if marked else None
         except MemoryFileError:
             marks = None
         first, last = chunks.times[place].tolist()

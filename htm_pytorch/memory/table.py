@@ -149,7 +149,7 @@ class Table:
         order, found = self._take(numbers, ["marks"])
         marks: list[Marks | None] = [None] * len(numbers)
         for place, stored in zip(order, found["marks"].to_pylist(), strict=True):
-            marks[place] = unmarked(stored, numbers[place])
+            marks[place] = unmarked(stored, f"chunk {numbers[place]}")
         return marks
 
     def nearest(
@@ -165,25 +165,23 @@ class Table:
 
     def verify(self, gaps: Sequence[Range]) -> Iterator[str]:
         """Read everything and say what is wrong, chunk by chunk."""
-        names = schema(self.form).names
+        columns = self._there(schema(self.form).names)
         number, ends = 0, []
-        numbers = list(range(self.length))
-        if self.order is not None:
-            # Rows of forgotten chunks have no number of a chunk.
-            numbers = [-1] * self.length
-            for chunk, row in enumerate(self.order.tolist()):
-                numbers[row] = chunk
+        order = range(self.length) if self.order is None else self.order.tolist()
+        chunks = {row: f"chunk {chunk}" for chunk, row in enumerate(order)}
+        # Rows of forgotten chunks have no number of a chunk.
+        names = [chunks.get(row, f"a forgotten chunk in row {row}") for row in range(self.length)]
         try:
             with _reading("chunks"):
                 size = max(1, BATCH_BYTES // self.form.chunk_bytes)
                 scanner = self._dataset.scanner(
-                    columns=self._there(names), batch_size=size, scan_in_order=True
+                    columns=columns, batch_size=size, scan_in_order=True
                 )
                 for batch in scanner.to_batches():
                     if not batch.num_rows:
                         continue
-                    some = range(number, number + batch.num_rows)
-                    for problem in problems(batch, self.form, [numbers[row] for row in some]):
+                    some = names[number : number + batch.num_rows]
+                    for problem in problems(batch, self.form, some):
                         yield f"{problem}; {REPAIR}"
                     first = joined(batch.column("first_step"), torch.int64)
                     count = joined(batch.column("steps"), torch.int32)
@@ -244,7 +242,8 @@ class Versions:
         if place.folder is None:
             self._objects = Objects(place.uri, place.storage_options)
         self._sync = sync
-        self._synced: set[str] | None = None
+        # Of none is it known at first: whoever wrote before may not have waited for the disk.
+        self._synced: set[str] = set()
 
     @property
     def exists(self) -> bool:
@@ -362,7 +361,6 @@ class Versions:
         reader = pa.RecordBatchReader.from_batches(
             schema(form, head.generation), encoded(chunks, form, head.generation)
         )
-        self._remember()
         with _writing(self.uri):
             if base is None:
                 self._set_all_aside()
@@ -513,7 +511,6 @@ class Versions:
 
         There are newer ones where a call did not end, or where another writer was at work.
         """
-        self._remember()
         if self._folder is not None:
             self._set_aside(base.pinned.version)
         dataset = base._dataset.checkout_version(base.pinned.version)
@@ -551,15 +548,9 @@ class Versions:
         pin = pins.pin(self._folder, dataset, base.pin if base is not None else None)
         return Table(dataset, form, pinned, pin, order)
 
-    def _remember(self) -> None:
-        """Note which files there are before the first of our own."""
-        if self._synced is None:
-            self._synced = set(pins.files(self._folder))
-
     def _sync_new(self) -> None:
-        """Wait until the disk has each file, and its name, that was not there before."""
+        """Wait until the disk has each file, and its name, of which that is not known."""
         assert self._folder is not None
-        assert self._synced is not None
         files = set(pins.files(self._folder))
         folders = {self._folder.parent, self._folder}
         for name in sorted(files - self._synced):

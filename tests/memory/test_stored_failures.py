@@ -7,7 +7,9 @@ import signal
 import sqlite3
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 import torch
 
 from htm_pytorch import HTMAttention
-from htm_pytorch.memory import MemoryFileError, StoredMemory, stored
+from htm_pytorch.memory import MemoryFileError, StoredMemory, stored, table
 from tests.memory.faults import Fault, die_at, everywhere, failing
 from tests.memory.on_disk import (
     SIZE,
@@ -452,3 +454,69 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 def test_killed_at_200_random_moments(tmp_path: Path) -> None:
     for seed in range(10):
         kill_at_random(tmp_path / str(seed), 20, seed)
+
+
+def test_a_memory_without_its_mark_is_marked_by_its_next_writer(tmp_path: Path) -> None:
+    """It was killed before it came to that; afterwards a missing log is noticed as ever."""
+    make(tmp_path / "m").append(steps_from(0, 5)).close()
+    (tmp_path / "m" / "README.txt").unlink()
+    make(tmp_path / "m").close()
+    (tmp_path / "m" / "journal").unlink()
+    with pytest.raises(MemoryFileError, match="is gone"):
+        make(tmp_path / "m")
+
+
+def test_files_of_a_careless_writer_are_synced_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make(tmp_path / "m", sync=False) as careless:
+        careless.append(steps_from(0, 9)).flush()
+    data = {path.name for path in (tmp_path / "m/chunks.lance/data").iterdir()}
+    synced: list[str] = []
+    real = table.sync_file
+    monkeypatch.setattr(table, "sync_file", lambda path: (synced.append(path.name), real(path)))
+    with make(tmp_path / "m", sync=True) as careful:
+        careful.append(steps_from(9, 9)).flush()
+    assert data and data <= set(synced)
+
+
+def test_another_memory_in_the_same_place_is_seen(tmp_path: Path) -> None:
+    """Though it was changed as often."""
+    make(tmp_path / "m").append(steps_from(0, 5)).close()
+    make(tmp_path / "other").append(steps_from(5, 5)).close()
+    reader = look(tmp_path / "m")
+    (tmp_path / "other/journal").replace(tmp_path / "m/journal")
+    assert torch.equal(reader.refresh().read(0, 5), steps_from(5, 5))
+    reader.close()
+
+
+def test_a_forgotten_chunk_is_named_by_its_row(tmp_path: Path) -> None:
+    with make(tmp_path / "m") as held:
+        held.append(steps_from(0, 9)).flush().forget(before_step=4)
+        held.append(steps_from(9, 9)).flush()
+    stored_as = steps_from(0, 4).numpy().tobytes()
+    (data,) = (
+        path
+        for path in (tmp_path / "m/chunks.lance/data").iterdir()
+        if stored_as in path.read_bytes()
+    )
+    flip(data, stored_as)
+    with look(tmp_path / "m") as reader:
+        (problem,) = reader.verify()
+        assert problem.startswith("a forgotten chunk in row 0: its checksum is wrong")
+
+
+def test_a_writer_whose_lock_was_removed_is_told_of_the_next_one(tmp_path: Path) -> None:
+    first = make(tmp_path / "m").append(steps_from(0, 5))
+    (tmp_path / "m/lock").unlink()
+    with ProcessPoolExecutor(1, get_context("spawn")) as other:
+        other.submit(_append_five, tmp_path / "m").result()
+    with pytest.raises(BlockingIOError, match="changed by another writer since"):
+        first.append(steps_from(5, 5))
+    first.close()
+    with make(tmp_path / "m") as held:
+        assert_holds(held, 10)
+
+
+def _append_five(path: Path) -> None:
+    make(path).append(steps_from(5, 5)).close()
