@@ -33,6 +33,10 @@ _inherited: list[object] = []
 """What a forked child must not close."""
 
 
+_LEFT_BYTES = 2**18
+"""Of what a transaction leaves beside the file, for the next one; to make it anew takes time."""
+_UNFINISHED = bytes.fromhex("d9d505f920a163d7")
+"""What SQLite begins the file beside it with, while a transaction has not come to its end."""
 _KINDS = {False: 0x48544D31, True: 0x48544D6E}
 """Numbers that tell the file of one memory from that of many."""
 
@@ -42,7 +46,7 @@ class LogFile:
 
     With `sync` a change survives a loss of power. There is a rollback journal and no write-ahead
     log, so that this one file holds all that was acknowledged at any moment, and a reader needs no
-    right to write.
+    right to write. The rollback journal stays between transactions, with nothing of use in it.
     """
 
     def __init__(self, path: Path, *, sync: bool = True, read_only: bool = False):
@@ -83,7 +87,7 @@ class LogFile:
                 for name, (head, records, pin) in logs.items():
                     _put(connection, name, head, records, pin)
                 connection.execute("COMMIT")
-            # What its transactions leave beside it is empty by now.
+            # What its transactions leave beside it is of no use by now.
             temporary.with_name(f"{temporary.name}-journal").unlink(missing_ok=True)
             os.replace(temporary, path)
         finally:
@@ -144,9 +148,17 @@ class LogFile:
         return [name for (name,) in rows]
 
     def purge(self) -> None:
-        """Write the file anew, without the pages that are no longer used."""
+        """Write the file anew, without the pages that are no longer used.
+
+        Nor is anything left of them beside it.
+        """
         with self.mutex, self._errors():
             self.opened().execute("VACUUM")
+            self.close()
+        if self._beside.exists():
+            raise OSError(f"{str(self._beside)!r} cannot be removed; nothing is lost, try again")
+        if self._sync:
+            sync_folder(self.path.parent)
 
     def problems(self) -> list[str]:
         """Return what is wrong with the file itself."""
@@ -176,6 +188,10 @@ class LogFile:
         with self.mutex:
             connection, self._connection = self._connection, None
             if connection is not None:
+                if not self._read_only:
+                    # Removes what is beside the file, where nobody needs it.
+                    with contextlib.suppress(sqlite3.Error):
+                        connection.execute("PRAGMA journal_mode = DELETE")
                 connection.close()
             if self._copied is not None:
                 self._copied.cleanup()
@@ -199,8 +215,15 @@ class LogFile:
             self.close()
 
     def _is_unfinished(self) -> bool:
-        unfinished = self.path.with_name(f"{self.path.name}-journal")
-        return unfinished.exists() and unfinished.stat().st_size > 0
+        try:
+            with open(self._beside, "rb") as file:
+                return file.read(len(_UNFINISHED)) == _UNFINISHED
+        except FileNotFoundError:
+            return False
+
+    @property
+    def _beside(self) -> Path:
+        return self.path.with_name(f"{self.path.name}-journal")
 
     def opened(self) -> sqlite3.Connection:
         """Return the connection, which is made where there is none."""
@@ -221,11 +244,10 @@ class LogFile:
     def _open_elsewhere(self) -> sqlite3.Connection:
         """Open the file where nothing can be written beside it."""
         self._is_fixed = True
-        unfinished = self.path.with_name(f"{self.path.name}-journal")
         if not self._is_unfinished():
             return _connect(self.path, "ro", self._sync)
         self._copied = tempfile.TemporaryDirectory(prefix="htm_pytorch-")
-        for path in (unfinished, self.path):
+        for path in (self._beside, self.path):
             shutil.copy(path, self._copied.name)
         return _connect(Path(self._copied.name, self.path.name), "rw", False)
 
@@ -308,6 +330,7 @@ class FolderLog:
         self.file = file
         self.name = name
         self.where = file.where if not name else f"{file.where}, memory {name!r}"
+        self._written = b""
 
     def read(self, known: Head | None = None) -> Contents | None:
         """Return the head and the records that are not known; see `Log.read`."""
@@ -351,10 +374,10 @@ class FolderLog:
     ) -> None:
         """Change to `head`; see `Log.write`."""
         with self.file.mutex, self.file.transaction("IMMEDIATE") as connection:
-            _check_next(connection, self.where, self.name, head)
+            self._check_next(connection, head)
             if replace:
                 connection.execute("DELETE FROM records WHERE name = ?", (self.name,))
-            _put(connection, self.name, head, new, pin)
+            self._written = _put(connection, self.name, head, new, pin)
 
     def end(self, name: str) -> bytes | None:
         """Return the end of a file of the table that a pin brought."""
@@ -410,6 +433,12 @@ class FolderLog:
         """Close the file."""
         self.file.close()
 
+    def _check_next(self, connection: sqlite3.Connection, head: Head) -> None:
+        query = "SELECT body FROM heads WHERE name = ?"
+        # Mostly it is what this has written last.
+        if connection.execute(query, (self.name,)).fetchone() != (self._written,):
+            _check_next(connection, self.where, self.name, head)
+
 
 def _head(connection: sqlite3.Connection, where: str, name: str) -> Head | None:
     """Return the head of a memory, of which there are two copies."""
@@ -444,7 +473,8 @@ def _put(
     head: Head,
     records: Sequence[Record],
     pin: Pin | None,
-) -> None:
+) -> bytes:
+    """Write a head and more records; return the head's bytes."""
     for record in records:
         row = name, record.first_step, record.encode()
         connection.execute("INSERT INTO records VALUES (?, ?, ?)", row)
@@ -459,6 +489,7 @@ def _put(
         gone = [(file,) for file in there - needed]
         connection.executemany("DELETE FROM ends WHERE file = ?", gone)
         connection.executemany("INSERT OR REPLACE INTO ends VALUES (?, ?)", pin.ends.items())
+    return body
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -480,7 +511,8 @@ def _connect(path: Path, mode: str, sync: bool) -> sqlite3.Connection:
     )
     try:
         if mode != "ro":
-            connection.execute("PRAGMA journal_mode = TRUNCATE")
+            connection.execute("PRAGMA journal_mode = PERSIST")
+            connection.execute(f"PRAGMA journal_size_limit = {_LEFT_BYTES}")
         connection.execute(f"PRAGMA synchronous = {'FULL' if sync else 'OFF'}")
         connection.execute("PRAGMA temp_store = MEMORY")
         # What is no more must not be found by a repair; Debian's SQLite does so anyway.

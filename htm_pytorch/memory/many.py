@@ -280,6 +280,10 @@ class Memories:
     def _open(self, name: str, may_make: bool) -> ExactMemory:
         if not isinstance(name, str) or not name:
             raise ValueError(f"name: expected a str that is not empty, got {name!r}")
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"name: expected text, got {name!r} ({error.reason})") from error
         with self.mutex:
             memory = self._loaded.get(name)
             if memory is None:
