@@ -43,8 +43,8 @@ def batch(
     return Batch(stored, when, names, head.steps, episode, borders)
 
 
-def appended(before: State, batch: Batch) -> State:
-    """Return the state after more steps, all of which the log holds.
+def appended(before: State, batch: Batch) -> tuple[State, Chunks]:
+    """Return the state after more steps, but for what the log holds, and the chunks they close.
 
     Raises:
         ValueError: they are not finite.
@@ -58,8 +58,8 @@ def appended(before: State, batch: Batch) -> State:
         episode=opened.episode,
         time=float(batch.times[-1]),
     )
-    known, pending = before.known.extended(closed), before.pending.extended(closed)
-    return State(head, before.table, known, pending, opened, before.cache)
+    known = before.known.extended(closed)
+    return before._replace(head=head, known=known, opened=opened), closed
 
 
 def numbers_of_episodes(episodes: Iterable[int]) -> tuple[int, ...]:

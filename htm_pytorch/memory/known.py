@@ -93,12 +93,19 @@ class Known:
         columns = self._columns
         if length > len(columns[2]):
             room = max(length, int(GROWTH * len(columns[2])))
-            columns = tuple(_grown(column, self.length, room) for column in columns)
+            columns = self.with_room(room)._columns
         for column, new in zip(columns, chunks.columns, strict=True):
             part = column[self.length : length]
             if part.numel():
                 part.copy_(new[:, : part.shape[1]] if part.ndim == 2 else new)
         return Known(columns, length, self.cut)
+
+    def with_room(self, room: int) -> "Known":
+        """Return the same, which can grow to so many chunks."""
+        if room <= len(self._columns[2]):
+            return self
+        columns = tuple(_grown(column, self.length, room) for column in self._columns)
+        return Known(columns, self.length, self.cut)
 
     def part(self, length: int) -> "Known":
         """Return what is known of the first `length` chunks."""

@@ -180,7 +180,8 @@ class Memories:
                 batch = entries.batch(before, steps[row : row + 1], first, keys, times)
                 if batch is None:
                     return self
-                after.append(entries.appended(before, batch))
+                now, closed = entries.appended(before, batch)
+                after.append(now._replace(pending=before.pending.extended(closed)))
                 changes.append((names[row], after[-1].head, [batch.record()]))
             for memory in memories:
                 memory.distrust()

@@ -39,7 +39,7 @@ def decoded(batch: Any, nothing: Chunks, with_summaries: bool) -> Row:
     marked = torch.zeros(length, dtype=torch.bool, device=CPU)
     if "numbers" in names:
         both = [joined(batch.column(n), torch.float64) for n in ("first_time", "last_time")]
-        times, marked = torch.stack(both, 1), _flags(batch.column("marked").fill_null(False))
+        times, marked = torch.stack(both, 1), _flags(_filled(batch.column("marked"), False))
     chunks = Chunks(
         nothing.stored,
         summaries,
@@ -52,14 +52,19 @@ def decoded(batch: Any, nothing: Chunks, with_summaries: bool) -> Row:
     )
     if "numbers" not in names:
         return Row(chunks, torch.ones(length, dtype=torch.bool, device=CPU))
-    sums = joined(batch.column("sum").fill_null(0), torch.int64)
+    sums = joined(_filled(batch.column("sum"), 0), torch.int64)
     stored = batch.column("numbers")
-    is_right = joined(stored.fill_null(0), torch.int64) == _numbers(chunks, sums)
+    is_right = joined(_filled(stored, 0), torch.int64) == _numbers(chunks, sums)
     if with_summaries:
         is_right &= sums == _sums(summaries)
     if stored.null_count:
         is_right |= _flags(stored.is_null())
     return Row(chunks, is_right)
+
+
+def _filled(column: Any, value: Any) -> Any:
+    """Return a column with a value in the place of those that are missing."""
+    return column.fill_null(value) if column.null_count else column
 
 
 def _flags(column: Any) -> Tensor:
@@ -336,7 +341,7 @@ def _whole_rows(
     if "numbers" in batch.schema.names:
         # Where a summary, or its checksum, is all that is wrong, the numbers are right.
         stored = joined(batch.column("numbers").fill_null(0), torch.int64)
-        kept = joined(batch.column("sum").fill_null(0), torch.int64)
+        kept = joined(_filled(batch.column("sum"), 0), torch.int64)
         for sums in (kept, _sums(chunks.summaries)):
             is_certain = is_certain | (stored == _numbers(chunks, sums))
         mended: list[Chunks] = []

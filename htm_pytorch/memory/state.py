@@ -359,6 +359,7 @@ def _add_rows(
     known: Known, start: int, table: Table, head: Head, has_summaries: bool
 ) -> tuple[Known, Table]:
     old, order = known.length, table.order
+    known = known.with_room(old + table.pinned.rows - start)
     wrong: list[int] = []
     for row in table.rows(start, has_summaries):
         wrong += (known.length - old + (~row.is_right).nonzero()[:, 0]).tolist()

@@ -227,12 +227,14 @@ class StoredMemory(Reading):
             )
 
     def _write(self, before: State, batch: Batch) -> None:
-        now = entries.appended(before, batch)
-        if self._versions is None or now.pending.known.stored.nbytes < GROUP_BYTES:
+        now, closed = entries.appended(before, batch)
+        waiting = before.pending.known.stored.nbytes + closed.stored.nbytes
+        if self._versions is None or waiting < GROUP_BYTES:
+            now = now._replace(pending=before.pending.extended(closed))
             self._log.write(now.head, [batch.record()], replace=False)
             self._state = now
             return
-        table = self._versions.append(now.table, now.head, now.pending.chunks)
+        table = self._versions.append(now.table, now.head, before.pending.chunks + closed)
         head = now.head._replace(table=table.pinned)
         self._log.write(head, now.opened.records(), replace=True, pin=table.pin)
         none = Pending.none(head.form)
