@@ -1,4 +1,4 @@
-"""What is still in a damaged SQLite file: every row that can be found, whatever leads to it or not.
+"""What is still in a damaged file, found by its checksum, whatever leads to it or not.
 
 SQLite reaches a row through pages that a single flipped bit can close. Here the bytes of the file
 are searched for what looks like a row (https://www.sqlite.org/fileformat2.html); the checksums of
@@ -6,12 +6,24 @@ what is found say whether it is one.
 """
 
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Collection, Iterator
 
 PAGE = 4096
 _HEADER = re.compile(rb"[\x03-\x0f](?=[\x0d-\xff])")
 _WIDTHS = {0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 8, 8: 0, 9: 0}
 """Of whole numbers, by their kinds."""
+
+
+def windows(data: bytes, size: int, checksums: Collection[int]) -> dict[int, bytes]:
+    """Return, by their CRC-32, those `size` bytes that have one of these checksums."""
+    found: dict[int, bytes] = {}
+    view = memoryview(data)
+    for at in range(len(data) - size + 1):
+        checksum = zlib.crc32(view[at : at + size])
+        if checksum in checksums:
+            found.setdefault(checksum, data[at : at + size])
+    return found
 
 
 def blobs(data: bytes) -> Iterator[tuple[str, bytes]]:

@@ -20,7 +20,7 @@ _TEXT = """\
 This folder is a memory of htm_pytorch. Please leave all of its files together.
 
 journal         the newest steps, and what counts of the rest (an SQLite file)
-journal-journal, while something is written: part of the journal
+journal-journal, while it is open for writing: part of the journal
 chunks.lance    the other steps (a Lance table)
 lock            held by the one process that writes
 set-aside       what was found damaged; nothing in it is read

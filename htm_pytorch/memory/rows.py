@@ -1,16 +1,19 @@
 """Closed chunks as rows of a Lance table, with checksums over all that they say."""
 
 import functools
+import itertools
 import json
 import math
 import operator
 import zlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from htm_pytorch.memory.carved import windows
 from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.formats import CPU, Chunks, Format, Marks
 from htm_pytorch.memory.log import REPAIR, sealed, unsealed
@@ -207,6 +210,14 @@ def _array(tensor: Tensor, kind: Any) -> Any:
     return pa.Array.from_buffers(kind, flat.numel(), [None, pa.py_buffer(flat.numpy())])
 
 
+def _lists(tensor: Tensor, size: int) -> Any:
+    """Return an Arrow column of lists of `size` numbers, float32 or uint8."""
+    import pyarrow as pa
+
+    kind = pa.float32() if tensor.is_floating_point() else pa.uint8()
+    return pa.FixedSizeListArray.from_arrays(_array(tensor, kind), size)
+
+
 def joined(column: Any, dtype: torch.dtype) -> Tensor:
     """Return the numbers of an Arrow column, flat: not always a copy, so not to be written."""
     import pyarrow as pa
@@ -222,6 +233,10 @@ def joined(column: Any, dtype: torch.dtype) -> Tensor:
             raise ValueError("numbers are missing")
         column = column.fill_null(float("nan"))
     return torch.from_dlpack(column)
+
+
+TOGETHER_BYTES = 1024
+"""Of a chunk, from which on the engine stores each by itself; its own bound is lower."""
 
 
 class Salvage(NamedTuple):
@@ -251,6 +266,7 @@ class Damaged:
         self._dataset = dataset
         self._form = form
         self._last: tuple[tuple[int, int, tuple[str, ...]], Any] | None = None
+        self._windows: dict[str, dict[int, bytes]] = {}
 
     def rows(self) -> list[Salvage]:
         """Return those that can be read."""
@@ -275,23 +291,59 @@ class Damaged:
     def _read(self, start: int, end: int, names: tuple[str, ...]) -> Any:
         table = self._dataset.take(list(range(start, end)), columns=list(names))
         (batch,) = table.combine_chunks().to_batches()
+        if "contents" not in names:
+            checksums = enumerate(batch["checksum"].to_pylist(), start)
+            found = [self._carved(row, checksum) for row, checksum in checksums]
+            contents = torch.frombuffer(bytearray(b"".join(found)), dtype=torch.uint8)
+            column = _lists(contents, self._form.chunk_bytes)
+            batch = batch.append_column("contents", column)
         return batch
 
+    def _carved(self, row: int, checksum: int) -> bytes:
+        """Return the bytes of its file that have the checksum of a row; zeros where none have.
+
+        Small chunks lie together, behind a few bytes without which the engine reads none of them.
+        """
+        size = self._form.chunk_bytes
+        for fragment in self._dataset.get_fragments():
+            row -= fragment.count_rows()
+            if row < 0 and size <= TOGETHER_BYTES:
+                (file, *_) = fragment.data_files()
+                if file.path not in self._windows:
+                    column = self._dataset.to_table(columns=["checksum"])["checksum"]
+                    body = Path(self._dataset.uri, "data", file.path).read_bytes()
+                    self._windows[file.path] = windows(body, size, set(column.to_pylist()))
+                return self._windows[file.path].get(checksum, bytes(size))
+            if row < 0:
+                break
+        return bytes(size)
+
     def _from(self, start: int, end: int, names: tuple[str, ...]) -> list[Salvage]:
+        whole = self._salvaged(start, end, names)
+        if whole is not None:
+            return whole
+        if end - start > 1:
+            middle = (start + end) // 2
+            return self._from(start, middle, names) + self._from(middle, end, names)
+        # None is needed: a summary is made again, and steps may be found otherwise.
+        needless = [name for name in ("marks", "summary", "contents") if name in names]
+        for count in range(1, len(needless) + 1):
+            for missing in itertools.combinations(needless, count):
+                left = tuple(name for name in names if name not in missing)
+                found = self._salvaged(start, end, left)
+                if found is not None:
+                    return found
+        return []
+
+    def _salvaged(self, start: int, end: int, names: tuple[str, ...]) -> list[Salvage] | None:
+        """Return rows; None where these columns of them cannot be read."""
         try:
             batch = self._read(start, end, names)
             return list(_whole_rows(batch, self._form, (start, end, names)))
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
                 raise
-        if end - start > 1:
-            middle = (start + end) // 2
-            return self._from(start, middle, names) + self._from(middle, end, names)
-        # Neither is needed: a summary is made again.
-        for name in ("marks", "summary"):
-            if name in names:
-                return self._from(start, end, tuple(n for n in names if n != name))
-        return []
+        return None
 
 
 def _mended(row: Chunks, place: int, kept: int, right: int) -> Chunks | None:
@@ -329,12 +381,9 @@ def _mended(row: Chunks, place: int, kept: int, right: int) -> Chunks | None:
 def _whole_rows(
     batch: Any, form: Format, source: tuple[int, int, tuple[str, ...]]
 ) -> Iterator[Salvage]:
-    import pyarrow as pa
-
     if "summary" not in batch.schema.names:
         nothing = torch.zeros(batch.num_rows, form.dim, dtype=torch.float32, device=CPU)
-        values = pa.FixedSizeListArray.from_arrays(_array(nothing, pa.float32()), form.dim)
-        batch = batch.append_column("summary", values)
+        batch = batch.append_column("summary", _lists(nothing, form.dim))
     row = decoded(batch, Chunks.none(form), True)
     chunks = row.chunks
     is_certain = row.is_right

@@ -448,6 +448,9 @@ def trimmed(chunk: Chunks, first: int, form: Format) -> Chunks:
     if marks is not None:
         marks = Marks(marks.times[-int(count) :], marks.keys[-int(count) :])
         times[0, 0] = marks.times[0]
+    elif times[0, 0] != times[0, 1]:
+        # What was said of each step was damaged; the time of the first was that of another one.
+        times[0, 0] = torch.nan
     return chunk._replace(
         stored=stored,
         summaries=form.summarise(stored, count),
