@@ -155,7 +155,7 @@ def _recall_alone(cell: Cell) -> Rival:
     layer, memory = cell.layer, cell.past.memory
     with torch.no_grad():
         route = layer.to_summary_queries(cell.queries) @ layer.to_summary_keys.weight
-        keys = layer.attn.projections()[0]
+        keys = layer.attn.by_head(layer.attn.to_kv.weight)[0]
         probe = torch.einsum("bqhe,hed->bqhd", layer.attn.queries(cell.queries), keys)
     route, probe = route * cell.past.dim**-0.5, probe * DIM_HEAD**-0.5
     positions = sinusoid(CHUNK, cell.past.dim, route.dtype, route.device)

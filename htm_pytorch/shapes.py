@@ -33,9 +33,16 @@ def check_tensor(name: str, value: Tensor, axes: str, **sizes: int) -> None:
 
 
 def check_floating(name: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Raise a ValueError unless `value` is floating point (of `dtype`, where given)."""
+    """Raise a ValueError unless `value` is floating point (of `dtype`, where given).
+
+    Floating point of 8 bits is a way to store numbers, in which nothing can be computed.
+    """
     if not value.is_floating_point() or (dtype is not None and value.dtype != dtype):
         raise ValueError(f"{name}: expected dtype {dtype or 'floating point'}, got {value.dtype}")
+    if value.dtype.itemsize < 2:
+        raise ValueError(
+            f"{name}: expected dtype floating point of at least 16 bits, got {value.dtype}"
+        )
 
 
 def check_mask(name: str, value: Tensor | None, axes: str, device: torch.device, **sizes: int):
@@ -78,11 +85,28 @@ def check_number(name: str, value: int, count: int) -> None:
 
 
 def check_numbers(name: str, value: Tensor, count: int) -> None:
-    """Raise a ValueError unless `value` is [U] with numbers from 0 to below `count`."""
+    """Raise a ValueError unless `value` is [U] with numbers from 0 to below `count`.
+
+    They are looked at wherever they lie, but not when compiled or mapped.
+    """
     check_tensor(name, value, "U")
+    if value.dtype == torch.bool or value.is_floating_point() or value.is_complex():
+        raise ValueError(f"{name}: expected whole numbers, got {value.dtype}")
+    if torch.compiler.is_compiling() or is_transformed():
+        return
     numbers = value.tolist()
     if numbers and not 0 <= min(numbers) <= max(numbers) < count:
         raise ValueError(f"{name}: expected numbers from 0 to {count - 1}, got {numbers}")
+
+
+def check_rows(name: str, value: Tensor, batch: int, device: torch.device) -> Tensor:
+    """Return the numbers of the rows that `value` names: by number [R], or marked [B] bool."""
+    check_tensor(name, value, "R")
+    if value.dtype == torch.bool:
+        check_mask(name, value, "B", device, B=batch)
+        return value.nonzero()[:, 0]
+    check_numbers(name, value, batch)
+    return value.to(device, torch.int64)
 
 
 def is_transformed() -> bool:

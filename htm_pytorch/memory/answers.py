@@ -21,7 +21,7 @@ def fetched(now: State, chunks: Tensor) -> ChunkedMemory:
         is_step = step_mask(counts, now.head.chunk_size)[None]
     has_summaries = now.known.summaries.shape[1]
     summaries = now.known.summaries[chunks][None] if has_summaries else None
-    return ChunkedMemory.from_chunks(contents[None], is_step, summaries=summaries)
+    return ChunkedMemory.from_chunks(contents[None], is_step, summaries=summaries, copy=False)
 
 
 def span(now: State, number: int) -> Span:

@@ -28,14 +28,26 @@ def save_tensors(
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(stored, temporary, {"kind": kind, "format": FORMAT, **metadata})
+        save_file(_apart(tensors), temporary, {"kind": kind, "format": FORMAT, **metadata})
         sync_file(temporary)
         os.replace(temporary, target)
     except SafetensorError as error:
         raise OSError(f"path: {str(path)!r} cannot be written ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors laid out plainly, none of which shares storage with another."""
+    stored: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        if plain.untyped_storage().data_ptr() in storages:
+            plain = plain.clone()
+        storages.add(plain.untyped_storage().data_ptr())
+        stored[name] = plain
+    return stored
 
 
 def load_tensors(

@@ -1,20 +1,22 @@
 """The ranks that share a memory, and collectives that end within a set time."""
 
 import math
+import struct
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-HEADER = 16
+HEADER = 32
 """Numbers (int64) in the header that ranks compare before they exchange data."""
-_OPERATIONS = ("ShardedMemory", "recall", "recall_with_weights", "fetch", "spans")
+_OPERATIONS = ("ShardedMemory", "load", "recall", "recall_with_weights", "fetch", "spans")
 # What stands in a header for what is no number, counted down from -1.
+_MEMORY = "memory (by the order in which they were made)"
 _WORDS = (None, torch.float32, torch.float64, torch.bfloat16, torch.float16, *_OPERATIONS)
 
 
@@ -22,10 +24,52 @@ class ShardError(RuntimeError):
     """A collective did not end: a rank is gone, or did not come within the timeout."""
 
 
+class _Group:
+    """What all memories of a process group have in common."""
+
+    def __init__(self):
+        self.memories = 0
+        self.lost = ""
+
+
+_groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, _Group]" = weakref.WeakKeyDictionary()
+
+
+class Print(NamedTuple):
+    """A few numbers that tell tensors apart, whatever the last bits of their entries are."""
+
+    numbers: tuple[float, ...]
+    least: float
+    """A difference of two such numbers that says that the tensors are others."""
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Self:
+        """Return that of a tensor of floats [..., D]."""
+        rows = tensor.detach().flatten(0, -2)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).nan_to_num(0.0, 0.0, 0.0)
+        down, across = (
+            torch.arange(1, size + 1, device=rows.device, dtype=rows.dtype) for size in rows.shape
+        )
+        shifts = torch.arange(_PRINTS, device=rows.device, dtype=rows.dtype)
+        sums = down.sin() @ (rows @ (across[:, None] * (shifts + 1)).cos())
+        norm = float(torch.linalg.vector_norm(rows))
+        wide = torch.finfo(tensor.dtype).eps > 1e-4
+        return cls((*sums.tolist(), norm), norm * (0.05 if wide else 1e-3))
+
+    def is_other(self, that: Self) -> bool:
+        """Whether the tensors cannot be the same but for rounding."""
+        pairs = zip(self.numbers, that.numbers, strict=True)
+        return any(abs(a - b) > max(self.least, that.least) for a, b in pairs)
+
+
+_PRINTS = 4
+
+
 class Peers:
     """The ranks of a process group; each collective is waited for at most `timeout` seconds.
 
-    After a `ShardError` the group is of no further use: ranks may be at different places.
+    After a `ShardError`, or an error of one rank in the middle of an exchange, the group is of no
+    further use, and each later call says so: ranks may be at different places.
 
     Args:
         group: a process group that this process belongs to; None: the default one.
@@ -49,6 +93,9 @@ class Peers:
             raise ValueError(f"timeout: expected seconds > 0, got {timeout!r}")
         # Weakly: a process may abort at its end where its group outlives `destroy_process_group`.
         self._group = weakref.ref(group)
+        self._shared = _groups.setdefault(group, _Group())
+        # Of the memory, among all that were made over this group; told by `number_memory`.
+        self._number = 0
         self.timeout = timeout
         self.rank = group.rank()
         self.size = group.size()
@@ -92,6 +139,7 @@ class Peers:
         same: Mapping[str, int | torch.dtype | None],
         own: Sequence[int],
         device: torch.device,
+        prints: Mapping[str, Print] | None = None,
     ) -> list[list[int]]:
         """Compare the arguments of all ranks before any data is exchanged.
 
@@ -100,6 +148,7 @@ class Peers:
             same: by argument, what must be the same on all ranks.
             own: numbers that may differ, which every rank shall know.
             device: where tensors of this group live.
+            prints: by argument, those of tensors that must be the same but for rounding.
 
         Returns:
             `own` of every rank, by rank.
@@ -108,8 +157,10 @@ class Peers:
             ValueError: on all ranks; names the argument, or the ranks that refused theirs.
             ShardError: not all ranks came in time.
         """
-        compared = {"operation": operation, **same}
-        headers = self._headers([0, *map(_encode, compared.values()), *own], device)
+        compared = {"operation": operation, _MEMORY: self._number, **same}
+        prints = prints or {}
+        bits = [bit for one in prints.values() for bit in map(_bits, (*one.numbers, one.least))]
+        headers = self._headers([0, *map(_encode, compared.values()), *own, *bits], device)
         refused = [rank for rank, header in enumerate(headers) if header[0]]
         if refused:
             raise ValueError(f"arguments: refused on rank {refused}, where the error says why")
@@ -122,7 +173,39 @@ class Peers:
                         f"on rank 0 and {_decode(number)} on rank {rank}"
                     )
         first = 1 + len(compared)
+        at = first + len(own)
+        for name in prints:
+            every = []
+            for header in headers:
+                *numbers, least = map(_float, header[at : at + _PRINTS + 2])
+                every.append(Print(tuple(numbers), least))
+            at += _PRINTS + 2
+            for rank, one in enumerate(every):
+                if one.is_other(every[0]):
+                    raise ValueError(
+                        f"{name}: expected the same values on all ranks, got others on rank {rank} "
+                        "than on rank 0"
+                    )
         return [header[first : first + len(own)] for header in headers]
+
+    def number_memory(self, own: Sequence[int]) -> None:
+        """Take the next number for a memory, of those that ranks have told in `agree`."""
+        self._number = max(own)
+        self._shared.memories = self._number + 1
+
+    @property
+    def next_number(self) -> int:
+        """The number of the next memory over this group, as far as this rank knows."""
+        return self._shared.memories
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """Note that ranks are at different places, where an error comes between two exchanges."""
+        try:
+            yield
+        except BaseException as error:
+            self._shared.lost = self._shared.lost or repr(error)
+            raise
 
     @contextmanager
     def refusing(self, device: torch.device) -> Iterator[None]:
@@ -143,16 +226,30 @@ class Peers:
         return self.all_gather("the header", header).tolist()
 
     def _finish(self, what: str, start: Callable[..., Any], *tensors: Any) -> None:
+        if self._shared.lost:
+            raise ShardError(
+                f"{what}: ranks may be at different places since an earlier error "
+                f"({self._shared.lost}); make new process groups and load the memory again"
+            )
         limit = timedelta(seconds=self.timeout)
         try:
             # The limit twice: a backend may heed it where work begins or where it is awaited.
             start(*tensors, timeout=limit).wait(limit)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()
+            self._shared.lost = repr(error)
             raise ShardError(
                 f"{what}: rank {self.rank} of {self.size} did not hear from all others within "
                 f"{self.timeout:g} s, or one of them is gone ({reason[0] if reason else error!r})"
             ) from error
+
+
+def _bits(number: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", number))[0]
+
+
+def _float(bits: int) -> float:
+    return struct.unpack("<d", struct.pack("<q", bits))[0]
 
 
 def _encode(value: object) -> int:

@@ -4,17 +4,17 @@ import copy
 import json
 import os
 import zlib
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from htm_pytorch.memory import parts
 from htm_pytorch.memory.chunked import ChunkedMemory, _Plan
-from htm_pytorch.memory.files import load_tensors, save_tensors
+from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.home import Home, is_home, is_scored
-from htm_pytorch.memory.opened import open_memory
 from htm_pytorch.memory.peers import Peers
 from htm_pytorch.memory.span import Span, no_such_chunks
 from htm_pytorch.shapes import check_mask, check_number, check_numbers, check_tensor
@@ -51,9 +51,12 @@ class ShardedMemory:
         timeout: float = 60.0,
     ):
         self.peers = Peers(group, timeout)
-        if not (is_home(local) and is_scored(local)):
-            kind = type(local).__name__
-            raise ValueError(f"local: expected a ChunkedMemory or another ScoredHome, got {kind}")
+        with self.peers.refusing(torch.device(getattr(local, "device", "cpu"))):
+            if not (is_home(local) and is_scored(local)):
+                kind = type(local).__name__
+                raise ValueError(
+                    f"local: expected a ChunkedMemory or another ScoredHome, got {kind}"
+                )
         self.local = local
         in_memory = isinstance(local, ChunkedMemory)
         same = {
@@ -65,11 +68,15 @@ class ShardedMemory:
             "local (a ChunkedMemory)": in_memory,
             "local.keep_across_episodes": in_memory and local.keep_across_episodes,
         }
-        numbers = self.peers.agree("ShardedMemory", same, [local.chunks], local.device)
-        self.sizes = tuple(chunks for (chunks,) in numbers)
+        own = [local.chunks, self.peers.next_number]
+        numbers = self.peers.agree("ShardedMemory", same, own, local.device)
+        self.peers.number_memory([number for _, number in numbers])
+        self.sizes = tuple(chunks for chunks, _ in numbers)
         """Chunks of every rank, by rank."""
         self.appended = 0
         """Steps appended since this was made; as many on all ranks, or `recall` complains."""
+        self.changes = 0
+        """A checksum of all calls that led from there to this value, and of their masks."""
         self._next, self._open = self._where_to_write()
 
     @classmethod
@@ -162,6 +169,7 @@ class ShardedMemory:
                 f"rank, and one open chunk; got parts of {_spell(self.sizes)} chunks"
             )
         new = copy.copy(self)
+        new.changes = self._changed("append", steps.shape[:2], is_first)
         if self._open is None:
             assert isinstance(self.local, ChunkedMemory)
             plan = self.local._plan(steps, is_first)
@@ -231,7 +239,7 @@ class ShardedMemory:
         self.peers.all_reduce("chunks", message)
         for to, of_all in zip(parts, message.split([len(x) for x in parts]), strict=True):
             to.copy_(of_all)
-        return ChunkedMemory.from_chunks(contents, is_step, summaries=summaries)
+        return ChunkedMemory.from_chunks(contents, is_step, summaries=summaries, copy=False)
 
     def spans(self, chunks: Tensor, row: int = 0) -> list[Span]:
         """Return which steps the chunks numbered [U] int64 of a row hold, on all ranks alike.
@@ -297,6 +305,7 @@ class ShardedMemory:
             kind = type(self.local).__name__
             raise ValueError(f"rows: expected all of them or none for parts that are a {kind}")
         new = copy.copy(self)
+        new.changes = self._changed("reset", rows.shape, rows)
         new.local = self.local.reset(rows)
         if self._open is not None:
             new._open = self._open.reset(rows)
@@ -310,18 +319,12 @@ class ShardedMemory:
 
         Nothing is sent, so ranks may name folders of their own.
         """
-        part, state = self._files(path, self.peers)
-        if state.exists():
-            raise FileExistsError(f"path: {str(state)!r} exists")
-        state.parent.mkdir(parents=True, exist_ok=True)
-        in_memory = isinstance(self.local, ChunkedMemory)
-        self.local.save(part.with_suffix(".safetensors") if in_memory else part)
         tensors = {} if self._next is None else {"next": self._next}
         if self._open is not None:
             opened = self._open
             tensors |= {"open_steps": opened.open_steps, "open_count": opened.open_count}
-        # The last: where it is, the part is whole.
-        save_tensors(state, "ShardedMemory", tensors, kept="RAM" if in_memory else "disk")
+        part = parts.Part(self.local, (self.appended, self.changes), tensors)
+        parts.write(path, self.peers.rank, self.peers.size, part)
 
     @classmethod
     def load(
@@ -332,9 +335,11 @@ class ShardedMemory:
         timeout: float = 60.0,
         device: torch.device | str | None = None,
     ) -> Self:
-        """Return what as many ranks wrote by `save`.
+        """Return what ranks wrote by `save`.
 
-        Parts that were on disk are opened where they were saved, for writing.
+        As many ranks find their own parts, which on disk are opened where they are, for writing.
+        Another number of ranks can load parts that were in RAM, from one folder with all of them:
+        each then reads all parts, and keeps its own chunks.
 
         Args:
             path: the folder that this rank's part is in.
@@ -344,29 +349,39 @@ class ShardedMemory:
 
         Raises:
             FileNotFoundError: this rank has no part there; the others raise a ValueError.
-            MemoryFileError: a ValueError; damaged, or no part of a memory.
+            MemoryFileError: a ValueError; damaged, or no part of a memory, or one that was appended
+                to after it was saved.
+            ValueError: on all ranks, where parts were saved at different moments.
         """
         peers = Peers(group, timeout)
-        part, state = cls._files(path, peers)
         with peers.refusing(torch.device("cpu" if device is None else device)):
-            tensors, metadata = load_tensors(state, "ShardedMemory")
-            local: Home
-            if metadata["kept"] == "RAM":
-                local = ChunkedMemory.load(part.with_suffix(".safetensors"), device=device)
+            ranks = parts.saved_by(path, peers.rank, peers.size)
+            if ranks == peers.size:
+                read = [parts.read(path, peers.rank, ranks, device)]
             else:
-                local = open_memory(part)
-        loaded = cls(local, group, timeout=timeout)
-        tensors = {name: tensor.to(loaded.device) for name, tensor in tensors.items()}
-        loaded._next = tensors.pop("next", None)
-        if loaded._open is not None:
-            loaded._open = loaded._open._replace(**tensors)
+                read = [parts.read(path, rank, ranks, device) for rank in range(ranks)]
+            moments = {part.moment for part in read}
+            if len(moments) > 1:
+                raise MemoryFileError(f"path: parts of different moments in {str(path)!r}")
+        ((appended, changes),) = moments
+        same = {"path: ranks": ranks, "path: steps appended": appended, "path: changes": changes}
+        peers.agree("load", same, [], read[0].local.device)
+        if ranks == peers.size:
+            ((local, _, tensors),) = read
+            loaded = cls(local, group, timeout=timeout)
+            tensors = {name: tensor.to(loaded.device) for name, tensor in tensors.items()}
+            loaded._next = tensors.pop("next", None)
+            if loaded._open is not None:
+                loaded._open = loaded._open._replace(**tensors)
+        else:
+            loaded = cls.split(parts.joined(read), group, timeout=timeout)
+        loaded.appended, loaded.changes = appended, changes
         return loaded
 
-    @staticmethod
-    def _files(path: str | os.PathLike[str], peers: Peers) -> tuple[Path, Path]:
-        """Return where a rank's part is, and what else it knows."""
-        name = f"{peers.rank}-of-{peers.size}"
-        return Path(path, f"part-{name}"), Path(path, f"state-{name}.safetensors")
+    def _changed(self, call: str, shape: Sequence[int], mask: Tensor | None) -> int:
+        """Return the checksum of the calls so far and one more."""
+        body = b"" if mask is None else mask.cpu().numpy().tobytes()
+        return zlib.crc32(body, zlib.crc32(repr((self.changes, call, *shape)).encode()))
 
     def own_columns(self, mask: Tensor | None) -> Tensor | None:
         """Return the columns of `mask` [B, Q, M] that are this rank's chunks."""

@@ -61,5 +61,5 @@ class Steps(NamedTuple):
     def chunked(self) -> ChunkedMemory:
         """Return the same past with its summaries; a short chunk is padded, by a copy."""
         return ChunkedMemory.from_steps(
-            self.steps, self.chunk_size, self.mask, borders="newest", eps=self.eps
+            self.steps, self.chunk_size, self.mask, borders="newest", eps=self.eps, copy=False
         )

@@ -76,6 +76,7 @@ class Moment:
             torch.cat([part.contents for part in parts], 1)[:, back],
             torch.cat(masks, 1)[:, back],
             summaries=torch.cat([part.summaries for part in parts], 1)[:, back],
+            copy=False,
         )
 
 

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from htm_pytorch.memory import ChunkedMemory, Home, ShardedMemory, Steps
 from htm_pytorch.memory.home import is_home
+from htm_pytorch.nn.affine import Affine, affine_of, weight_of
 from htm_pytorch.ops import Impl, Recall, attend, attend_with_weights, check_impl
+from htm_pytorch.ops.places import together
 from htm_pytorch.shapes import (
     check_at_least,
     check_beside,
@@ -139,19 +141,27 @@ class HTMAttention(nn.Module):
         Raises:
             ValueError: names the argument, what came and what was expected.
         """
-        self._check_queries(queries)
-        memory = self._memory(queries, memories, mask)
-        sizes = {"B": queries.shape[0], "Q": queries.shape[1], "M": memory.chunks}
-        check_mask("chunk_attn_mask", chunk_attn_mask, "B Q M", queries.device, **sizes)
+        with together(memories):
+            self._check_queries(queries)
+            memory = self._memory(queries, memories, mask)
+            sizes = {"B": queries.shape[0], "Q": queries.shape[1], "M": memory.chunks}
+            check_mask("chunk_attn_mask", chunk_attn_mask, "B Q M", queries.device, **sizes)
 
-        route = self.to_summary_queries(queries) @ self.to_summary_keys.weight
-        route = route * self.dim_features**-0.5
-        step_queries = self.attn.queries(queries)
-        projections = self.attn.projections()
-        positions = None
-        if self.add_pos_enc:
-            like = step_queries
-            positions = sinusoid(memory.chunk_size, self.dim_memory, like.dtype, like.device)
+            summary_keys = affine_of(
+                "to_summary_keys",
+                self.to_summary_keys,
+                (self.dim_memory, self.dim_features),
+                queries,
+            )
+            keys_values = self.attn.keys_values(self.dim_memory, queries)
+            route = self.to_summary_queries(queries) @ summary_keys.weight
+            route = route * self.dim_features**-0.5
+            step_queries = self.attn.queries(queries)
+            projections = self.attn.by_head(keys_values.weight)
+            positions = None
+            if self.add_pos_enc:
+                like = step_queries
+                positions = sinusoid(memory.chunk_size, self.dim_memory, like.dtype, like.device)
         arguments = (route, step_queries, projections, memory, self.topk_mems)
         recalled = None
         if return_recall:
@@ -163,13 +173,18 @@ class HTMAttention(nn.Module):
             attended, seen = attend(
                 *arguments, positions=positions, chunk_mask=chunk_attn_mask, impl=self.impl
             )
-        attended = self.attn.output(attended) * seen[..., None]
-        attended = attended + self._unused_biases()
+        attended = self.attn.output(attended, keys_values.bias)
+        attended = torch.where(seen[..., None], attended, 0.0)
+        if summary_keys.bias is not None:
+            # It cancels in the softmax, but DDP wants a gradient for it: zeros.
+            attended = attended + summary_keys.bias[:0].sum()
         return attended if recalled is None else (attended, recalled)
 
     def _check_queries(self, queries: Tensor) -> None:
         check_tensor("queries", queries, "B Q D", D=self.dim)
-        check_beside("queries", queries, self.to_summary_queries.weight)
+        weight = weight_of(self.to_summary_queries)
+        if weight is not None:
+            check_beside("queries", queries, weight)
 
     def _memory(
         self, queries: Tensor, memories: Memories, mask: Tensor | None
@@ -178,7 +193,7 @@ class HTMAttention(nn.Module):
         if not isinstance(memories, Tensor):
             if mask is not None:
                 raise ValueError(f"mask: expected None beside a {type(memories).__name__}")
-            if not is_home(memories):
+            if not (isinstance(memories, ChunkedMemory) or is_home(memories)):
                 kind = type(memories).__name__
                 raise ValueError(f"memories: expected a tensor or a memory, got {kind}")
             if memories.dim != self.dim_memory:
@@ -200,11 +215,6 @@ class HTMAttention(nn.Module):
         steps = memories.detach() if self.detach_memories else memories
         return Steps(steps, self.mem_chunk_size, mask, self.eps)
 
-    def _unused_biases(self) -> Tensor | float:
-        """Zero, in the graph: key biases cancel in the softmax, but DDP wants their gradients."""
-        biases = [b for b in (self.to_summary_keys.bias, self.attn.key_bias()) if b is not None]
-        return sum((0.0 * b.sum() for b in biases), 0.0)
-
 
 class _StepProjections(nn.Module):
     """The projections of the attention inside chunks, each applied on the query's side."""
@@ -214,6 +224,7 @@ class _StepProjections(nn.Module):
     ):
         super().__init__()
         self.heads = heads
+        self.dim_head = dim_head
         inner = heads * dim_head
         self.to_q = nn.Linear(dim, inner, bias=bias)
         self.to_kv = nn.Linear(dim_memory, 2 * inner, bias=bias)
@@ -223,20 +234,21 @@ class _StepProjections(nn.Module):
         """W_q^h q: [B, Q, H, E]."""
         return self.to_q(queries).unflatten(-1, (self.heads, -1))
 
-    def projections(self) -> Tensor:
+    def keys_values(self, dim_memory: int, like: Tensor) -> Affine:
+        """W_k above W_v, and b_k above b_v."""
+        sizes = dim_memory, 2 * self.heads * self.dim_head
+        return affine_of("attn.to_kv", self.to_kv, sizes, like)
+
+    def by_head(self, weight: Tensor) -> Tensor:
         """W_k^h and W_v^h: [2, H, E, D]."""
-        return self.to_kv.weight.unflatten(0, (2, self.heads, -1))
+        return weight.unflatten(0, (2, self.heads, -1))
 
-    def output(self, attended: Tensor) -> Tensor:
-        """W_o concat_h(attended_h + b_v^h) + b_o: [B, Q, D]."""
+    def output(self, attended: Tensor, bias: Tensor | None) -> Tensor:
+        """W_o concat_h(attended_h + b_v^h) + b_o: [B, Q, D], with b_v the second half of `bias`."""
         attended = attended.flatten(2)
-        if self.to_kv.bias is not None:
-            attended = attended + self.to_kv.bias.chunk(2)[1]
+        if bias is not None:
+            attended = attended + bias.chunk(2)[1]
         return self.to_out(attended)
-
-    def key_bias(self) -> Tensor | None:
-        """The half of the bias that has no effect."""
-        return None if self.to_kv.bias is None else self.to_kv.bias.chunk(2)[0]
 
 
 class HTMBlock(nn.Module):
@@ -295,8 +307,9 @@ class HTMBlock(nn.Module):
         return_recall: bool = False,
     ) -> Tensor | tuple[Tensor, Recall]:
         """Return the queries with what they recalled added, [B, Q, D]; see `HTMAttention`."""
-        self.attn._check_queries(queries)
-        normed = self.norm(queries)
+        with together(memories):
+            self.attn._check_queries(queries)
+            normed = self.norm(queries)
         skip = queries if self.residual == "input" else normed
         if return_recall:
             attended, recalled = self.attn(

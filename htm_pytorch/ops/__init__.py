@@ -1,15 +1,13 @@
 """The mathematics: tensors in, tensors out; no modules, no state."""
 
 from htm_pytorch.ops.attention import (
-    Impl,
     Recall,
-    RecallImpl,
     attend,
     attend_with_weights,
-    check_impl,
     recall,
     recall_with_weights,
 )
+from htm_pytorch.ops.engines import Impl, RecallImpl, check_impl
 from htm_pytorch.ops.reference import masked_softmax
 
 __all__ = [

@@ -12,6 +12,7 @@ from torch import Tensor
 from htm_pytorch.memory import ChunkedMemory
 from htm_pytorch.ops import operators
 from htm_pytorch.ops.reference import Selection, masked_softmax
+from htm_pytorch.ops.topk import best_chunks, merge, scores_alone
 
 BUFFER_BYTES = 4 * 2**20
 """Of gathered steps: about what two cores keep in their caches."""
@@ -176,13 +177,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     route, probe, contents, summaries, _, step_mask, positions, _, _ = inputs
     _, chunks, weights = output
     ctx.mark_non_differentiable(chunks, weights)
-    ctx.save_for_backward(route, probe, contents, summaries, step_mask, positions, chunks, weights)
+    operators.save(ctx, route, probe, contents, summaries, step_mask, positions, chunks, weights)
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     grads = torch.ops.htm_pytorch.blocked_recall_backward(
-        grad.contiguous(), *ctx.saved_tensors, needs[2], needs[3]
+        grad.contiguous(), *operators.saved(ctx), needs[2], needs[3]
     )
     route, probe, contents, summaries, positions = grads
     return (
@@ -294,7 +295,7 @@ def _select(
 ) -> tuple[Tensor, Tensor]:
     """Return the best scores and their chunks [B, Q, K], best first; -1 where there are fewer.
 
-    Scores of at most SCORE_BYTES at a time: the memory is scanned in pieces.
+    Scores of at most SCORE_BYTES at a time: the memory is scanned in pieces, oldest first.
     """
     batch, queries, _ = route.shape
     chunks = summaries.shape[1]
@@ -307,13 +308,12 @@ def _select(
         allowed = valid[:, None, start:end]
         if chunk_mask is not None:
             allowed = allowed & chunk_mask[:, :, start:end]
-        scores = torch.matmul(route, summaries[:, start:end].to(route.dtype).mT)
-        scores = scores.masked_fill_(~allowed, -torch.inf)
-        top, index = scores.topk(min(k, end - start), dim=-1)
-        ok = allowed.expand_as(scores).gather(2, index)
-        best = torch.cat([best, top], -1)
-        found = torch.cat([found, torch.where(ok, index + start, -1)], -1)
+        part = summaries[:, start:end].to(route.dtype)
+        top, index = best_chunks(route, part, allowed, k)
+        if piece < chunks:
+            top = scores_alone(route, part, index).masked_fill(top == -torch.inf, -torch.inf)
+        index = (index + start).masked_fill_(top == -torch.inf, -1)
+        best, found = torch.cat([best, top], -1), torch.cat([found, index], -1)
         if start:
-            best, order = best.topk(k, dim=-1)
-            found = found.gather(2, order)
+            best, found = merge(best, found, k)
     return best, found

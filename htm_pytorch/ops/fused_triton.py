@@ -54,26 +54,25 @@ def is_installed() -> bool:
 
 
 def refusal(
-    impl: str, device: torch.device, kept: int, steps: int, *tensors: Tensor | None
+    device: torch.device, kept: int, steps: int, *tensors: Tensor | None
 ) -> Exception | None:
     """Return why the kernels cannot take these, in one sentence; None if they can."""
     if device.type != "cuda" and not (device.type == "cpu" and IS_INTERPRETED):
         return ValueError(
-            f"impl: {impl!r} expects tensors on a CUDA device (or on the CPU, to be interpreted, "
+            "expects tensors on a CUDA device (or on the CPU, to be interpreted, "
             f"with TRITON_INTERPRET=1 in the environment), got {device}"
         )
     if not is_installed():
         return RuntimeError(
-            f"impl: {impl!r} needs Triton, which is not installed: "
-            "from a checkout: pip install '.[triton]'"
+            "needs Triton, which is not installed: from a checkout: pip install '.[triton]'"
         )
     if kept > MOST_KEPT:
-        return ValueError(f"impl: {impl!r} expects k <= {MOST_KEPT}, got {kept}")
+        return ValueError(f"expects k <= {MOST_KEPT}, got {kept}")
     if steps >= MOST_STEPS:
-        return ValueError(f"impl: {impl!r} expects fewer than {MOST_STEPS} steps, got {steps}")
+        return ValueError(f"expects fewer than {MOST_STEPS} steps, got {steps}")
     for tensor in tensors:
         if tensor is not None and tensor.dtype not in DTYPES:
-            return ValueError(f"impl: {impl!r} expects one of {DTYPES}, got {tensor.dtype}")
+            return ValueError(f"expects one of {DTYPES}, got {tensor.dtype}")
     return None
 
 

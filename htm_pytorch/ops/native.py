@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.memory import ChunkedMemory, ScoredHome, Steps
-from htm_pytorch.ops import kernels, operators
+from htm_pytorch.ops import fitting, kernels, operators
 
 BLOCK_BYTES = 16 * 2**20
 """Of the weights held at a time on the way back to the memory."""
@@ -103,6 +103,9 @@ def _pick(
     chunk_size: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
+    chunks = fitting.check_source(route, source, step_mask, chunk_size)
+    operators.check("valid", valid, (len(source), chunks), torch.bool)
+    operators.check("chunk_mask", chunk_mask, (*route.shape[:2], chunks), torch.bool)
     picked = torch.empty(*route.shape[:2], k, dtype=torch.int64)
     weights = route.new_empty(picked.shape)
     if not picked.numel():
@@ -151,6 +154,9 @@ def _pick_backward(
     to_source: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of route and source; the latter empty where it is not asked for."""
+    fitting.check_source(route, source, step_mask, chunk_size)
+    fitting.check_picks(route, picked, weights)
+    operators.check("grad", grad, picked.shape, route.dtype)
     grad_route = torch.zeros(route.shape, dtype=route.dtype)
     grad_source = torch.zeros(source.shape if to_source else (0, 0, 0), dtype=route.dtype)
     if not picked.numel():
@@ -211,6 +217,7 @@ def _attend(
     weights: Tensor,
     chunk_size: int,
 ) -> Tensor:
+    fitting.check_inside(probe, steps, step_mask, positions, picked, weights, chunk_size)
     context = kernels.by_head(probe)
     if not context.numel():
         return context
@@ -241,6 +248,8 @@ def _attend_backward(
     to_positions: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of probe, weights, steps and positions; empty where they are not asked for."""
+    fitting.check_inside(probe, steps, step_mask, positions, picked, weights, chunk_size)
+    operators.check("grad", grad, probe.shape, probe.dtype)
     exact = probe.dtype
     grad_probe = kernels.by_head(probe)
     grad_weights = torch.zeros(weights.shape, dtype=exact)
@@ -362,7 +371,7 @@ def register(
     def pick_differentiate(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
         to_source = ctx.needs_input_grad[1]
         route, source = getattr(torch.ops.htm_pytorch, f"{prefix}pick_backward")(
-            grad, *ctx.saved_tensors, ctx.chunk_size, ctx.eps, to_source
+            grad, *operators.saved(ctx), ctx.chunk_size, ctx.eps, to_source
         )
         return route, source if to_source else None, *(None,) * 6
 
@@ -370,7 +379,7 @@ def register(
         needs = ctx.needs_input_grad
         backward = getattr(torch.ops.htm_pytorch, f"{prefix}attend_backward")
         probe, weights, steps, positions = backward(
-            grad, *ctx.saved_tensors, ctx.chunk_size, needs[1], needs[3]
+            grad, *operators.saved(ctx), ctx.chunk_size, needs[1], needs[3]
         )
         return (
             probe,
@@ -389,12 +398,12 @@ def register(
 def _pick_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     route, source, _, step_mask, _, _, ctx.chunk_size, ctx.eps = inputs
     ctx.mark_non_differentiable(output[0])
-    ctx.save_for_backward(route, source, step_mask, *output)
+    operators.save(ctx, route, source, step_mask, *output)
 
 
 def _attend_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.chunk_size = inputs
-    ctx.save_for_backward(*tensors)
+    operators.save(ctx, *tensors)
 
 
 register("", _pick, _pick_backward, _attend, _attend_backward, device="CPU")

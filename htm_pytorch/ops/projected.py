@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from htm_pytorch.memory import ChunkedMemory, Steps
-from htm_pytorch.ops import kernels, operators
+from htm_pytorch.ops import fitting, kernels, operators
 from htm_pytorch.shapes import may_look_at
 
 # What a floating point operation costs inside chunks, where one in a large matrix product costs 1:
@@ -16,6 +16,16 @@ from htm_pytorch.shapes import may_look_at
 ABSORBED, PROJECTED = 1.6, 3.0
 # On a GPU: how many such operations take as long as a byte from or to its memory; see docs/math.md.
 BYTE = 160.0
+
+
+def absorb(queries: Tensor, projections: Tensor) -> Tensor:
+    """Return the probes u_h = W_k^h^T queries_h: [B, Q, H, D]."""
+    return torch.einsum("bqhe,hed->bqhd", queries, projections[0])
+
+
+def read(context: Tensor, projections: Tensor) -> Tensor:
+    """Return W_v^h context_h: [B, Q, H, E]."""
+    return torch.einsum("bqhd,hed->bqhe", context, projections[1])
 
 
 def is_cheaper(queries: Tensor, memory: ChunkedMemory | Steps, picked: Tensor) -> bool:
@@ -144,6 +154,7 @@ def _call(
     owners: int,
     scale: float,
 ) -> dict[str, Any]:
+    fitting.check_projected(queries, projected, step_mask, picked, weights, chunk_size, owners)
     sizes = kernels.sizes(picked, 1, len(projected), chunk_size)
     total = picked.shape[0] * picked.shape[1]
     return {
@@ -196,6 +207,7 @@ def _attend_backward(
     grad_queries = torch.zeros(queries.shape, dtype=queries.dtype)
     grad_projected = torch.zeros(projected.shape, dtype=queries.dtype)
     by_head = torch.zeros(queries.shape[2], *weights.shape, dtype=queries.dtype)
+    operators.check("grad", grad, queries.shape, queries.dtype)
     if grad_queries.numel() and picked.numel():
         queries, grad = kernels.evenly(queries), kernels.evenly(grad)
         projected = projected.contiguous()
@@ -239,7 +251,7 @@ def register(
     def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         backward = getattr(torch.ops.htm_pytorch, f"{prefix}attend_projected_backward")
         queries, projected, weights = backward(
-            grad, *ctx.saved_tensors, ctx.chunk_size, ctx.owners, ctx.scale
+            grad, *operators.saved(ctx), ctx.chunk_size, ctx.owners, ctx.scale
         )
         return queries, projected, None, None, weights, None, None, None
 
@@ -248,7 +260,7 @@ def register(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.chunk_size, ctx.owners, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+    operators.save(ctx, *tensors)
 
 
 register("", _attend, _attend_backward, device="CPU")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.memory import ChunkedMemory, ScoredHome
+from htm_pytorch.ops.topk import best_chunks
 
 
 class Selection(NamedTuple):
@@ -30,13 +31,11 @@ def allowed_chunks(memory: ChunkedMemory | ScoredHome, chunk_mask: Tensor | None
 def select(
     route: Tensor, memory: ChunkedMemory | ScoredHome, k: int, chunk_mask: Tensor | None
 ) -> Selection:
-    """Keep the `k` chunks whose summaries score highest with `route` [B, Q, D]."""
+    """Keep the `k` chunks with the best summaries for `route` [B, Q, D]; see `best_chunks`."""
     with torch.no_grad():
         allowed = allowed_chunks(memory, chunk_mask)
-        scores = torch.einsum("bqd,bmd->bqm", route, memory.summaries.to(route.dtype))
-        scores = scores.masked_fill(~allowed, -torch.inf)
-        chunks = scores.topk(min(k, memory.chunks), dim=-1).indices
-        kept = allowed.expand_as(scores).gather(2, chunks)
+        scores, chunks = best_chunks(route, memory.summaries.to(route.dtype), allowed, k)
+        kept = scores != -torch.inf
         return Selection(chunks.masked_fill(~kept, 0), kept)
 
 
@@ -120,7 +119,9 @@ def htm_attention(
     relevance = torch.einsum("bqf,bmf->bqm", summary_queries, summary_keys)
     relevance = relevance * summary_queries.shape[-1] ** -0.5
     allowed = allowed_chunks(memory, chunk_mask).expand_as(relevance)
-    top, chunks = relevance.masked_fill(~allowed, -torch.inf).topk(min(k, memory.chunks))
+    relevance = relevance.masked_fill(~allowed, -torch.inf)
+    top, chunks = relevance.sort(dim=-1, descending=True, stable=True)
+    top, chunks = top[..., :k], chunks[..., :k]
     mixture = masked_softmax(top, allowed.gather(2, chunks))
 
     steps = memory.contents if positions is None else memory.contents + positions

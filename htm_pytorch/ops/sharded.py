@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from htm_pytorch.memory import ChunkedMemory, ShardedMemory
-from htm_pytorch.memory.peers import HEADER, Peers
+from htm_pytorch.memory.peers import HEADER, Peers, Print
 from htm_pytorch.ops import native, reference
 
 _ROUTE, _PROBE, _POSITIONS, _MEMORY = 1, 2, 4, 8
@@ -106,8 +106,27 @@ def recall(
         ValueError: on all ranks, where their arguments differ.
         ShardError: not all ranks came in time.
     """
-    peers, local = memory.peers, memory.local
+    peers = memory.peers
     needs = _agree(route, probe, memory, k, positions, chunk_mask, with_weights)
+    with peers.exchanging():
+        return _exchange(
+            route, probe, memory, k, positions, chunk_mask, needs, with_kernel, with_weights
+        )
+
+
+def _exchange(
+    route: Tensor,
+    probe: Tensor,
+    memory: ShardedMemory,
+    k: int,
+    positions: Tensor | None,
+    chunk_mask: Tensor | None,
+    needs: int,
+    with_kernel: bool,
+    with_weights: bool,
+) -> Recalled:
+    """Do what ranks whose arguments agree do together."""
+    peers, local = memory.peers, memory.local
     dtypes = (memory.dtype, local.summaries.dtype, route.dtype)
     dtype = reduce(torch.promote_types, dtypes, torch.float32)
     route, probe = route.to(dtype), probe.to(dtype)
@@ -193,10 +212,11 @@ def _agree(
         "memory: C": memory.chunk_size,
         "memory: M": memory.chunks,
         "memory: steps appended": memory.appended,
+        "memory: what was done to it (append, reset, is_first)": memory.changes,
         "k": k,
         "route: dtype": route.dtype,
         "positions": None if positions is None else positions.dtype,
-        "chunk_mask": chunk_mask is not None,
+        "chunk_mask (a checksum)": None if chunk_mask is None else _checksum(chunk_mask),
         "torch.is_grad_enabled()": torch.is_grad_enabled(),
     }
     local = memory.local
@@ -207,7 +227,8 @@ def _agree(
         if any(tensor is not None and tensor.requires_grad for tensor in tensors):
             needs |= bit
     operation = "recall_with_weights" if with_weights else "recall"
-    answers = memory.peers.agree(operation, same, [needs, local.chunks], route.device)
+    prints = {"route": Print.of(route), "probe": Print.of(probe)}
+    answers = memory.peers.agree(operation, same, [needs, local.chunks], route.device, prints)
     for rank, (_, chunks) in enumerate(answers):
         if chunks != memory.sizes[rank]:
             raise ValueError(
@@ -217,6 +238,13 @@ def _agree(
     if not torch.is_grad_enabled():
         return 0
     return reduce(or_, (bits for bits, _ in answers))
+
+
+def _checksum(mask: Tensor) -> int:
+    """Return a number that tells a mask [B, Q, M] from others."""
+    flat = mask.flatten(0, 1)
+    down, across = (torch.arange(1, size + 1, device=mask.device) for size in flat.shape)
+    return int((flat.sum(1) * down).sum() * 65_537 + (flat.sum(0) * across).sum()) % 2**62
 
 
 def _pick(

@@ -121,18 +121,17 @@ def test_write_path_equals_a_simulation_however_the_stream_is_cut(stream: Any) -
         assert memory.step_count[row] == simulated.written
         still_open = memory.open_steps[row, : memory.open_count[row], 0].tolist()
         assert still_open == [float(step[0]) for step in simulated.open]
-    for name, part in whole._asdict().items():
-        if isinstance(part, Tensor):
-            torch.testing.assert_close(getattr(memory, name), part, rtol=1e-9, atol=1e-9, msg=name)
+    for name, part in whole._tensors().items():
+        torch.testing.assert_close(getattr(memory, name), part, rtol=1e-9, atol=1e-9, msg=name)
 
 
 def test_appending_leaves_the_old_value_alone() -> None:
     memory = ChunkedMemory.empty(2, 2, 2, 3)
     first = memory.append(torch.rand(2, 5, 3))
-    before = [part.clone() for part in first if isinstance(part, Tensor)]
+    before = {name: part.clone() for name, part in first._tensors().items()}
     first.append(torch.rand(2, 5, 3), torch.ones(2, 5, dtype=torch.bool))
-    for old, new in zip(before, (p for p in first if isinstance(p, Tensor)), strict=True):
-        assert torch.equal(old, new)
+    for name, part in first._tensors().items():
+        assert torch.equal(before[name], part), name
 
 
 def test_another_rows_reset_touches_nothing() -> None:
@@ -193,15 +192,13 @@ def test_masked_steps_have_numbers_like_others(borders: Any, spans: Any) -> None
 
 def test_steps_are_counted_on_after_a_past_that_was_given_whole() -> None:
     border = torch.tensor([[True, False, False]])
-    for memory in (
-        ChunkedMemory.from_steps(torch.rand(1, 5, 2), 3),
-        ChunkedMemory.from_chunks(
-            torch.rand(1, 2, 3, 2), torch.tensor([[[1, 1, 1], [0, 1, 1]]]) > 0
-        ),
-    ):
+    by_step = torch.tensor([[[1, 1, 1], [0, 1, 1]]]) > 0
+    steps = ChunkedMemory.from_steps(torch.rand(1, 5, 2), 3, chunks=2)
+    chunks = ChunkedMemory.from_chunks(torch.rand(1, 2, 3, 2), by_step)
+    for memory, before in ((steps, [(0, 3, 0)]), (chunks, [(0, 3, 0), (3, 2, 0)])):
         # So that what came before the border stays visible.
         memory = memory._replace(keep_across_episodes=True)
-        assert numbers_of(memory) == [(0, 3, 0), (3, 2, 0)]
+        assert numbers_of(memory) == before
         after = memory.append(torch.rand(1, 3, 2), border)
         assert numbers_of(after) == [(5, 3, 1), (3, 2, 0)]
 

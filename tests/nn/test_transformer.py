@@ -167,10 +167,13 @@ def test_recall_names_chunks_a_step_could_see() -> None:
             r"state\[0\].memory.contents: expected shape \[B = 2",
         ),
         (
-            lambda m, x: m(x, m.initial_state(2)[:1]),
-            r"state: expected a tuple of 2 .* got 1 of them",
+            lambda m, x: m(x, m.initial_state(2).layers[:1]),
+            r"state: expected a TransformerState of 2 layers, got one of 1",
         ),
-        (lambda m, x: m(x, [1, 2]), r"state: expected a tuple of 2 layers' states, got list"),
+        (
+            lambda m, x: m(x, [1, 2]),
+            r"state: expected a TransformerState of 2 layers, got list",
+        ),
         (lambda m, x: m(x, build().float().initial_state(2)), r"state\[0\].*expected dtype"),
         (lambda m, x: m(x, at=torch.tensor([[0], [5]])), r"at: expected steps 0 to 4, got 0 to 5"),
         (lambda m, x: m(x, build(window=9).initial_state(2)), r"state\[0\].keys: expected shape"),

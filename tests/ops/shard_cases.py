@@ -19,6 +19,7 @@ from tests.helpers import assert_near, memory_of, value_and_gradients
 from tests.ops.test_recall import NAMES, Problem, Sizes
 
 EXACT = 1e-10
+TIMEOUT = 2.0
 
 
 def part(whole: ChunkedMemory, group: Any, chunks: int | None = None) -> ChunkedMemory:
@@ -475,7 +476,8 @@ def saved_and_loaded(group: Any, folder: str, disk: bool) -> None:
         for held in (memory.local, again.local):
             held.close()
     # One rank's part is not there: all hear of it.
-    with pytest.raises((FileNotFoundError, ValueError), match="^(path: no file at|arguments: ref)"):
+    refused = "^(path: no part of|path: .* as when it|arguments: refused)"
+    with pytest.raises((FileNotFoundError, ValueError), match=refused):
         where = "nowhere" if group.rank() == 0 else "saved"
         ShardedMemory.load(f"{folder}/{where}", group)
 
@@ -554,7 +556,15 @@ def mismatches_are_named(group: Any) -> None:
             r"^route: dtype: .* got torch.float64 on rank 0 and torch.float32 on rank",
         ),
         "positions": ({"positions": None}, "^positions: .* got torch.float64 on rank 0 and None "),
-        "mask": ({"chunk_mask": allowed}, "^chunk_mask: .* got 0 on rank 0 and 1 on rank"),
+        "mask": (
+            {"chunk_mask": allowed},
+            r"^chunk_mask \(a checksum\): .* got None on rank 0 and \d+ on rank",
+        ),
+        "values": (
+            {"route": route + 1},
+            "^route: expected the same values on all ranks, got",
+        ),
+        "probes": ({"probe": -probe}, "^probe: expected the same values on all ranks, got others"),
         "shape": (
             {"route": route[..., :5]},
             r"^(route: expected shape|arguments: refused on rank)",
@@ -586,6 +596,127 @@ def mismatches_are_named(group: Any) -> None:
     assert_near(
         recall(**usual), recall(**(usual | {"memory": problem.memory(contents, summaries)})), EXACT
     )
+
+
+def drifting_apart_is_noticed(group: Any) -> None:
+    """What one rank does otherwise, and goes on, is an error on all at their next exchange."""
+    generator = torch.Generator().manual_seed(3)
+    steps = torch.randn(2, 23, 6, generator=generator)
+    queries = torch.randn(6, 2, 1, 6, generator=generator)
+    last = group.rank() == group.size() - 1
+    layer = HTMAttention(6, 2, 2, 4, 2).requires_grad_(False)
+    for parameter in layer.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    empty = ChunkedMemory.empty(2, 8, 4, 6)
+    begins = torch.zeros(2, 23, dtype=torch.bool)
+    begins[1, 9] = True
+    rows = torch.tensor([True, False])
+
+    def made() -> ShardedMemory:
+        return ShardedMemory(empty, group, timeout=30)
+
+    memory = made().append(steps, begins)
+    alone = ChunkedMemory.empty(2, 8 * group.size(), 4, 6).append(steps, begins)
+    # An argument that one rank refuses.
+    with pytest.raises(ValueError, match="^(q|arguments: refused on rank)"):
+        layer(queries[0].double() if last else queries[0], memory)
+    assert_near(layer(queries[1], memory), layer(queries[1], alone), 1e-5)
+    # A call that one rank leaves out, in code of its own.
+    if not last:
+        with pytest.raises(ValueError, match="expected the same values on all ranks"):
+            layer(queries[2], memory)
+    with pytest.raises(ValueError, match="expected the same values on all ranks"):
+        layer(queries[3], memory)
+    if last:
+        with pytest.raises(ValueError, match="expected the same values on all ranks"):
+            layer(queries[4], memory)
+    assert_near(layer(queries[5], memory), layer(queries[5], alone), 1e-5)
+    other = made().append(steps, begins)
+    for differently in (
+        lambda: other if last else memory,
+        lambda: made().append(steps, None if last else begins),
+        lambda: memory.reset(rows if last else ~rows),
+        lambda: memory.reset(rows) if last else memory,
+        lambda: (
+            memory.append(steps[:, :2]).append(steps[:, :1])
+            if last
+            else memory.append(steps[:, :1]).append(steps[:, :2])
+        ),
+    ):
+        with pytest.raises(ValueError, match=r"^memory( \(by|: what was done).*expected the same"):
+            layer(queries[0], differently())
+    seen = torch.ones(2, 1, memory.chunks, dtype=torch.bool)
+    seen[0, 0, 3] = not last
+    with pytest.raises(ValueError, match=r"^chunk_mask \(a checksum\): expected the same on all"):
+        layer(queries[0], memory, chunk_attn_mask=seen)
+    with pytest.raises(ValueError, match="^(local: expected a Chunked|arguments: refused on rank)"):
+        bad: Any = "nothing" if last else empty
+        ShardedMemory(bad, group)
+    # The last bits of what each computed may differ.
+    rounded = queries[0] * (1 + 1e-6 * group.rank())
+    assert_near(layer(rounded, memory), layer(queries[0], alone), 1e-4)
+
+
+def an_error_between_exchanges(group: Any) -> None:
+    """All later calls say that ranks are at different places, or end in time."""
+    generator = torch.Generator().manual_seed(3)
+    shelf = ChunkedMemory.from_steps(torch.randn(2, 16, 6, generator=generator), 4)
+    kept = Kept(shelf)
+    memory = ShardedMemory(kept, group, timeout=TIMEOUT)
+    route = torch.randn(2, 1, 6, generator=generator)
+    last = group.rank() == group.size() - 1
+    if last:
+
+        def fails(chunks: Tensor) -> ChunkedMemory:
+            raise OSError("a disk that fails")
+
+        kept.fetch = fails
+    with pytest.raises(OSError if last else ShardError):
+        recall(route, route[:, :, None], memory, 2)
+    with pytest.raises(ShardError, match="at different places since an earlier error"):
+        recall(route, route[:, :, None], memory, 2)
+
+
+def parts_of_different_moments(group: Any, folder: str) -> None:
+    steps = torch.randn(1, 48, 6, generator=torch.Generator().manual_seed(9))
+    last = group.rank() == group.size() - 1
+    memory = ShardedMemory(ChunkedMemory.empty(1, 8, 4, 6), group).append(steps[:, :20])
+    if last:
+        memory.save(f"{folder}/saved")
+    memory = memory.append(steps[:, 20:])
+    if not last:
+        memory.save(f"{folder}/saved")
+    with pytest.raises(ValueError, match="^path: steps appended: expected the same on all ranks"):
+        ShardedMemory.load(f"{folder}/saved", group)
+
+
+def loaded_by_others(group: Any, folder: str, ranks: int) -> None:
+    """The first `ranks` of them have saved it, by `saved_by_some`."""
+    steps = torch.randn(2, 60, 6, generator=torch.Generator().manual_seed(9))
+    queries = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(8))
+    alone = ChunkedMemory.empty(2, 4 * ranks, 4, 6).append(steps)
+    memory = ShardedMemory.load(folder, group).append(steps[:, 45:])
+    assert_near(
+        recall(queries, queries[:, :, None], memory, 3),
+        recall(queries, queries[:, :, None], alone, 3),
+        1e-5,
+    )
+
+
+def saved_by_some(group: Any, folder: str) -> None:
+    steps = torch.randn(2, 60, 6, generator=torch.Generator().manual_seed(9))
+    ShardedMemory(ChunkedMemory.empty(2, 4, 4, 6), group).append(steps[:, :45]).save(folder)
+
+
+def parts_that_moved_on(group: Any, folder: str) -> None:
+    steps = torch.randn(1, 64, 6, generator=torch.Generator().manual_seed(9))
+    place = f"{folder}/{group.size()}-{group.rank()}"
+    with open_memory(place, dim=6, chunk_size=4, sync=False) as local:
+        ShardedMemory(local, group).append(steps).save(f"{folder}/saved")
+    again = ShardedMemory.load(f"{folder}/saved", group)
+    again.append(steps).local.close()  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="as when it was saved|^arguments: refused"):
+        ShardedMemory.load(f"{folder}/saved", group)
 
 
 def a_rank_is_lost(group: Any, how: str, timeout: float) -> tuple[float, str]:

@@ -483,7 +483,7 @@ class TestCompiled:
             filled[~valid] = filling
             filled.requires_grad_()
             summaries = filled.detach().mean(2)
-            memory = ChunkedMemory.from_chunks(filled, valid, summaries=summaries)
+            memory = ChunkedMemory.from_chunks(filled, valid, summaries=summaries, copy=False)
             value = function(queries, memory)
             loss = value.square().sum()
             results.append([value, *torch.autograd.grad(loss, [filled, *parameters])])

@@ -16,7 +16,7 @@ from htm_pytorch.memory import ShardedMemory, ShardError
 from htm_pytorch.ops import kernels
 from htm_pytorch.ops.sharded import choose, order
 from tests.ops import shard_cases
-from tests.ops.shard_cases import Writing
+from tests.ops.shard_cases import TIMEOUT, Writing
 from tests.ops.test_recall import Sizes
 from tests.shard_world import World
 
@@ -25,7 +25,6 @@ pytestmark = pytest.mark.skipif(
 )
 GROUPS = {"two": [0, 1], "three": [0, 1, 2], "four": [0, 1, 2, 3]}
 IMPLS = ["reference", *(["native"] if kernels.IS_AVAILABLE else [])]
-TIMEOUT = 2.0
 
 every_group = pytest.mark.parametrize("group", GROUPS)
 
@@ -202,11 +201,37 @@ def test_mismatched_arguments_are_named_on_all_ranks(world: World, group: str) -
     world.run(shard_cases.mismatches_are_named, group)
 
 
+@every_group
+def test_ranks_that_drift_apart_hear_of_it(world: World, group: str) -> None:
+    world.run(shard_cases.drifting_apart_is_noticed, group)
+
+
+@every_group
+def test_parts_of_different_moments_are_refused(world: World, group: str, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors", reason="the extra `files` is not installed")
+    world.run(shard_cases.parts_of_different_moments, group, str(tmp_path))
+
+
+def test_parts_on_disk_that_moved_on_are_refused(world: World, tmp_path: Path) -> None:
+    pytest.importorskip("lance", reason="the extra `store` is not installed")
+    world.run(shard_cases.parts_that_moved_on, "two", str(tmp_path))
+
+
+@every_group
+@pytest.mark.parametrize("others", GROUPS)
+def test_another_number_of_ranks_loads(
+    world: World, group: str, others: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("safetensors", reason="the extra `files` is not installed")
+    world.run(shard_cases.saved_by_some, group, str(tmp_path))
+    world.run(shard_cases.loaded_by_others, others, str(tmp_path), len(GROUPS[group]))
+
+
 @pytest.fixture
 def losing(tmp_path: Any) -> Iterator[World]:
     # Groups of their own, since each is of no use once a rank is lost.
     every = [0, 1, 2]
-    world = World(3, tmp_path, {"backward": every, "hangs": every, "dies": every})
+    world = World(3, tmp_path, dict.fromkeys(["backward", "fails", "hangs", "dies"], every))
     yield world
     *survivors, killed = world.close()
     assert survivors == [0, 0]
@@ -217,6 +242,7 @@ def test_a_lost_rank_ends_in_an_error_in_time(losing: World) -> None:
     errors = losing.run(shard_cases.a_rank_does_not_go_back, "backward", TIMEOUT)
     for rank, error in enumerate(errors[:2]):
         assert error.startswith(f"all_reduce of gradients: rank {rank} of 3 did not"), error
+    losing.run(shard_cases.an_error_between_exchanges, "fails")
     for how in ("hangs", "dies"):
         for rank, (seconds, error) in enumerate(
             losing.run(shard_cases.a_rank_is_lost, how, how, TIMEOUT)[:2]

@@ -15,7 +15,8 @@ import torch
 
 import htm_pytorch
 from htm_pytorch import ChunkedMemory, recall
-from htm_pytorch.ops import attention, fused_triton
+from htm_pytorch.ops import engines, fused_triton
+from htm_pytorch.ops.call import Call
 from tests import conftest
 
 ROOT = Path(htm_pytorch.__file__).parents[1]
@@ -53,10 +54,10 @@ def test_named_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
 class TestAuto:
     @staticmethod
     def takes_triton(dtype: torch.dtype = torch.float32) -> bool:
-        route, _, memory, _ = arguments(dtype)
+        _, _, memory, _ = arguments(dtype)
         on_gpu: Any = SimpleNamespace(device=CUDA, dtype=dtype)
-        del route
-        return attention._uses_triton("auto", on_gpu, memory, 2, None)
+        call = Call.of(on_gpu, memory, 2, None, None, "auto")
+        return engines.choose("auto", call) is engines.TRITON
 
     def test_not_on_a_device_that_it_was_not_tested_on(
         self, monkeypatch: pytest.MonkeyPatch

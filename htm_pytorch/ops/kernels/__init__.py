@@ -35,6 +35,13 @@ MISSING = (
 """What is wrong if it is not."""
 
 
+def refusal(device: torch.device) -> Exception | None:
+    """Return why the kernel cannot take what lies on a device; None if it can."""
+    if device.type != "cpu":
+        return ValueError(f"expects tensors on the CPU, got {device}")
+    return None if IS_AVAILABLE else RuntimeError(f"has {MISSING}; use impl='auto'")
+
+
 @functools.cache
 def load() -> ctypes.CDLL:
     """Load the kernel.
@@ -101,12 +108,19 @@ _NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "f16",
 }
+STORED = {
+    torch.float32: (torch.float32, torch.bfloat16, torch.float16),
+    torch.float64: (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+}
+"""What steps and summaries may be stored in, for sums in a dtype."""
+_NO_MEMORY, _NO_SUCH_CHUNK = 1, 2
 
 
 def run(name: str, exact: Tensor, stored: Tensor | None, arguments: dict[str, Any]) -> None:
     """Call a function of the kernel for sums in the dtype of `exact` over what is `stored`.
 
-    Tensors among the arguments are passed by their addresses and must outlive the call.
+    Tensors among the arguments are passed by their addresses and must outlive the call; that they
+    fit each other is checked before, but for the numbers of chunks, at which the kernel looks.
     """
     library = load()
     function = f"{name}_{_NAMES[exact.dtype]}"
@@ -116,8 +130,14 @@ def run(name: str, exact: Tensor, stored: Tensor | None, arguments: dict[str, An
     for key, value in arguments.items():
         setattr(call, key, value.data_ptr() if isinstance(value, Tensor) else value)
     getattr(library, function)(ctypes.byref(call))
-    if call.failed:
+    if call.failed == _NO_MEMORY:
         raise MemoryError(f"{function}: not enough memory for scratch")
+    if call.failed == _NO_SUCH_CHUNK:
+        picked = arguments["picked"]
+        raise ValueError(
+            f"picked: expected numbers of chunks, from 0 to {call.chunks - 1}, or -1, "
+            f"got {int(picked.min())} to {int(picked.max())}"
+        )
 
 
 def scratch_peak(reset: bool = False) -> int:

@@ -66,6 +66,7 @@ Ahead look_ahead(const Call& call, int64_t pair, int64_t passes) {
 
 template <class T, class S>
 void attend(Call& call) {
+    if (!picks_exist(call)) return;
     const int64_t C = call.chunk_size, W = call.width, H = call.heads, k = call.k;
     const int64_t stride = padded(C);
     parallel(call, call.batch * call.queries, [&](int64_t begin, int64_t end) {
@@ -110,6 +111,7 @@ void attend(Call& call) {
 
 template <class T, class S>
 void attend_backward(Call& call) {
+    if (!picks_exist(call)) return;
     const int64_t C = call.chunk_size, W = call.width, H = call.heads, k = call.k;
     const int64_t stride = padded(C), tile = H * stride;
     parallel(call, call.last - call.first, [&](int64_t begin, int64_t end) {

@@ -68,11 +68,13 @@ struct Call {
     int64_t values_by;
     int64_t owners;  // rows of the batch that share no chunk: B, or 1
     double scale;    // of the queries
-    int32_t failed;  // set when memory ran out
+    int32_t failed;  // set to kNoMemory or kNoSuchChunk
 };
 }
 
 namespace {
+
+constexpr int32_t kNoMemory = 1, kNoSuchChunk = 2;
 
 // A row of logits has room for whole vectors and for whole tiles of `products`.
 int64_t padded(int64_t count) {
@@ -107,7 +109,16 @@ struct Scratch {
 template <class... X>
 bool got(Call& call, const Scratch<X>&... all) {
     const bool ok = (... && (all.at != nullptr));
-    if (!ok) call.failed = 1;
+    if (!ok) call.failed = kNoMemory;
+    return ok;
+}
+
+// Whether every pick is a chunk, or -1; if not, the caller is told.
+bool picks_exist(Call& call) {
+    const int64_t count = call.batch * call.queries * call.k;
+    bool ok = true;
+    for (int64_t i = 0; i < count; ++i) ok &= -1 <= call.picked[i] && call.picked[i] < call.chunks;
+    if (!ok) call.failed = kNoSuchChunk;
     return ok;
 }
 

@@ -207,6 +207,7 @@ void pick(Call& call) {
 // grad_route[x] = sum_j d_j s_j, with d the gradient of the scores.
 template <class T, class S>
 void pick_backward(Call& call) {
+    if (!picks_exist(call)) return;
     const int64_t k = call.k, dim = call.dim;
     auto* grad_scores = static_cast<T*>(call.grad_scores);
     parallel(call, call.batch * call.queries, [&](int64_t begin, int64_t end) {

@@ -109,6 +109,7 @@ struct Near {
 
 template <class T, class S>
 void attend_projected(Call& call) {
+    if (!picks_exist(call)) return;
     const int64_t W = call.width, stride = padded(call.chunk_size);
     const int64_t reach = call.queries < kReach ? call.queries : kReach;
     Pairs all(call);
@@ -158,6 +159,7 @@ void attend_projected(Call& call) {
 
 template <class T, class S>
 void attend_projected_backward(Call& call) {
+    if (!picks_exist(call)) return;
     const int64_t C = call.chunk_size, W = call.width, stride = padded(C);
     const int64_t reach = call.queries < kReach ? call.queries : kReach;
     const T scale = static_cast<T>(call.scale);

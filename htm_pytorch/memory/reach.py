@@ -1,0 +1,85 @@
+"""`Reach`: which chunks each step of a call can recall, as two numbers a chunk."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from htm_pytorch.memory.plan import Plan
+from htm_pytorch.memory.ring import Slots
+
+
+class Reach(NamedTuple):
+    """The chunks that any step of a call could recall: those held before it, then the new ones."""
+
+    slots: Slots
+    """The chunks, M' a row."""
+    valid: Tensor
+    """[B, M'] bool, those that there are."""
+    held: int
+    """How many of the M' are slots of the ring."""
+    times: tuple[Tensor, Tensor] | None
+    """[B, M'] each, the first step that sees a chunk, and the first after it that no longer does;
+    None: all steps see all valid chunks."""
+
+    def visible(self, time: Tensor) -> Tensor:
+        """Return which chunks the steps `time` [B, P] see, [B, P, M'] bool."""
+        if self.times is None:
+            return self.valid[:, None].expand(-1, time.shape[1], -1)
+        since, until = self.times
+        time = time[..., None]
+        return (since[:, None] <= time) & (time < until[:, None])
+
+    def within(self, first: int, last: int) -> slice:
+        """Return the range of the chunks that any of the steps from `first` to `last` sees."""
+        if self.times is None:
+            return slice(0, self.valid.shape[1])
+        since, until = self.times
+        numbers = ((since <= last) & (until > first)).any(0).nonzero()[:, 0].tolist()
+        return slice(numbers[0], numbers[-1] + 1) if numbers else slice(0, 0)
+
+
+def reach(
+    slots: Slots, valid: Tensor, next_slot: Tensor, chunks: int, plan: Plan | None, *, keep: bool
+) -> Reach:
+    """Return what the steps of a plan can recall.
+
+    `slots` and `valid` are of a ring of `chunks`, without slots at its end that hold nothing.
+    Without a plan nothing closes and no episode begins.
+    """
+    held = valid.shape[1]
+    if plan is None or (not plan.readable and plan.is_first is None):
+        return Reach(slots, valid, held, None)
+    length, most = plan.last_first.shape[1], plan.end.shape[1]
+    if length == 1 and not plan.readable:
+        begins = plan.is_first
+        return Reach(slots, valid if keep or begins is None else valid & ~begins, held, None)
+    never = length + 1
+    ages = (torch.arange(held, device=valid.device) - next_slot[:, None]) % max(chunks, 1)
+    # By rank among the chunks that close: when a slot of that age, or a chunk so much older, goes.
+    ends = plan.end + 1
+    until = torch.full_like(ages, never)
+    if most:
+        until = ends.gather(1, ages.clamp(max=most - 1)).where(ages < most, until)
+    borders = None if keep or plan.is_first is None else plan.next_first()
+    if borders is not None:
+        until = until.minimum(borders[:, :1])
+    until = until.masked_fill(~valid, 0)
+    since = torch.zeros_like(ages)
+    new = plan.readable
+    if not new:
+        return Reach(slots, valid, held, (since, until))
+    closed = plan.close().map(lambda part: part[:, :new])
+    closed = closed._replace(summaries=closed.summaries.to(slots.summaries.dtype))
+    born = ends[:, :new]
+    gone = ends[:, chunks : chunks + new]
+    gone = torch.nn.functional.pad(gone, (0, new - gone.shape[1]), value=never)
+    if borders is not None:
+        gone = gone.minimum(borders.gather(1, born.clamp(max=length)))
+    exists = torch.arange(new, device=valid.device) < plan.closings[:, None]
+    return Reach(
+        slots.beside(closed, lambda old, new: torch.cat([old, new], 1)),
+        torch.cat([valid, exists], 1),
+        held,
+        (torch.cat([since, born], 1), torch.cat([until, gone], 1)),
+    )

@@ -1,0 +1,173 @@
+"""`Ring`: the closed chunks of a memory, and how they are written, with and without a copy."""
+
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from htm_pytorch.shapes import is_transformed
+
+
+class Slots(NamedTuple):
+    """What M slots hold; or X chunks that are written to some of them."""
+
+    contents: Tensor  # [B, M, C, D]
+    summaries: Tensor  # [B, M, D]
+    step_mask: Tensor | None  # [B, M, C]
+    first_steps: Tensor  # [B, M]
+    episodes: Tensor  # [B, M]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Slots":
+        """Return what `function` makes of each part that there is."""
+        return Slots(*(None if part is None else function(part) for part in self))  # pyright: ignore[reportArgumentType]
+
+    def beside(self, others: "Slots", function: Callable[[Tensor, Tensor], Tensor]) -> "Slots":
+        """Return what `function` makes of each part and that of the others."""
+        pairs = zip(self, others, strict=True)
+        made = (None if a is None or b is None else function(a, b) for a, b in pairs)
+        return Slots(*made)  # pyright: ignore[reportArgumentType]
+
+
+def copied(part: Tensor) -> Tensor:
+    """Return a copy that shares nothing, laid out plainly."""
+    return part.clone(memory_format=torch.contiguous_format)
+
+
+class Ring:
+    """The slots of closed chunks: a value, though writing costs what is written, not what is held.
+
+    Chunks are written where they lie. What they replace is kept by the ring as it was before,
+    which puts it back, in a copy, if it is read again; it is gone with the last memory that could.
+    All is copied instead where others may hold the tensors, since they gave or got them, and where
+    gradients flow.
+    """
+
+    def __init__(self, slots: Slots, used: int | None = None, *, is_own: bool = False):
+        self._slots: Slots | None = slots
+        self.used = used
+        """Slots from this one on were never written; None: nobody knows of any."""
+        self._is_own = is_own
+        self._head: Slots | None = None
+        self._newer: tuple[Ring, Tensor, Slots] | None = None
+        self._oldest: weakref.ref[Ring] | None = None
+        self._replaced = 0
+
+    def read(self) -> Slots:
+        """Return what the slots hold, for one who keeps no part of it."""
+        if self._slots is None:
+            self._restore()
+            assert self._slots is not None
+        return self._slots
+
+    def head(self, count: int | None) -> Slots:
+        """Return what the first `count` slots hold, or all, for one who keeps no part of it."""
+        slots = self.read()
+        if count is None:
+            return slots
+        if self._head is None or self._head.contents.shape[1] != count:
+            self._head = slots.map(lambda part: part[:, :count])
+        return self._head
+
+    def share(self) -> Slots:
+        """Return what the slots hold, for anybody; whoever writes next has to copy it."""
+        slots = self.read()
+        if not torch.compiler.is_compiling():
+            self._is_own = False
+        return slots
+
+    def write(self, at: Tensor, is_new: Tensor, chunks: Slots) -> "Ring":
+        """Return the ring with `chunks` [B, X, ...] at the slots `at` [B, X] where `is_new`.
+
+        The slots of a row differ.
+        """
+        held = self.read()
+        chunks = chunks.beside(held, _like)
+        if not self._may_write(held, chunks) or self._is_held_too_long(at.shape[1]):
+            return self._copy(held, at, is_new, chunks)
+        total, used = held.contents.shape[1], self.used
+        rows = torch.arange(len(at), device=at.device)[:, None]
+        places = (rows * total + at).flatten()
+        new = chunks.map(lambda part: part.flatten(0, 1))
+        if at.device.type == "cpu":
+            chosen = is_new.flatten().nonzero()[:, 0]
+            places, new = places[chosen], new.map(lambda part: part[chosen])
+        replaced = held.map(lambda part: part.flatten(0, 1).index_select(0, places))
+        if at.device.type == "cpu":
+            used = None if used is None else max(used, _largest(places % total) + 1)
+        else:
+            # Nobody waits to see which are new: the others are written as they were.
+            new = new.beside(replaced, lambda part, old: _choose(is_new.flatten(), part, old))
+            used = None
+        _put(held, places, new)
+        newer = Ring(held, used, is_own=True)
+        newer._oldest, newer._replaced = self._oldest, self._replaced + at.shape[1]
+        self._slots, self._head, self._newer = None, None, (newer, places, replaced)
+        return newer
+
+    def _copy(self, held: Slots, at: Tensor, is_new: Tensor, chunks: Slots) -> "Ring":
+        compiling = torch.compiler.is_compiling()
+
+        def put(old: Tensor, new: Tensor) -> Tensor:
+            index = at.view(*at.shape, *(1,) * (old.ndim - 2)).expand(-1, -1, *old.shape[2:])
+            return old.scatter(1, index, _choose(is_new, new, old.gather(1, index)))
+
+        used = None if compiling or is_transformed() else self.used
+        if used is not None:
+            looks = at.device.type == "cpu"
+            used = max(used, _largest(at.masked_fill(~is_new, -1)) + 1) if looks else None
+        return Ring(held.beside(chunks, put), used, is_own=not compiling)
+
+    def _may_write(self, held: Slots, chunks: Slots) -> bool:
+        if torch.compiler.is_compiling() or is_transformed() or not self._is_own:
+            return False
+        if held.contents.is_inference() and not torch.is_inference_mode_enabled():
+            return False
+        parts = (held.contents, held.summaries, chunks.contents, chunks.summaries)
+        if any(part.requires_grad for part in parts):
+            return False
+        return all(part is None or part.is_contiguous() for part in held)
+
+    def _is_held_too_long(self, more: int) -> bool:
+        """Whether somebody holds a ring so old that what was replaced since fills another."""
+        if self._slots is None:
+            return False
+        if self._oldest is None or self._replaced + more > self._slots.contents.shape[1]:
+            if self._oldest is not None and self._oldest() is not None:
+                return True
+            self._oldest, self._replaced = weakref.ref[Ring](self), 0
+        return False
+
+    def _restore(self) -> None:
+        replaced: list[tuple[Tensor, Slots]] = []
+        ring: Ring = self
+        while ring._newer is not None:
+            ring, places, before = ring._newer
+            replaced.append((places, before))
+        assert ring._slots is not None
+        with torch.no_grad(), torch.inference_mode(False):
+            slots = ring._slots.map(copied)
+            for places, before in reversed(replaced):
+                _put(slots, places, before)
+        self._slots, self._newer, self._is_own = slots, None, True
+        self._oldest, self._replaced = None, 0
+
+
+def _put(slots: Slots, places: Tensor, chunks: Slots) -> None:
+    """Write `chunks` [X, ...] at the `places` [X] among the slots of all rows."""
+    for part, new in zip(slots, chunks, strict=True):
+        if part is not None and new is not None:
+            part.flatten(0, 1).index_copy_(0, places, new)
+
+
+def _like(new: Tensor, old: Tensor) -> Tensor:
+    return new if new.dtype == old.dtype else new.to(old.dtype)
+
+
+def _choose(is_new: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return new.where(is_new.view(*is_new.shape, *(1,) * (new.ndim - is_new.ndim)), old)
+
+
+def _largest(slots: Tensor) -> int:
+    return int(slots.max()) if slots.numel() else -1

@@ -1,0 +1,88 @@
+"""A projection as an affine map, for whoever applies it on the side of the queries."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from htm_pytorch.shapes import may_look_at
+
+SLACK = 4.0
+"""How many times what rounding explains a map may miss being affine."""
+
+
+class Affine(NamedTuple):
+    """x -> weight x + bias."""
+
+    weight: Tensor
+    """[F, D]."""
+    bias: Tensor | None
+    """[F]; None where there is none."""
+
+
+def weight_of(module: nn.Module) -> Tensor | None:
+    """Return the weight [F, D] of a Linear or what took its place; None if it is not at hand.
+
+    It may be packed, in the bits of another dtype, or in parts on many devices.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return None
+    is_usual = type(weight) is nn.Parameter or not is_traceable_wrapper_subclass(weight)
+    return weight if is_usual else None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it computes what an `nn.Linear` does, and nobody listens."""
+    is_hooked = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+    is_own = "forward" in module.__dict__ or type(module).forward is not nn.Linear.forward
+    return not (is_hooked or is_own)
+
+
+def affine_of(name: str, module: nn.Module, sizes: tuple[int, int], like: Tensor) -> Affine:
+    """Return the map from D to F numbers that `module` is.
+
+    A Linear has it as its parameters, parametrized or not. Whatever else stands in the place of
+    one (an adapter, a quantised Linear), and a Linear that hooks change (pruning, FSDP), is called,
+    as it would be with steps: an affine map is known by where it takes zero and the unit vectors.
+
+    Args:
+        name: of the module, for errors.
+        module: what projects.
+        sizes: D and F.
+        like: of the dtype and on the device of the steps.
+
+    Raises:
+        ValueError: it is no such map.
+    """
+    if _is_plain(module) and (held := weight_of(module)) is not None:
+        bias = module.bias
+        return Affine(held, bias if isinstance(bias, Tensor) else None)
+    width, features = sizes
+    # Zero, the sum of the unit vectors, and these.
+    units = torch.eye(width, dtype=like.dtype, device=like.device)
+    points = torch.cat([like.new_zeros(1, width), like.new_ones(1, width), units])
+    reached = module(points)
+    if not isinstance(reached, Tensor) or reached.shape != (width + 2, features):
+        got = list(reached.shape) if isinstance(reached, Tensor) else type(reached).__name__
+        raise ValueError(
+            f"{name}: expected a module that takes [B, D = {width}] to [B, {features}], got "
+            f"{type(module).__name__}, which made {got} of {list(points.shape)}"
+        )
+    bias, weight = reached[0], (reached[2:] - reached[0]).mT
+    if may_look_at(reached):
+        slack = SLACK * width * torch.finfo(reached.dtype).eps * reached.abs().sum(0)
+        if ((reached[1] - bias - weight.sum(1)).abs() > slack).any():
+            raise ValueError(
+                f"{name}: expected a module that is linear but for a bias, since it is applied on "
+                f"the side of the queries, got {type(module).__name__}, in which something else is "
+                "at work, as an activation or dropout would be: leave that out, or merge the "
+                "module into an nn.Linear"
+            )
+    return Affine(weight, bias)

@@ -1,0 +1,93 @@
+"""`Layer`: of an `HTMTransformer`; the recent past, then the far past, then an MLP."""
+
+import torch
+from torch import Tensor, nn
+
+from htm_pytorch.memory import ChunkedMemory
+from htm_pytorch.memory.writing import Reached
+from htm_pytorch.nn.attention import HTMBlock
+from htm_pytorch.nn.state import LayerState
+from htm_pytorch.ops import Recall
+from htm_pytorch.shapes import is_transformed
+
+MASK_BYTES = 32 * 2**20
+"""Of the mask of steps by chunks that is made at a time."""
+
+
+class Layer(nn.Module):
+    """Local attention, `HTMBlock` on the layer's own memory, and an MLP, all with skips."""
+
+    def __init__(self, mem_chunks: int, htm: HTMBlock, local: nn.Module, dim_hidden: int):
+        super().__init__()
+        self.mem_chunks = mem_chunks
+        self.local = local
+        self.htm = htm
+        dim = htm.attn.dim
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(dim), nn.Linear(dim, dim_hidden), nn.GELU(), nn.Linear(dim_hidden, dim)
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LayerState,
+        is_first: Tensor | None,
+        lengths: Tensor | None,
+        at: Tensor | None,
+        return_recall: bool,
+    ) -> tuple[Tensor, LayerState, Recall | None]:
+        """Return the outputs, the state after the steps and, if asked for, what they recalled.
+
+        Args:
+            x: [B, T, D].
+            state: of this layer.
+            is_first: [B, T] bool, where episodes begin.
+            lengths: [B] int64, how many of the T steps there are; None: all.
+            at: [B, P] int64, the steps whose outputs are asked for; None: all.
+            return_recall: whether what was recalled is asked for.
+        """
+        attended, window = self.local(x, state, is_first, lengths)
+        x = x + attended
+        flows = not self.htm.attn.detach_memories
+        steps = x if flows or not x.requires_grad else x.detach()
+        if steps.dtype != state.memory.dtype:
+            steps = steps.to(state.memory.dtype)
+        reached = state.memory.reach(steps, is_first, lengths)
+        if at is not None:
+            x = x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))
+        elif reached.reach.times is not None or return_recall:
+            at = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+        recall = None
+        if at is None:
+            x = self.htm(x, reached.read)
+        elif return_recall:
+            visible = reached.reach.visible(at)
+            x, recall = self.htm(x, reached.read, chunk_attn_mask=visible, return_recall=True)
+            # Of the ring's slots those that were never written were left out.
+            left_out = state.memory.chunks - reached.reach.held
+            is_new = recall.chunks >= reached.reach.held
+            recall = recall._replace(chunks=recall.chunks + left_out * is_new)
+        else:
+            x = self._recalled(x, reached, at)
+        return x + self.mlp(x), LayerState(reached.after().detach(), *window), recall
+
+    def _recalled(self, x: Tensor, reached: Reached[ChunkedMemory], time: Tensor) -> Tensor:
+        """Return x with what the steps `time` [B, P] recalled, a few at a time if they are many.
+
+        So the mask of steps by chunks, and what is made of it, do not grow with their product.
+        """
+        if reached.reach.times is None:
+            return self.htm(x, reached.read)
+        batch, chunks = reached.reach.valid.shape
+        whole = batch * time.shape[1] * chunks <= MASK_BYTES
+        if whole or torch.compiler.is_compiling() or is_transformed():
+            return self.htm(x, reached.read, chunk_attn_mask=reached.reach.visible(time))
+        # In so many steps at most as many chunks close as the ring holds.
+        room = self.mem_chunks
+        block = MASK_BYTES // (batch * (2 * room + 1))
+        block = max(1, min(block, room * reached.read.chunk_size))
+        parts: list[Tensor] = []
+        for some, when in zip(x.split(block, 1), time.split(block, 1), strict=True):
+            read, visible = reached.seen(when)
+            parts.append(self.htm(some, read, chunk_attn_mask=visible))
+        return torch.cat(parts, 1)
