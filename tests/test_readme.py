@@ -25,7 +25,7 @@ def test_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_blocks_and_the_shapes_in_their_comments_are_found() -> None:
-    assert len(BLOCKS) == README.count("```python") == 8
+    assert len(BLOCKS) == README.count("```python") == 9
     assert sum(len(SHAPE.findall(block)) for block in BLOCKS) == 5
 
 

@@ -71,8 +71,9 @@ class Interrupt:
     def _places(self, code: CodeType) -> set[int]:
         if code not in self._may:
             found = list(dis.get_instructions(code))
+            # Behind a jump is where it leads.
             self._may[code] = {
-                after.offset
+                at.argval if at.opname == "JUMP_BACKWARD" else after.offset
                 for at, after in zip(found, found[1:], strict=False)
                 if at.opname in CHECKS
             }
