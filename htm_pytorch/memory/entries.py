@@ -136,7 +136,7 @@ def check_finite(closed: Chunks, opened: Open, batch: Batch, head: Head) -> None
     # A mean is finite only if all its steps are; so the few numbers tell of all.
     if _is_finite(closed.summaries):
         # Of an open chunk only what is new: the steps before were looked at when they came.
-        if _is_finite(head.form.decode(batch.stored[-max(len(opened.stored), 1) :])):
+        if _is_finite(head.form.decode(batch.stored[-max(opened.stored.shape[0], 1) :])):
             return
         wrong = opened.first_step
     else:

@@ -495,7 +495,7 @@ def _put(
 def _identity(path: Path) -> tuple[int, int] | None:
     """Return what tells a file from others that have or had its name; None where there is none."""
     try:
-        found = path.stat()
+        found = os.stat(path)
     except FileNotFoundError:
         return None
     return found.st_dev, found.st_ino

@@ -104,7 +104,7 @@ class Chunks(NamedTuple):
     @property
     def length(self) -> int:
         """M."""
-        return len(self.counts)
+        return self.counts.shape[0]
 
     @property
     def columns(self) -> tuple[Tensor, ...]:

@@ -65,7 +65,7 @@ class Batch(NamedTuple):
     def record(self) -> Record:
         """Return what the log keeps of it."""
         times, keys = self.times, self.keys or ()
-        first, last = (float(times[0]), float(times[-1])) if len(times) else (0.0, 0.0)
+        first, last = (float(times[0]), float(times[-1])) if times.shape[0] else (0.0, 0.0)
         # Times never fall, and those that are not known come first.
         if first == last or last != last:
             times = times[:1] if last == last else times[:0]
@@ -94,11 +94,11 @@ class Open(NamedTuple):
     @property
     def next_step(self) -> int:
         """The number of the step to come."""
-        return self.first_step + len(self.stored)
+        return self.first_step + self.stored.shape[0]
 
     def records(self) -> list[Record]:
         """Return what the log keeps of it."""
-        if not len(self.stored):
+        if not self.stored.shape[0]:
             return []
         return [
             Batch(self.stored, self.times, self.keys, self.first_step, self.episode, ()).record()
@@ -108,7 +108,7 @@ class Open(NamedTuple):
         """Return the open chunk, closed early, and the chunk that is open then."""
         at = self.next_step, self.episode
         nothing = Batch(self.stored[:0], self.times[:0], None, *at, ())
-        return self.close(nothing, form, closes=len(self.stored) > 0)
+        return self.close(nothing, form, closes=self.stored.shape[0] > 0)
 
     def close(self, batch: Batch, form: Format, closes: bool = False) -> tuple[Chunks, "Open"]:
         """Return the chunks that more steps close, and the chunk that is open then.
@@ -116,22 +116,22 @@ class Open(NamedTuple):
         Where an episode begins, the chunk before it closes early; `closes` says that the last one
         does, too.
         """
-        size, held = form.chunk_size, len(self.stored)
+        size, held = form.chunk_size, self.stored.shape[0]
         is_plain = not batch.borders or (not held and batch.borders == (0,))
-        if is_plain and not closes and held + len(batch.stored) < size:
+        if is_plain and not closes and held + batch.stored.shape[0] < size:
             return Chunks.none(form), self._longer(batch)
         sequence = torch.cat([self.stored, batch.stored]) if held else batch.stored
         times = torch.cat([self.times, batch.times]) if held else batch.times
         keys = None
         if self.keys is not None or batch.keys is not None:
-            keys = (self.keys or (None,) * held) + (batch.keys or (None,) * len(batch.stored))
+            keys = (self.keys or (None,) * held) + (batch.keys or (None,) * batch.stored.shape[0])
         episode = self.episode if held else batch.episode
         begins = [0, *(held + border for border in batch.borders if held + border)]
         ends: list[Tensor] = []
         counts: list[Tensor] = []
         episodes: list[Tensor] = []
         rest = 0
-        pairs = zip(begins, [*begins[1:], len(sequence)], strict=True)
+        pairs = zip(begins, [*begins[1:], sequence.shape[0]], strict=True)
         for number, (start, end) in enumerate(pairs):
             rest = (end - start) % size if number == len(begins) - 1 and not closes else 0
             whole = torch.arange(start, end - rest, size, device=CPU) + size
@@ -140,7 +140,7 @@ class Open(NamedTuple):
             episodes.append(torch.full_like(whole, episode + number))
         last, count, of_episode = torch.cat(ends), torch.cat(counts), torch.cat(episodes)
         if (count == size).all():
-            chunks = sequence[: len(sequence) - rest].view(len(last), size, form.step_bytes)
+            chunks = sequence[: sequence.shape[0] - rest].view(len(last), size, form.step_bytes)
         else:
             index = last[:, None] - size + torch.arange(size, device=CPU)
             chunks = sequence[index.clamp(min=0)]
@@ -157,7 +157,7 @@ class Open(NamedTuple):
                 if has_key or marked[number]:
                     marked[number] = True
                     marks[number] = Marks(tuple(times[start:end].tolist()), some if has_key else ())
-        start = len(sequence) - rest
+        start = sequence.shape[0] - rest
         opened = Open(
             # Copies, so that it does not hold on to the whole sequence.
             sequence[start:].clone(),
@@ -180,13 +180,13 @@ class Open(NamedTuple):
 
     def _longer(self, batch: Batch) -> "Open":
         """Return the same chunk with more steps, of which none begins an episode."""
-        if not len(self.stored):
+        if not self.stored.shape[0]:
             at = batch.first_step, batch.episode
             return Open(batch.stored.clone(), batch.times.clone(), batch.keys, *at)
         keys = None
         if self.keys is not None or batch.keys is not None:
-            keys = self.keys or (None,) * len(self.stored)
-            keys += batch.keys or (None,) * len(batch.stored)
+            keys = self.keys or (None,) * self.stored.shape[0]
+            keys += batch.keys or (None,) * batch.stored.shape[0]
         return self._replace(
             stored=torch.cat([self.stored, batch.stored]),
             times=torch.cat([self.times, batch.times]),

@@ -1,7 +1,6 @@
 """`HTMAttention` and `HTMBlock`: the projections around `recall`."""
 
 import math
-from collections.abc import Mapping
 from typing import Any, Literal, overload
 
 import torch
@@ -46,6 +45,8 @@ class HTMAttention(nn.Module):
         inner_bias: biases in the projections to queries, keys and values inside chunks.
         detach_memories: stop gradients at the memory, as the paper does.
         impl: which implementation of `recall` computes it.
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class HTMAttention(nn.Module):
         inner_bias: bool = False,
         detach_memories: bool = True,
         impl: Impl = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         dim_memory = dim if dim_memory is None else dim_memory
@@ -89,10 +92,22 @@ class HTMAttention(nn.Module):
         self.eps = eps
         self.detach_memories = detach_memories
         self.impl: Impl = impl
-        self.to_summary_queries = nn.Linear(dim, dim_features, bias=router_bias)
-        self.to_summary_keys = nn.Linear(dim_memory, dim_features, bias=router_bias)
-        self.attn = _StepProjections(dim, dim_memory, dim_features, heads, dim_head, inner_bias)
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.to_summary_queries = nn.Linear(dim, dim_features, bias=router_bias, **made)
+        self.to_summary_keys = nn.Linear(dim_memory, dim_features, bias=router_bias, **made)
+        self.attn = _StepProjections(
+            dim, dim_memory, dim_features, heads, dim_head, inner_bias, **made
+        )
         self.register_load_state_dict_pre_hook(_drop_published_buffer)
+
+    def extra_repr(self) -> str:
+        """Return what `print` says of it besides its projections."""
+        return (
+            f"dim={self.dim}, heads={self.attn.heads}, topk_mems={self.topk_mems}, "
+            f"mem_chunk_size={self.mem_chunk_size}, dim_head={self.attn.dim_head}, "
+            f"add_pos_enc={self.add_pos_enc}, detach_memories={self.detach_memories}, "
+            f"impl={self.impl!r}"
+        )
 
     @overload
     def forward(
@@ -220,15 +235,22 @@ class _StepProjections(nn.Module):
     """The projections of the attention inside chunks, each applied on the query's side."""
 
     def __init__(
-        self, dim: int, dim_memory: int, dim_out: int, heads: int, dim_head: int, bias: bool
+        self,
+        dim: int,
+        dim_memory: int,
+        dim_out: int,
+        heads: int,
+        dim_head: int,
+        bias: bool,
+        **made: Any,
     ):
         super().__init__()
         self.heads = heads
         self.dim_head = dim_head
         inner = heads * dim_head
-        self.to_q = nn.Linear(dim, inner, bias=bias)
-        self.to_kv = nn.Linear(dim_memory, 2 * inner, bias=bias)
-        self.to_out = nn.Linear(inner, dim_out)
+        self.to_q = nn.Linear(dim, inner, bias=bias, **made)
+        self.to_kv = nn.Linear(dim_memory, 2 * inner, bias=bias, **made)
+        self.to_out = nn.Linear(inner, dim_out, **made)
 
     def queries(self, queries: Tensor) -> Tensor:
         """W_q^h q: [B, Q, H, E]."""
@@ -256,24 +278,74 @@ class HTMBlock(nn.Module):
 
     Args:
         dim: width of the queries and of the output.
+        heads: as for `HTMAttention`, like all others but `residual`.
+        topk_mems: see there.
+        mem_chunk_size: see there.
+        dim_head: see there.
+        add_pos_enc: see there.
+        eps: see there.
         residual: "input" adds x (the paper), "normed" adds LayerNorm(x) (the package
             `htm-pytorch` 0.0.4, for its checkpoints).
-        **attention: as for `HTMAttention`.
+        dim_memory: see there.
+        dim_features: see there; no other than `dim`, since the queries are added.
+        router_bias: see there.
+        inner_bias: see there.
+        detach_memories: see there.
+        impl: see there.
+        device: see there.
+        dtype: see there.
     """
 
     def __init__(
-        self, dim: int, *args: Any, residual: Literal["input", "normed"] = "input", **attention: Any
+        self,
+        dim: int,
+        heads: int = 8,
+        topk_mems: int = 2,
+        mem_chunk_size: int = 32,
+        dim_head: int = 64,
+        add_pos_enc: bool = True,
+        eps: float = 1e-5,
+        *,
+        residual: Literal["input", "normed"] = "input",
+        dim_memory: int | None = None,
+        dim_features: int | None = None,
+        router_bias: bool = True,
+        inner_bias: bool = False,
+        detach_memories: bool = True,
+        impl: Impl = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         if residual not in ("input", "normed"):
             raise ValueError(f"residual: expected 'input' or 'normed', got {residual!r}")
         self.residual = residual
-        self.norm = nn.LayerNorm(dim)
-        self.attn = HTMAttention(dim, *args, **attention)
+        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.attn = HTMAttention(
+            dim,
+            heads,
+            topk_mems,
+            mem_chunk_size,
+            dim_head,
+            add_pos_enc,
+            eps,
+            dim_memory=dim_memory,
+            dim_features=dim_features,
+            router_bias=router_bias,
+            inner_bias=inner_bias,
+            detach_memories=detach_memories,
+            impl=impl,
+            device=device,
+            dtype=dtype,
+        )
         if self.attn.dim_features != dim:
             raise ValueError(
                 f"dim_features: expected dim = {dim} for the skip, got {self.attn.dim_features}"
             )
+
+    def extra_repr(self) -> str:
+        """Return what `print` says of it besides its parts."""
+        return f"residual={self.residual!r}"
 
     @overload
     def forward(
@@ -326,91 +398,6 @@ def sinusoid(length: int, dim: int, dtype: torch.dtype, device: torch.device) ->
     pairs = torch.arange(0, dim, 2, dtype=exact, device=device)
     angles = back[:, None] * torch.exp(pairs * (-math.log(10000.0) / dim))
     return torch.cat([angles.sin(), angles.cos()], -1)[:, :dim].to(dtype)
-
-
-_HAIKU = "hierarchical_memory_attention/"
-_HAIKU_NAMES = {
-    "to_summary_queries": ["query"],
-    "to_summary_keys": ["key"],
-    "attn.to_q": ["within_mem_attn/query"],
-    "attn.to_kv": ["within_mem_attn/key", "within_mem_attn/value"],
-    "attn.to_out": ["within_mem_attn/linear"],
-}
-
-
-def from_haiku(
-    params: Mapping[str, Any], *, heads: int, topk_mems: int, add_pos_enc: bool = True
-) -> HTMAttention:
-    """Return the layer that DeepMind's `HierarchicalMemoryAttention` with `params` is.
-
-    Args:
-        params: Haiku's two-level mapping {module: {"w": array, "b": array}}, or flat with keys
-            "module:w"; weights are [in, out].
-        heads: heads of the attention inside chunks.
-        topk_mems: chunks each query keeps.
-        add_pos_enc: whether positions are added to the steps.
-
-    The original's keys and contents are `ChunkedMemory.from_chunks(contents, summaries=keys)`, of
-    any chunk size.
-
-    Raises:
-        ValueError: names the parameter that is missing, unknown or of a wrong shape.
-    """
-    flat: dict[str, Tensor] = {}
-    for module, value in params.items():
-        parts = value.items() if isinstance(value, Mapping) else [("", value)]
-        for name, array in parts:
-            key = f"{module}:{name}" if name else module
-            flat[key] = torch.as_tensor(array).detach().clone()
-    weights = {old for olds in _HAIKU_NAMES.values() for old in olds}
-    missing = {f"{_HAIKU}{old}:w" for old in weights} - set(flat)
-    unknown = set(flat) - {f"{_HAIKU}{old}:{part}" for old in weights for part in "wb"}
-    if missing or unknown:
-        raise ValueError(
-            f"params: expected those of one hierarchical_memory_attention; "
-            f"missing {sorted(missing)}, unknown {sorted(unknown)}"
-        )
-    for key, array in flat.items():
-        check_tensor(f"params[{key!r}]", array, "in out" if key.endswith(":w") else "out")
-        check_floating(f"params[{key!r}]", array)
-    state: dict[str, Tensor] = {}
-    for name, olds in _HAIKU_NAMES.items():
-        arrays = [flat[f"{_HAIKU}{old}:w"] for old in olds]
-        if len({array.shape for array in arrays}) > 1:
-            shapes = [list(array.shape) for array in arrays]
-            raise ValueError(f"params: expected {olds} of one shape, got {shapes}")
-        biases = [flat.get(f"{_HAIKU}{old}:b") for old in olds]
-        state[f"{name}.weight"] = torch.cat([array.T for array in arrays])
-        if any(bias is not None for bias in biases) or name == "attn.to_out":
-            pairs = zip(biases, arrays, strict=True)
-            filled = [w.new_zeros(w.shape[1]) if b is None else b for b, w in pairs]
-            state[f"{name}.bias"] = torch.cat(filled)
-    dim_features, dim = state["to_summary_queries.weight"].shape
-    inner = state["attn.to_q.weight"].shape[0]
-    check_at_least("heads", heads, 1)
-    if inner % heads:
-        raise ValueError(f"heads: expected a divisor of the inner width {inner}, got {heads}")
-    router, inside = ("to_summary_queries", "to_summary_keys"), ("attn.to_q", "attn.to_kv")
-    has_biases = {pair: any(f"{name}.bias" in state for name in pair) for pair in (router, inside)}
-    for name in (name for pair, has in has_biases.items() if has for name in pair):
-        weight = state[f"{name}.weight"]
-        state.setdefault(f"{name}.bias", weight.new_zeros(weight.shape[0]))
-    layer = HTMAttention(
-        dim,
-        heads,
-        topk_mems,
-        dim_head=inner // heads,
-        add_pos_enc=add_pos_enc,
-        dim_memory=state["to_summary_keys.weight"].shape[1],
-        dim_features=dim_features,
-        router_bias=has_biases[router],
-        inner_bias=has_biases[inside],
-    ).to(state["attn.to_q.weight"].dtype)
-    try:
-        layer.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"params: shapes that do not fit each other ({error})") from error
-    return layer
 
 
 def _drop_published_buffer(

@@ -1,5 +1,7 @@
 """`Layer`: of an `HTMTransformer`; the recent past, then the far past, then an MLP."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,14 +19,19 @@ MASK_BYTES = 32 * 2**20
 class Layer(nn.Module):
     """Local attention, `HTMBlock` on the layer's own memory, and an MLP, all with skips."""
 
-    def __init__(self, mem_chunks: int, htm: HTMBlock, local: nn.Module, dim_hidden: int):
+    def __init__(
+        self, mem_chunks: int, htm: HTMBlock, local: nn.Module, dim_hidden: int, **made: Any
+    ):
         super().__init__()
         self.mem_chunks = mem_chunks
         self.local = local
         self.htm = htm
         dim = htm.attn.dim
         self.mlp = nn.Sequential(
-            nn.LayerNorm(dim), nn.Linear(dim, dim_hidden), nn.GELU(), nn.Linear(dim_hidden, dim)
+            nn.LayerNorm(dim, **made),
+            nn.Linear(dim, dim_hidden, **made),
+            nn.GELU(),
+            nn.Linear(dim_hidden, dim, **made),
         )
 
     def forward(

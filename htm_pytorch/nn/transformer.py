@@ -46,6 +46,8 @@ class HTMTransformer(nn.Module):
         detach_memories: stop gradients at the memories, as the paper does; False lets them flow
             through the chunks of the current call.
         impl: which implementation of `recall` computes it.
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
     def __init__(
@@ -63,8 +65,11 @@ class HTMTransformer(nn.Module):
         keep_across_episodes: bool = False,
         detach_memories: bool = True,
         impl: Impl = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
         sizes = {"depth": depth, "mem_chunks": mem_chunks, "window": window, "mlp_ratio": mlp_ratio}
         for name, size in sizes.items():
             check_at_least(name, size, 1)
@@ -83,13 +88,22 @@ class HTMTransformer(nn.Module):
                     dim_head,
                     detach_memories=detach_memories,
                     impl=impl,
+                    **made,
                 ),
-                _LocalAttention(dim, heads, dim_head, window),
+                _LocalAttention(dim, heads, dim_head, window, **made),
                 mlp_ratio * dim,
+                **made,
             )
             for _ in range(depth)
         )
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim, **made)
+
+    def extra_repr(self) -> str:
+        """Return what `print` says of it besides its layers."""
+        return (
+            f"dim={self.dim}, mem_chunk_size={self.mem_chunk_size}, mem_chunks={self.mem_chunks}, "
+            f"keep_across_episodes={self.keep_across_episodes}"
+        )
 
     def initial_state(self, batch_size: int) -> TransformerState:
         """Return the state of `batch_size` rows that have seen nothing."""
@@ -255,15 +269,15 @@ class HTMTransformer(nn.Module):
 class _LocalAttention(nn.Module):
     """Causal attention over a window, with a learned bias for each distance and head."""
 
-    def __init__(self, dim: int, heads: int, dim_head: int, window: int):
+    def __init__(self, dim: int, heads: int, dim_head: int, window: int, **made: Any):
         super().__init__()
         self.heads = heads
         self.dim_head = dim_head
         self.window = window
-        self.norm = nn.LayerNorm(dim)
-        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim)
-        self.distance_bias = nn.Parameter(torch.zeros(heads, window))
+        self.norm = nn.LayerNorm(dim, **made)
+        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False, **made)
+        self.to_out = nn.Linear(heads * dim_head, dim, **made)
+        self.distance_bias = nn.Parameter(torch.zeros(heads, window, **made))
 
     def window_sizes(self, batch: int) -> dict[str, int]:
         return {"B": batch, "W": self.window - 1, "H": self.heads, "E": self.dim_head}
