@@ -10,6 +10,8 @@ import zlib
 from collections.abc import Collection, Iterator
 
 PAGE = 4096
+MOST_ENDS = 64
+"""Places at which a list of lists may end that are looked at."""
 _HEADER = re.compile(rb"[\x03-\x0f](?=[\x0d-\xff])")
 _WIDTHS = {0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 8, 8: 0, 9: 0}
 """Of whole numbers, by their kinds."""
@@ -24,6 +26,22 @@ def windows(data: bytes, size: int, checksums: Collection[int]) -> dict[int, byt
         if checksum in checksums:
             found.setdefault(checksum, data[at : at + size])
     return found
+
+
+def sealed_lists(data: bytes) -> Iterator[bytes]:
+    """Yield the JSON lists of lists that stand behind their CRC-32, with it."""
+    for found in re.finditer(rb"\[\[", data):
+        at = found.start()
+        checksum = int.from_bytes(data[max(at - 4, 0) : at], "little")
+        end = at
+        # Two brackets may also be in a text.
+        for _ in range(MOST_ENDS):
+            end = data.find(b"]]", end) + 2
+            if end == 1:
+                break
+            if zlib.crc32(data[at:end]) == checksum:
+                yield data[at - 4 : end]
+                break
 
 
 def blobs(data: bytes) -> Iterator[tuple[str, bytes]]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory.carved import windows
+from htm_pytorch.memory.carved import sealed_lists, windows
 from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.formats import CPU, Chunks, Format, Marks
 from htm_pytorch.memory.log import REPAIR, sealed, unsealed
@@ -267,6 +267,7 @@ class Damaged:
         self._form = form
         self._last: tuple[tuple[int, int, tuple[str, ...]], Any] | None = None
         self._windows: dict[str, dict[int, bytes]] = {}
+        self._marks: dict[str, dict[Any, bytes | None]] = {}
 
     def rows(self) -> list[Salvage]:
         """Return those that can be read."""
@@ -297,7 +298,39 @@ class Damaged:
             contents = torch.frombuffer(bytearray(b"".join(found)), dtype=torch.uint8)
             column = _lists(contents, self._form.chunk_bytes)
             batch = batch.append_column("contents", column)
+        if "marks" not in names and "marks" in self._dataset.schema.names:
+            batch = batch.append_column("marks", self._carved_marks(start, batch))
         return batch
+
+    def _carved_marks(self, start: int, batch: Any) -> Any:
+        """Return what its file holds of times and keys for rows of these times, if it is clear."""
+        import pyarrow as pa
+
+        columns = [batch[name].to_pylist() for name in ("first_time", "last_time", "steps")]
+        found: list[bytes | None] = []
+        for row, times in enumerate(zip(*columns, strict=True), start):
+            path = self._file_of(row)
+            if path not in self._marks:
+                self._marks[path] = {}
+                for sealed_ in sealed_lists(self._body(path)):
+                    marks = json.loads(sealed_[4:])[0]
+                    of = (marks[0], marks[-1], len(marks)) if marks else ()
+                    # Of two with the same times nobody knows which is whose.
+                    is_clear = self._marks[path].setdefault(of, sealed_) == sealed_
+                    self._marks[path][of] = sealed_ if is_clear else None
+            is_marked = batch["marked"][row - start].as_py()
+            found.append(self._marks[path].get(times) if is_marked else None)
+        return pa.array(found, pa.large_binary())
+
+    def _file_of(self, row: int) -> str:
+        for fragment in self._dataset.get_fragments():
+            row -= fragment.count_rows()
+            if row < 0:
+                return fragment.data_files()[0].path
+        raise IndexError(row)
+
+    def _body(self, path: str) -> bytes:
+        return Path(self._dataset.uri, "data", path).read_bytes()
 
     def _carved(self, row: int, checksum: int) -> bytes:
         """Return the bytes of its file that have the checksum of a row; zeros where none have.
@@ -305,18 +338,13 @@ class Damaged:
         Small chunks lie together, behind a few bytes without which the engine reads none of them.
         """
         size = self._form.chunk_bytes
-        for fragment in self._dataset.get_fragments():
-            row -= fragment.count_rows()
-            if row < 0 and size <= TOGETHER_BYTES:
-                (file, *_) = fragment.data_files()
-                if file.path not in self._windows:
-                    column = self._dataset.to_table(columns=["checksum"])["checksum"]
-                    body = Path(self._dataset.uri, "data", file.path).read_bytes()
-                    self._windows[file.path] = windows(body, size, set(column.to_pylist()))
-                return self._windows[file.path].get(checksum, bytes(size))
-            if row < 0:
-                break
-        return bytes(size)
+        if size > TOGETHER_BYTES:
+            return bytes(size)
+        path = self._file_of(row)
+        if path not in self._windows:
+            column = self._dataset.to_table(columns=["checksum"])["checksum"]
+            self._windows[path] = windows(self._body(path), size, set(column.to_pylist()))
+        return self._windows[path].get(checksum, bytes(size))
 
     def _from(self, start: int, end: int, names: tuple[str, ...]) -> list[Salvage]:
         whole = self._salvaged(start, end, names)

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import traceback
+import zlib
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from htm_pytorch import memory
 from htm_pytorch.memory import MemoryFileError, StoredMemory, folder_log, stored
+from htm_pytorch.memory.carved import sealed_lists, windows
+from htm_pytorch.memory.log import sealed
 
 lance = pytest.importorskip("lance", reason="the extra `store` is not installed")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -274,3 +277,17 @@ def test_flipped_bits(tmp_path: Path, is_killed: bool) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_1000_flipped_bits(tmp_path: Path, is_killed: bool, seed: int) -> None:
     flip_bits(tmp_path, is_killed, 100, seed=100 + seed)
+
+
+def test_lists_behind_their_checksums_are_found() -> None:
+    lists = [b'[[1.0,2.0],["a]]b",null]]', b"[[],[]]", b"[[3.0],[]]"]
+    data = b"[[ ]] no" + b"".join(b"x" + sealed(body) + b"[[" for body in lists)
+    assert list(sealed_lists(data)) == [sealed(body) for body in lists]
+    assert list(sealed_lists(data.replace(b"2.0", b"2.5"))) == [sealed(body) for body in lists[1:]]
+
+
+def test_windows_by_their_checksums() -> None:
+    data = random.Random(0).randbytes(300)
+    wanted = {zlib.crc32(data[at : at + 16]): data[at : at + 16] for at in (0, 111, 284)}
+    assert windows(data, 16, {*wanted, 7}) == wanted
+    assert windows(b"", 16, {7}) == {}
