@@ -48,7 +48,8 @@ test: .venv/.installed ## all tests that are not slow
 	$(BIN)/pytest -n $(WORKERS) --maxprocesses 8 -m 'not slow' $(ARGS)
 
 # What arithmetic decides: with the vectors of a processor without AVX-512, where this one has more.
-NARROW_TESTS ?= tests/ops tests/nn tests/memory
+NARROW_TESTS ?= tests/ops tests/nn $(addprefix tests/memory/test_,\
+	chunked.py chunked_parts.py ring.py steps.py homes.py index.py many.py)
 
 test-narrow: .venv/.installed ## the tests of layers and kernels, as on a processor without AVX-512
 	ATEN_CPU_CAPABILITY=avx2 $(BIN)/pytest -n $(WORKERS) --maxprocesses 8 -m 'not slow' $(NARROW_TESTS) $(ARGS)
