@@ -1,6 +1,6 @@
 """Memory over time: a value that is written step by step and read chunk by chunk; its homes."""
 
-from htm_pytorch.memory.chunked import ChunkedMemory, Unrolled
+from htm_pytorch.memory.chunked import ChunkedMemory
 from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.home import Home, ScoredHome, SearchedHome
 from htm_pytorch.memory.many import Memories, open_many
@@ -13,6 +13,7 @@ from htm_pytorch.memory.span import Span
 from htm_pytorch.memory.steps import Steps
 from htm_pytorch.memory.stored import ExactMemory, IndexedMemory, StoredMemory
 from htm_pytorch.memory.view import View
+from htm_pytorch.memory.writing import Unrolled
 
 __all__ = [
     "ChunkedMemory",

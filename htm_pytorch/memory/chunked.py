@@ -17,12 +17,10 @@ from htm_pytorch.memory.fields import (
     said_to_keep,
 )
 from htm_pytorch.memory.files import MemoryFileError, load_tensors, save_tensors
-from htm_pytorch.memory.plan import Plan as _Plan  # noqa: F401 (of `ShardedMemory`)
 from htm_pytorch.memory.ring import Ring, Slots, copied
 from htm_pytorch.memory.span import Span, no_such_chunks
 from htm_pytorch.memory.summaries import count_steps, summarise
 from htm_pytorch.memory.whole import cut
-from htm_pytorch.memory.writing import Unrolled as Unrolled
 from htm_pytorch.memory.writing import Written
 from htm_pytorch.shapes import (
     check_at_least,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory.chunked import summarise
+from htm_pytorch.memory.summaries import summarise
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 PIECE_BYTES = 2 * 2**20

@@ -36,15 +36,17 @@ def length(dataset: Any) -> int:
     return sum(i.num_rows_indexed for i in dataset.describe_indices() if i.name == NAME)
 
 
-def add_missing(dataset: Any) -> None:
-    """Add the rows that came after the index was built, where there is one."""
+def add_missing(dataset: Any) -> Any:
+    """Add the rows that came after the index was built, where there is one; return the dataset."""
     if exists(dataset):
         dataset.optimize.optimize_indices(index_names=[NAME])
+    return dataset
 
 
-def drop(dataset: Any) -> None:
-    """Remove the index."""
+def drop(dataset: Any) -> Any:
+    """Remove the index; return the dataset."""
     dataset.drop_index(NAME)
+    return dataset
 
 
 def exists(dataset: Any) -> bool:

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch import distributed as dist
 
 from htm_pytorch.memory import parts
-from htm_pytorch.memory.chunked import ChunkedMemory, _Plan
+from htm_pytorch.memory.chunked import ChunkedMemory
 from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.home import Home, is_home, is_scored
 from htm_pytorch.memory.peers import Peers
+from htm_pytorch.memory.plan import Plan
 from htm_pytorch.memory.span import Span, no_such_chunks
 from htm_pytorch.shapes import check_mask, check_number, check_numbers, check_tensor
 
@@ -418,7 +419,7 @@ class ShardedMemory:
         number = number.masked_fill(~fits.all(0), total).amin(1)
         return (number if bool((number < total).all()) else None), None
 
-    def _is_mine(self, plan: _Plan) -> Tensor:
+    def _is_mine(self, plan: Plan) -> Tensor:
         """Return which of the chunks that close [B, M'] this rank keeps."""
         assert self._next is not None
         order = torch.arange(plan.end.shape[1], device=plan.end.device)

@@ -382,10 +382,7 @@ class Versions:
 
     def build_index(self, base: Table) -> Table:
         """Return the version with an index of the summaries, instead of the one there was."""
-        with _writing(self.uri):
-            dataset = index.build(self._on_top(base), base.form.dim)
-        pinned = base.pinned._replace(version=dataset.version)
-        return self._done(dataset, base.form, pinned, base, base.order)
+        return self._indexed(base, lambda dataset: index.build(dataset, base.form.dim))
 
     def is_scattered(self, base: Table) -> bool:
         """Whether there are so many small fragments that they are better joined."""
@@ -408,17 +405,16 @@ class Versions:
 
     def drop_index(self, base: Table) -> Table:
         """Return the version without an index."""
-        with _writing(self.uri):
-            dataset = self._on_top(base)
-            index.drop(dataset)
-        pinned = base.pinned._replace(version=dataset.version)
-        return self._done(dataset, base.form, pinned, base, base.order)
+        return self._indexed(base, index.drop)
 
     def extend_index(self, base: Table) -> Table:
         """Return the version whose index has all chunks, where there is an index."""
+        return self._indexed(base, index.add_missing)
+
+    def _indexed(self, base: Table, change: Callable[[Any], Any]) -> Table:
+        """Return the version with the same rows and another index."""
         with _writing(self.uri):
-            dataset = self._on_top(base)
-            index.add_missing(dataset)
+            dataset = change(self._on_top(base))
         pinned = base.pinned._replace(version=dataset.version)
         return self._done(dataset, base.form, pinned, base, base.order)
 

@@ -106,60 +106,44 @@ def recall(
         ValueError: on all ranks, where their arguments differ.
         ShardError: not all ranks came in time.
     """
-    peers = memory.peers
+    peers, local = memory.peers, memory.local
     needs = _agree(route, probe, memory, k, positions, chunk_mask, with_weights)
     with peers.exchanging():
-        return _exchange(
-            route, probe, memory, k, positions, chunk_mask, needs, with_kernel, with_weights
+        dtypes = (memory.dtype, local.summaries.dtype, route.dtype)
+        dtype = reduce(torch.promote_types, dtypes, torch.float32)
+        route, probe = route.to(dtype), probe.to(dtype)
+        positions = None if positions is None else positions.to(dtype)
+
+        (route,) = _to_ranks(peers, (route, needs & _ROUTE))
+        picked = _pick(
+            route, local, min(k, local.chunks), memory.own_columns(chunk_mask), with_kernel
         )
+        scores = _score(route, local, picked)
+        in_order = order(scores.detach(), picked, picked.shape[2])
+        picked, scores = picked.gather(2, in_order), scores.gather(2, in_order)
+        missing = (0, min(k, max(memory.sizes)) - picked.shape[2])
+        scores, chunks = _Gather.apply(
+            peers, pad(scores, missing, value=-torch.inf), pad(picked, missing, value=-1)
+        )
+        best = choose(scores.detach(), chunks, min(k, memory.chunks))
+        chunks = chunks.flatten(2).gather(2, best)
+        kept = chunks >= 0
+        weights = reference.masked_softmax(scores.flatten(2).gather(2, best), kept)
 
-
-def _exchange(
-    route: Tensor,
-    probe: Tensor,
-    memory: ShardedMemory,
-    k: int,
-    positions: Tensor | None,
-    chunk_mask: Tensor | None,
-    needs: int,
-    with_kernel: bool,
-    with_weights: bool,
-) -> Recalled:
-    """Do what ranks whose arguments agree do together."""
-    peers, local = memory.peers, memory.local
-    dtypes = (memory.dtype, local.summaries.dtype, route.dtype)
-    dtype = reduce(torch.promote_types, dtypes, torch.float32)
-    route, probe = route.to(dtype), probe.to(dtype)
-    positions = None if positions is None else positions.to(dtype)
-
-    (route,) = _to_ranks(peers, (route, needs & _ROUTE))
-    picked = _pick(route, local, min(k, local.chunks), memory.own_columns(chunk_mask), with_kernel)
-    scores = _score(route, local, picked)
-    in_order = order(scores.detach(), picked, picked.shape[2])
-    picked, scores = picked.gather(2, in_order), scores.gather(2, in_order)
-    missing = (0, min(k, max(memory.sizes)) - picked.shape[2])
-    scores, chunks = _Gather.apply(
-        peers, pad(scores, missing, value=-torch.inf), pad(picked, missing, value=-1)
-    )
-    best = choose(scores.detach(), chunks, min(k, memory.chunks))
-    chunks = chunks.flatten(2).gather(2, best)
-    kept = chunks >= 0
-    weights = reference.masked_softmax(scores.flatten(2).gather(2, best), kept)
-
-    mine = kept & (chunks % peers.size == peers.rank)
-    picked = torch.where(mine, chunks // peers.size, -1)
-    probe, shares, positions = _to_ranks(
-        peers,
-        (probe, needs & _PROBE),
-        (weights, needs & (_ROUTE | _MEMORY)),
-        (positions, needs & _POSITIONS),
-    )
-    shares = shares.masked_fill(~mine, 0.0)
-    with_kernel = with_kernel and not with_weights
-    context, step_weights = _attend(probe, local, positions, picked, shares, with_kernel)
-    context = _Sum.apply(peers, "contexts", context)
-    step_weights = _Sum.apply(peers, "step weights", step_weights) if with_weights else None
-    return Recalled(context, chunks, weights, step_weights)
+        mine = kept & (chunks % peers.size == peers.rank)
+        picked = torch.where(mine, chunks // peers.size, -1)
+        probe, shares, positions = _to_ranks(
+            peers,
+            (probe, needs & _PROBE),
+            (weights, needs & (_ROUTE | _MEMORY)),
+            (positions, needs & _POSITIONS),
+        )
+        shares = shares.masked_fill(~mine, 0.0)
+        with_kernel = with_kernel and not with_weights
+        context, step_weights = _attend(probe, local, positions, picked, shares, with_kernel)
+        context = _Sum.apply(peers, "contexts", context)
+        step_weights = _Sum.apply(peers, "step weights", step_weights) if with_weights else None
+        return Recalled(context, chunks, weights, step_weights)
 
 
 def choose(scores: Tensor, chunks: Tensor, k: int) -> Tensor:

@@ -3,7 +3,9 @@
 import contextlib
 import multiprocessing
 import random
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,20 @@ def child(target: Callable[..., None], *args: Any) -> Iterator[tuple[Any, Connec
     finally:
         process.kill()
         process.join()
+
+
+def elsewhere(call: Callable[[], Any]) -> Any:
+    """Call it in another thread, which is kept waiting by a lock that was left behind."""
+    found: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(call())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return found.result(timeout=30)
 
 
 def last_word(pipe: Connection) -> int:

@@ -1,7 +1,6 @@
 """One bit of a file is not what was written: nothing that is read is wrong without a word."""
 
 import contextlib
-import multiprocessing
 import os
 import random
 import re
@@ -16,17 +15,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
 from htm_pytorch import memory
 from htm_pytorch.memory import MemoryFileError, StoredMemory, folder_log, stored
 from htm_pytorch.memory.carved import sealed_lists, windows
 from htm_pytorch.memory.log import sealed
+from tests.memory.on_disk import DIM, SIZE, child, steps_from
 
 lance = pytest.importorskip("lance", reason="the extra `store` is not installed")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SIZE, DIM = 4, 6
 SECONDS = 30.0
 """For all that is done with one damaged memory."""
 WAY_OUT = re.compile(r"htm memory repair|for writing, which puts it right|put it back")
@@ -49,12 +47,6 @@ class Flip(NamedTuple):
     file: str
     byte: int
     bit: int
-
-
-def steps_from(first: int, count: int) -> Tensor:
-    """Steps that say which they are."""
-    numbers = torch.arange(first, first + count, dtype=torch.float32)
-    return (numbers[:, None] + torch.arange(DIM) / 8)[None]
 
 
 def open_(path: Path, **options: Any) -> StoredMemory:
@@ -211,21 +203,6 @@ def is_repaired(damaged: Path, truth: Truth) -> None:
         held.append(steps_from(more, 3), times=torch.arange(more, more + 3.0)).flush()
     with open_(damaged, read_only=True) as held:
         assert held.steps == len(kept) + 3
-
-
-@contextlib.contextmanager
-def child(target: Any, *args: Any) -> Iterator[tuple[Any, Connection]]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pyarrow", "htm_pytorch.memory", __name__])
-    ours, theirs = context.Pipe()
-    process = context.Process(target=target, args=(args[0], theirs, *args[1:]), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        yield process, ours
-    finally:
-        process.kill()
-        process.join()
 
 
 def flips(whole: Path, count: int, draw: random.Random) -> list[Flip]:

@@ -5,9 +5,7 @@ import gc
 import random
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -20,7 +18,7 @@ from htm_pytorch.memory import StoredMemory, stored, table
 from htm_pytorch.memory.cache import ChunkCache
 from htm_pytorch.memory.formats import Format
 from htm_pytorch.memory.many import open_many
-from tests.memory.on_disk import DIM, SIZE, beginning, look, make, steps_from
+from tests.memory.on_disk import DIM, SIZE, beginning, elsewhere, look, make, steps_from
 from tests.memory.plain_memory import Plain, assert_shows, expected_of, shown_by
 
 pytest.importorskip("lance", reason="the extra `store` is not installed")
@@ -114,20 +112,6 @@ AFTER: dict[str, Plain] = {
     "reset": Plain(SIZE),
     "compact": plain_past(27).without(lambda step: step.number < 6),
 }
-
-
-def elsewhere(call: Callable[[], Any]) -> Any:
-    """Call it in another thread, which finds no lock that was left behind."""
-    found: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            found.set_result(call())
-        except BaseException as error:
-            found.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return found.result(timeout=30)
 
 
 def interrupt(folder: Path, name: str, count: int) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from htm_pytorch import ChunkedMemory, HTMAttention, memory
 from htm_pytorch.memory import MemoryFileError, StoredMemory, stored, table
 from htm_pytorch.memory.table import ForkedError
-from tests.memory.on_disk import DIM, SIZE, assert_holds, child, look, make, steps_from
+from tests.memory.on_disk import DIM, SIZE, assert_holds, child, elsewhere, look, make, steps_from
 
 pytest.importorskip("lance", reason="the extra `store` is not installed")
 pytestmark = [
@@ -288,19 +288,6 @@ def test_what_two_threads_append_is_there_once(tmp_path: Path) -> None:
         for number, count in enumerate(counts):
             assert steps[steps[:, 1] == number, 0].tolist() == list(range(count))
         assert held.verify() == []
-
-
-def elsewhere(call: Callable[[], Any]) -> Any:
-    found: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            found.set_result(call())
-        except BaseException as error:
-            found.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return found.result(timeout=30)
 
 
 def test_threads_may_hand_a_memory_on(tmp_path: Path) -> None:
