@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from htm_pytorch.memory import ChunkedMemory
 from htm_pytorch.memory.writing import Reached
 from htm_pytorch.nn.attention import HTMBlock
+from htm_pytorch.nn.local import LocalAttention
 from htm_pytorch.nn.state import LayerState
 from htm_pytorch.ops import Recall
 from htm_pytorch.shapes import is_transformed
@@ -17,16 +18,14 @@ MASK_BYTES = 32 * 2**20
 
 
 class Layer(nn.Module):
-    """Local attention, `HTMBlock` on the layer's own memory, and an MLP, all with skips."""
+    """Local attention, `HTMBlock` on the layer's own memory (or none), and an MLP, with skips."""
 
     def __init__(
-        self, mem_chunks: int, htm: HTMBlock, local: nn.Module, dim_hidden: int, **made: Any
+        self, htm: HTMBlock | None, local: LocalAttention, dim: int, dim_hidden: int, **made: Any
     ):
         super().__init__()
-        self.mem_chunks = mem_chunks
         self.local = local
         self.htm = htm
-        dim = htm.attn.dim
         self.mlp = nn.Sequential(
             nn.LayerNorm(dim, **made),
             nn.Linear(dim, dim_hidden, **made),
@@ -55,13 +54,16 @@ class Layer(nn.Module):
         """
         attended, window = self.local(x, state, is_first, lengths)
         x = x + attended
+        if self.htm is None or state.memory is None:
+            x = x if at is None else _taken(x, at)
+            return x + self.mlp(x), LayerState(None, *window), None
         flows = not self.htm.attn.detach_memories
         steps = x if flows or not x.requires_grad else x.detach()
         if steps.dtype != state.memory.dtype:
             steps = steps.to(state.memory.dtype)
         reached = state.memory.reach(steps, is_first, lengths)
         if at is not None:
-            x = x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))
+            x = _taken(x, at)
         elif reached.reach.times is not None or return_recall:
             at = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         recall = None
@@ -75,26 +77,33 @@ class Layer(nn.Module):
             is_new = recall.chunks >= reached.reach.held
             recall = recall._replace(chunks=recall.chunks + left_out * is_new)
         else:
-            x = self._recalled(x, reached, at)
+            x = _recalled(self.htm, x, reached, at, state.memory.chunks)
         return x + self.mlp(x), LayerState(reached.after().detach(), *window), recall
 
-    def _recalled(self, x: Tensor, reached: Reached[ChunkedMemory], time: Tensor) -> Tensor:
-        """Return x with what the steps `time` [B, P] recalled, a few at a time if they are many.
 
-        So the mask of steps by chunks, and what is made of it, do not grow with their product.
-        """
-        if reached.reach.times is None:
-            return self.htm(x, reached.read)
-        batch, chunks = reached.reach.valid.shape
-        whole = batch * time.shape[1] * chunks <= MASK_BYTES
-        if whole or torch.compiler.is_compiling() or is_transformed():
-            return self.htm(x, reached.read, chunk_attn_mask=reached.reach.visible(time))
-        # In so many steps at most as many chunks close as the ring holds.
-        room = self.mem_chunks
-        block = MASK_BYTES // (batch * (2 * room + 1))
-        block = max(1, min(block, room * reached.read.chunk_size))
-        parts: list[Tensor] = []
-        for some, when in zip(x.split(block, 1), time.split(block, 1), strict=True):
-            read, visible = reached.seen(when)
-            parts.append(self.htm(some, read, chunk_attn_mask=visible))
-        return torch.cat(parts, 1)
+def _recalled(
+    htm: HTMBlock, x: Tensor, reached: Reached[ChunkedMemory], time: Tensor, room: int
+) -> Tensor:
+    """Return x with what the steps `time` [B, P] recalled, a few at a time if they are many.
+
+    So the mask of steps by chunks, and what is made of it, do not grow with their product.
+    """
+    if reached.reach.times is None:
+        return htm(x, reached.read)
+    batch, chunks = reached.reach.valid.shape
+    whole = batch * time.shape[1] * chunks <= MASK_BYTES
+    if whole or torch.compiler.is_compiling() or is_transformed():
+        return htm(x, reached.read, chunk_attn_mask=reached.reach.visible(time))
+    # In so many steps at most as many chunks close as the ring has room for.
+    block = MASK_BYTES // (batch * (2 * room + 1))
+    block = max(1, min(block, room * reached.read.chunk_size))
+    parts: list[Tensor] = []
+    for some, when in zip(x.split(block, 1), time.split(block, 1), strict=True):
+        read, visible = reached.seen(when)
+        parts.append(htm(some, read, chunk_attn_mask=visible))
+    return torch.cat(parts, 1)
+
+
+def _taken(x: Tensor, at: Tensor) -> Tensor:
+    """Return the steps `at` [B, P] of x [B, T, D]."""
+    return x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))

@@ -24,12 +24,15 @@ from htm_pytorch.shapes import (
 )
 
 KIND = "TransformerState"
+NO_MEMORY = "-"
+"""What a file says of a layer without a memory."""
 
 
 class LayerState(NamedTuple):
     """What one layer carries from call to call."""
 
-    memory: ChunkedMemory
+    memory: ChunkedMemory | None
+    """The far past; None where the model has none (`mem_chunks=0`)."""
     keys: Tensor
     """[B, window - 1, H, E] keys of the newest steps."""
     values: Tensor
@@ -81,12 +84,13 @@ class TransformerState:
 
     def __repr__(self) -> str:
         """Name the sizes, not the numbers."""
-        return f"TransformerState({len(self)} layers, {self.layers[0].memory!r})"
+        first = self.layers[0]
+        return f"TransformerState({len(self)} layers, {first.memory or 'no memory'!r})"
 
     @property
     def batch(self) -> int:
         """B."""
-        return self.layers[0].memory.batch
+        return self.layers[0].filled.shape[0]
 
     def select(self, rows: Tensor) -> Self:
         """Return a copy of the rows [R] int64, in the order asked, or of those that [B] marks."""
@@ -118,7 +122,10 @@ class TransformerState:
                     check_device(f"{name}.{part}", value, other.keys.device)
         layers: list[LayerState] = []
         for parts in zip(*states, strict=True):
-            memory = ChunkedMemory.cat([part.memory for part in parts])
+            held = [part.memory for part in parts if part.memory is not None]
+            if len(held) not in (0, len(parts)):
+                raise ValueError("states: expected all with memories or none, got some")
+            memory = ChunkedMemory.cat(held) if held else None
             windows = (torch.cat(tensors) for tensors in zip(*(p[1:] for p in parts), strict=True))
             layers.append(LayerState(memory, *windows))
         return cls(tuple(layers))
@@ -158,11 +165,14 @@ class TransformerState:
         tensors: dict[str, Tensor] = {}
         keep = ""
         for number, layer in enumerate(self.layers):
-            parts = layer.memory._tensors(layer.memory._ring.read())
-            tensors |= {f"{number}.memory.{name}": part for name, part in parts.items()}
+            if layer.memory is not None:
+                parts = layer.memory._tensors(layer.memory._ring.read())
+                tensors |= {f"{number}.memory.{name}": part for name, part in parts.items()}
             named = zip(LayerState._fields[1:], layer[1:], strict=True)
             tensors |= {f"{number}.{name}": part for name, part in named}
-            keep += str(int(layer.memory.keep_across_episodes))
+            keep += (
+                NO_MEMORY if layer.memory is None else str(int(layer.memory.keep_across_episodes))
+            )
         save_tensors(path, KIND, tensors, keep_across_episodes=keep)
 
     @classmethod
@@ -185,7 +195,8 @@ class TransformerState:
                 for name in list(tensors)
                 if name.startswith(prefix)
             }
-            memory = ChunkedMemory._from_file(path, parts, kept)
+            is_held = parts or kept != NO_MEMORY
+            memory = ChunkedMemory._from_file(path, parts, kept) if is_held else None
             window = [tensors.pop(f"{number}.{name}", None) for name in LayerState._fields[1:]]
             layers.append(LayerState(memory, *window))  # pyright: ignore[reportArgumentType]
         try:
@@ -204,7 +215,10 @@ class TransformerState:
     ) -> Self:
         return type(self)(
             tuple(
-                LayerState(of_memory(layer.memory), *(of_tensor(part) for part in layer[1:]))
+                LayerState(
+                    None if layer.memory is None else of_memory(layer.memory),
+                    *(of_tensor(part) for part in layer[1:]),
+                )
                 for layer in self.layers
             )
         )
@@ -228,31 +242,37 @@ def check_layer(
         keep: whether its memory keeps earlier episodes.
         like: a parameter, whose dtype and device are those of the state.
     """
-    if not (isinstance(layer, LayerState) and isinstance(layer.memory, ChunkedMemory)):
+    remembers = sizes["M"] > 0
+    if not isinstance(layer, LayerState) or isinstance(layer.memory, ChunkedMemory) != remembers:
         kind = type(layer).__name__
-        raise ValueError(f"{name}: expected a LayerState with a ChunkedMemory, got {kind}")
+        memory = "a ChunkedMemory" if remembers else "no memory"
+        raise ValueError(f"{name}: expected a LayerState with {memory}, got {kind}")
     memory = layer.memory
-    check_fields(memory._tensors(memory._ring.read()), f"{name}.memory.", **sizes)
-    check_beside(f"{name}.memory.contents", memory.open_steps, like)
-    if memory.keep_across_episodes != keep:
+    if memory is not None:
+        check_fields(memory._tensors(memory._ring.read()), f"{name}.memory.", **sizes)
+        check_beside(f"{name}.memory.contents", memory.open_steps, like)
+    if memory is not None and memory.keep_across_episodes != keep:
         raise ValueError(
             f"{name}.memory.keep_across_episodes: expected {keep}, "
             f"got {memory.keep_across_episodes}"
         )
-    check_window(f"{name}.", layer, **window)
+    check_window(f"{name}.", layer, **(window | {"B": sizes["B"]}))
+    check_beside(f"{name}.keys", layer.keys, like)
 
 
 def check_window(prefix: str, layer: LayerState, **sizes: int) -> None:
     """Raise a ValueError unless the window fits `sizes`, by axis, and the layer's memory."""
-    sizes = {"B": layer.memory.batch} | sizes
+    if layer.memory is not None:
+        sizes = {"B": layer.memory.batch} | sizes
     check_tensor(f"{prefix}keys", layer.keys, "B W H E", **sizes)
-    sizes |= dict(zip("WHE", layer.keys.shape[1:], strict=True))
+    sizes |= dict(zip("BWHE", layer.keys.shape, strict=True))
     check_tensor(f"{prefix}values", layer.values, "B W H E", **sizes)
     check_tensor(f"{prefix}filled", layer.filled, "B", B=sizes["B"])
+    like = layer.keys if layer.memory is None else layer.memory.open_steps
     for name, part in zip(LayerState._fields[1:], layer[1:], strict=True):
-        check_device(f"{prefix}{name}", part, layer.memory.device)
+        check_device(f"{prefix}{name}", part, like.device)
     for name, part in (("keys", layer.keys), ("values", layer.values)):
-        check_floating(f"{prefix}{name}", part, layer.memory.dtype)
+        check_floating(f"{prefix}{name}", part, like.dtype)
     if layer.filled.dtype != torch.int64:
         raise ValueError(f"{prefix}filled: expected dtype torch.int64, got {layer.filled.dtype}")
     if may_look_at(layer.filled) and bool(((layer.filled < 0) | (layer.filled > sizes["W"])).any()):

@@ -10,8 +10,9 @@ from htm_pytorch.memory import ChunkedMemory
 from htm_pytorch.memory.plan import existing
 from htm_pytorch.nn.attention import HTMBlock
 from htm_pytorch.nn.layer import Layer
+from htm_pytorch.nn.local import LocalAttention
 from htm_pytorch.nn.state import LayerState, TransformerState, check_layer, in_place
-from htm_pytorch.ops import Impl, Recall, masked_softmax
+from htm_pytorch.ops import Impl, Recall
 from htm_pytorch.shapes import (
     check_at_least,
     check_beside,
@@ -39,7 +40,10 @@ class HTMTransformer(nn.Module):
         dim_head: width of a head.
         topk_mems: chunks a step recalls in each layer.
         mem_chunk_size: steps in a chunk.
-        mem_chunks: chunks a layer remembers; then it forgets the oldest.
+        mem_chunks: chunks a layer remembers; then it forgets the oldest. 0: no memory at all, for a
+            baseline with the same window; the two arguments before it and three after then say
+            nothing (`topk_mems`, `mem_chunk_size`, `keep_across_episodes`, `detach_memories`,
+            `impl`).
         window: steps that local attention covers, the current one included.
         mlp_ratio: hidden width of the MLP over `dim`.
         keep_across_episodes: recall earlier episodes too.
@@ -70,16 +74,16 @@ class HTMTransformer(nn.Module):
     ):
         super().__init__()
         made: dict[str, Any] = {"device": device, "dtype": dtype}
-        sizes = {"depth": depth, "mem_chunks": mem_chunks, "window": window, "mlp_ratio": mlp_ratio}
+        sizes = {"depth": depth, "window": window, "mlp_ratio": mlp_ratio}
         for name, size in sizes.items():
             check_at_least(name, size, 1)
+        check_at_least("mem_chunks", mem_chunks, 0)
         self.dim = dim
         self.mem_chunk_size = mem_chunk_size
         self.mem_chunks = mem_chunks
         self.keep_across_episodes = keep_across_episodes
         self.layers = nn.ModuleList(
             Layer(
-                mem_chunks,
                 HTMBlock(
                     dim,
                     heads,
@@ -89,8 +93,11 @@ class HTMTransformer(nn.Module):
                     detach_memories=detach_memories,
                     impl=impl,
                     **made,
-                ),
-                _LocalAttention(dim, heads, dim_head, window, **made),
+                )
+                if mem_chunks
+                else None,
+                LocalAttention(dim, heads, dim_head, window, **made),
+                dim,
                 mlp_ratio * dim,
                 **made,
             )
@@ -111,15 +118,17 @@ class HTMTransformer(nn.Module):
         like = self.norm.weight
         layers: list[LayerState] = []
         for local in self._windows():
-            memory = ChunkedMemory.empty(
-                batch_size,
-                self.mem_chunks,
-                self.mem_chunk_size,
-                self.dim,
-                keep_across_episodes=self.keep_across_episodes,
-                dtype=like.dtype,
-                device=like.device,
-            )
+            memory = None
+            if self.mem_chunks:
+                memory = ChunkedMemory.empty(
+                    batch_size,
+                    self.mem_chunks,
+                    self.mem_chunk_size,
+                    self.dim,
+                    keep_across_episodes=self.keep_across_episodes,
+                    dtype=like.dtype,
+                    device=like.device,
+                )
             layers.append(LayerState(memory, *local.initial_window(batch_size)))
         return TransformerState(tuple(layers), self._expected(batch_size))
 
@@ -185,6 +194,8 @@ class HTMTransformer(nn.Module):
         Raises:
             ValueError: names the argument, what came and what was expected.
         """
+        if return_recall and not self.mem_chunks:
+            raise ValueError("return_recall: expected False beside mem_chunks = 0, got True")
         check_tensor("x", x, "B T D", D=self.dim)
         check_beside("x", x, self.norm.weight)
         if state is None:
@@ -216,8 +227,8 @@ class HTMTransformer(nn.Module):
     def _layers(self) -> list[Layer]:
         return cast(list[Layer], list(self.layers))
 
-    def _windows(self) -> "list[_LocalAttention]":
-        return [cast(_LocalAttention, layer.local) for layer in self._layers()]
+    def _windows(self) -> list[LocalAttention]:
+        return [cast(LocalAttention, layer.local) for layer in self._layers()]
 
     def _expected(self, batch: int) -> tuple[Any, ...] | None:
         """Return what a state of `batch` rows must be like, in short."""
@@ -264,116 +275,3 @@ class HTMTransformer(nn.Module):
             keep = self.keep_across_episodes
             check_layer(f"state[{number}]", part, sizes, window, keep, self.norm.weight)
         return state
-
-
-class _LocalAttention(nn.Module):
-    """Causal attention over a window, with a learned bias for each distance and head."""
-
-    def __init__(self, dim: int, heads: int, dim_head: int, window: int, **made: Any):
-        super().__init__()
-        self.heads = heads
-        self.dim_head = dim_head
-        self.window = window
-        self.norm = nn.LayerNorm(dim, **made)
-        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False, **made)
-        self.to_out = nn.Linear(heads * dim_head, dim, **made)
-        self.distance_bias = nn.Parameter(torch.zeros(heads, window, **made))
-
-    def window_sizes(self, batch: int) -> dict[str, int]:
-        return {"B": batch, "W": self.window - 1, "H": self.heads, "E": self.dim_head}
-
-    def initial_window(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        like, sizes = self.distance_bias, tuple(self.window_sizes(batch).values())
-        keys, values = (torch.zeros(sizes, dtype=like.dtype, device=like.device) for _ in range(2))
-        return keys, values, torch.zeros(batch, dtype=torch.int64, device=like.device)
-
-    def forward(
-        self, x: Tensor, state: LayerState, is_first: Tensor | None, lengths: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        batch, length, _ = x.shape
-        projected = self.to_qkv(self.norm(x)).view(batch, length, 3, self.heads, self.dim_head)
-        queries, keys, values = projected.unbind(2)
-        if state.keys.dtype == keys.dtype:
-            before = state.keys, state.values
-        else:
-            before = state.keys.to(keys.dtype), state.values.to(keys.dtype)
-        keys, values = torch.cat([before[0], keys], 1), torch.cat([before[1], values], 1)
-        if length == 1 and is_first is None and lengths is None:
-            attended = self._attend_once(queries, keys, values, state.filled)
-            filled = (state.filled + 1).clamp(max=self.window - 1)
-        else:
-            time = torch.arange(length, device=x.device)
-            oldest = -state.filled[:, None].expand(batch, length)
-            if is_first is not None and length:
-                began = torch.where(is_first, time, -1).cummax(1).values
-                oldest = torch.where(began < 0, oldest, began)
-            attended = self._attend(queries, keys, values, oldest)
-            end = length if lengths is None else lengths
-            filled = state.filled
-            if length:
-                filled = (end - oldest[:, -1]).clamp(max=self.window - 1)
-        window = self._newest(keys, state.keys, lengths), self._newest(values, state.keys, lengths)
-        return self.to_out(attended.flatten(2)), (*window, filled)
-
-    def _newest(self, part: Tensor, like: Tensor, lengths: Tensor | None) -> Tensor:
-        """Return the newest window - 1 of `part` [B, window - 1 + T, H, E], on their own."""
-        past = self.window - 1
-        if part.requires_grad:
-            part = part.detach()
-        if lengths is None:
-            # On their own, not a view that would hold all steps of the call.
-            part = part[:, part.shape[1] - past :].clone(memory_format=torch.contiguous_format)
-        else:
-            index = lengths[:, None] + torch.arange(past, device=part.device)
-            part = part.gather(1, index[..., None, None].expand(-1, -1, *part.shape[2:]))
-        return part if part.dtype == like.dtype else part.to(like.dtype)
-
-    def _attend_once(self, queries: Tensor, keys: Tensor, values: Tensor, filled: Tensor) -> Tensor:
-        """One query [B, 1, H, E] against all keys and values [B, window, H, E]."""
-        if queries.dtype.itemsize < 4:
-            queries = queries.to(torch.float32)
-        # Sums of products: for one query they cost less than the layouts that products need.
-        scores = torch.add(
-            self.distance_bias.flip(1).t(), (queries * keys).sum(3), alpha=self.dim_head**-0.5
-        )
-        back = torch.arange(self.window - 1, -1, -1, device=keys.device)
-        seen = (back <= filled.view(-1, 1)).unsqueeze(2)
-        weights = torch.where(seen, scores, -torch.inf).softmax(1)
-        attended = (weights.unsqueeze(3) * values).sum(1, keepdim=True)
-        return attended if attended.dtype == values.dtype else attended.to(values.dtype)
-
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, oldest: Tensor) -> Tensor:
-        """Blocks of queries against the keys in their reach: linear in T.
-
-        Args: queries [B, T, H, E], keys and values [B, window - 1 + T, H, E], and the oldest
-        time [B, T] each query may see.
-        """
-        length, past = queries.shape[1], self.window - 1
-        if not length:
-            return queries
-        block = min(self.window, length)
-        missing = -length % block
-        blocks = (length + missing) // block
-        pad = torch.nn.functional.pad
-        queries = pad(queries, (0, 0, 0, 0, 0, missing)).unflatten(1, (blocks, block))
-        keys, values = (
-            pad(part, (0, 0, 0, 0, 0, missing)).unfold(1, block + past, block)
-            for part in (keys, values)
-        )
-        oldest = pad(oldest, (0, missing)).unflatten(1, (blocks, block))
-        query = torch.arange(block, device=queries.device)
-        key = torch.arange(block + past, device=queries.device)
-        distance = query[:, None] + past - key
-        near = (distance >= 0) & (distance <= past)
-        start = torch.arange(blocks, device=queries.device)[:, None, None] * block
-        mask = near & (start + key - past >= oldest[..., None])
-        scores = torch.einsum("bnqhe,bnhek->bnhqk", queries * self.dim_head**-0.5, keys)
-        scores = scores.to(_exact(scores.dtype)) + self.distance_bias[:, distance.clamp(0, past)]
-        weights = masked_softmax(scores, mask[:, :, None]).to(values.dtype)
-        attended = torch.einsum("bnhqk,bnhek->bnqhe", weights, values)
-        return attended.flatten(1, 2)[:, :length]
-
-
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of sums and softmaxes over numbers of `dtype`."""
-    return torch.promote_types(dtype, torch.float32)
