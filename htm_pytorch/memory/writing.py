@@ -139,6 +139,18 @@ class Written(Value):
             episode=self.episode.masked_fill(rows, -1),
         )
 
+    def begin(self, rows: Tensor) -> Self:
+        """Return the memory whose rows [B] bool begin an episode with the step that comes next.
+
+        That step is then appended as if it were none's first. Not with `keep_across_episodes`.
+        """
+        return self._changed(
+            valid=self.valid & ~rows[:, None],
+            open_steps=self.open_steps.masked_fill(rows[:, None, None], 0.0),
+            open_count=self.open_count.masked_fill(rows, 0),
+            episode=self.episode + rows,
+        )
+
     def _check_steps(self, steps: Tensor, is_first: Tensor | None, mask: Tensor | None) -> None:
         check_at_least("chunks (of the memory that is written)", self.chunks, 1)
         check_tensor("steps", steps, "B T D", B=self.batch, D=self.dim)

@@ -33,15 +33,15 @@ def weight_of(module: nn.Module) -> Tensor | None:
     return weight if is_usual else None
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether it computes what an `nn.Linear` does, and nobody listens."""
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module computes what one of `kind` does, and nobody listens."""
     is_hooked = (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
     )
-    is_own = "forward" in module.__dict__ or type(module).forward is not nn.Linear.forward
+    is_own = "forward" in module.__dict__ or type(module).forward is not kind.forward
     return not (is_hooked or is_own)
 
 
@@ -61,7 +61,7 @@ def affine_of(name: str, module: nn.Module, sizes: tuple[int, int], like: Tensor
     Raises:
         ValueError: it is no such map.
     """
-    if _is_plain(module) and (held := weight_of(module)) is not None:
+    if is_plain(module, nn.Linear) and (held := weight_of(module)) is not None:
         bias = module.bias
         return Affine(held, bias if isinstance(bias, Tensor) else None)
     width, features = sizes

@@ -1,5 +1,6 @@
 """`HTMAttention` and `HTMBlock`: the projections around `recall`."""
 
+import functools
 import math
 from typing import Any, Literal, overload
 
@@ -18,6 +19,7 @@ from htm_pytorch.shapes import (
     check_floating,
     check_mask,
     check_tensor,
+    may_look_at,
 )
 
 Memories = Tensor | ChunkedMemory | Home
@@ -175,8 +177,7 @@ class HTMAttention(nn.Module):
             projections = self.attn.by_head(keys_values.weight)
             positions = None
             if self.add_pos_enc:
-                like = step_queries
-                positions = sinusoid(memory.chunk_size, self.dim_memory, like.dtype, like.device)
+                positions = positions_of(self, memory.chunk_size, step_queries)
         arguments = (route, step_queries, projections, memory, self.topk_mems)
         recalled = None
         if return_recall:
@@ -389,6 +390,19 @@ class HTMBlock(nn.Module):
             )
             return skip + attended, recalled
         return skip + self.attn(normed, memories, mask, chunk_attn_mask)
+
+
+def positions_of(attention: HTMAttention, chunk_size: int, like: Tensor) -> Tensor:
+    """Return the positions of the steps of a chunk [C, D], in the dtype and on the device."""
+    arguments = chunk_size, attention.dim_memory, like.dtype, like.device
+    # Kept where they are asked for again and again, by who takes step after step.
+    return _kept_sinusoid(*arguments) if may_look_at(like) else sinusoid(*arguments)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_sinusoid(*arguments: Any) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return sinusoid(*arguments).contiguous()
 
 
 def sinusoid(length: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from htm_pytorch.memory import ChunkedMemory
 from htm_pytorch.memory.writing import Reached
+from htm_pytorch.nn import fused
 from htm_pytorch.nn.attention import HTMBlock
 from htm_pytorch.nn.local import LocalAttention
 from htm_pytorch.nn.state import LayerState
@@ -52,6 +53,11 @@ class Layer(nn.Module):
             at: [B, P] int64, the steps whose outputs are asked for; None: all.
             return_recall: whether what was recalled is asked for.
         """
+        if x.shape[1] == 1 and is_first is None and lengths is None and not return_recall:
+            # `at` can ask for nothing but the one step.
+            made = fused.step(self, x, state) if at is None or at.shape[1] == 1 else None
+            if made is not None:
+                return *made, None
         attended, window = self.local(x, state, is_first, lengths)
         x = x + attended
         if self.htm is None or state.memory is None:

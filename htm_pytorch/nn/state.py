@@ -224,6 +224,18 @@ class TransformerState:
         )
 
 
+def begun(state: TransformerState, rows: Tensor) -> TransformerState:
+    """Return the state of which the rows [B] bool begin an episode with the step that comes next.
+
+    Not of memories that keep earlier episodes.
+    """
+    layers: list[LayerState] = []
+    for layer in state:
+        memory = None if layer.memory is None else layer.memory.begin(rows)
+        layers.append(layer._replace(memory=memory, filled=layer.filled.masked_fill(rows, 0)))
+    return TransformerState(tuple(layers), state._fits)
+
+
 def check_layer(
     name: str,
     layer: object,

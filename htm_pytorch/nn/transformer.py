@@ -11,7 +11,7 @@ from htm_pytorch.memory.plan import existing
 from htm_pytorch.nn.attention import HTMBlock
 from htm_pytorch.nn.layer import Layer
 from htm_pytorch.nn.local import LocalAttention
-from htm_pytorch.nn.state import LayerState, TransformerState, check_layer, in_place
+from htm_pytorch.nn.state import LayerState, TransformerState, begun, check_layer, in_place
 from htm_pytorch.ops import Impl, Recall
 from htm_pytorch.shapes import (
     check_at_least,
@@ -203,6 +203,12 @@ class HTMTransformer(nn.Module):
         self._check(x, is_first, mask, at)
         state = self._check_state(state, x.shape[0])
         batch = x.shape[0]
+        if x.shape[1] == 1 and is_first is not None and mask is None and may_look_at(x):
+            # An agent acts step by step: what need not be told apart inside a call costs less.
+            if not is_first.any():
+                is_first = None
+            elif not self.keep_across_episodes:
+                state, is_first = begun(state, is_first[:, 0]), None
         x, is_first, lengths, place = existing(x, is_first, mask)
         asked = None
         if mask is not None and place is not None:

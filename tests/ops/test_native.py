@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -302,13 +303,15 @@ class TestErrors:
         assert run("auto", 3, parts).device.type == "meta"
 
     def test_a_library_of_another_version(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        class Longer(ctypes.Structure):
-            _fields_ = [*kernels._Call._fields_, ("more", ctypes.c_int64)]
-
-        monkeypatch.setattr(kernels, "_Call", Longer)
+        # One that does not say how its structs are laid out, as any other library would do.
+        monkeypatch.setattr(ctypes, "CDLL", lambda path: SimpleNamespace())
         load = kernels.load.__wrapped__
         with pytest.raises(RuntimeError, match=r"is of another version of this package: install"):
             load()
+
+    def test_a_name_that_no_struct_has(self) -> None:
+        with pytest.raises(AttributeError, match="chunk_sise"):
+            kernels.struct("Call", chunk_sise=3)
 
     def test_scratch_that_is_not_to_be_had(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # The kernel says so by a flag in its call; here, a function in its place does.

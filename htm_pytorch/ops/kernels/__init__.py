@@ -52,9 +52,10 @@ def load() -> ctypes.CDLL:
     if _PATH is None:
         raise RuntimeError(MISSING)
     library = ctypes.CDLL(str(_PATH))
-    library.call_bytes.restype = library.scratch_peak.restype = ctypes.c_int64
-    if library.call_bytes() != ctypes.sizeof(_Call):
+    if not hasattr(library, "structs"):
         raise RuntimeError(f"{_PATH} is of another version of this package: install it again")
+    library.structs.restype = ctypes.c_char_p
+    library.scratch_peak.restype = _INT
     return library
 
 
@@ -69,37 +70,22 @@ def _torch_threads() -> int:
 
 
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
+_TYPES = {"int64_t": _INT, "int32_t": ctypes.c_int32, "double": ctypes.c_double}
 
 
-class Heads(ctypes.Structure):
-    """Rows [X, R, W] of one width, for every query and head."""
-
-    _fields_ = [("at", _POINTER), ("by_query", _INT), ("by_head", _INT)]
-
-
-# The struct of the kernel, field by field; a star marks an array.
-_FIELDS = (
-    "parallel* threads batch queries chunks chunk_size k memory_batch missing "
-    "rows* rows_by_batch rows_by_step step_mask* step_mask_by_batch heads width "
-    "route* summaries* summaries_by_batch summaries_by_chunk dim eps "
-    "valid* valid_by_batch chunk_mask* chunk_mask_by_batch chunk_mask_by_query picked* weights* "
-    "probe positions* context grad_picks* grad_scores* grad_route* grad_summaries* "
-    "grad grad_probe grad_weights* grad_rows* grad_by_batch grad_by_step position_weights* "
-    "first last block_weights* starts* pairs* values_by owners scale failed"
-)
-_SPECIAL = {
-    "eps": ctypes.c_double,
-    "scale": ctypes.c_double,
-    "failed": ctypes.c_int32,
-    **dict.fromkeys(("probe", "context", "grad", "grad_probe"), Heads),
-}
-
-
-class _Call(ctypes.Structure):
-    _fields_ = [
-        (name.rstrip("*"), _POINTER if name.endswith("*") else _SPECIAL.get(name, _INT))
-        for name in _FIELDS.split()
-    ]
+@functools.cache
+def structs() -> dict[str, type[ctypes.Structure]]:
+    """Return the structs that the kernel is called with, by name, laid out as it says."""
+    made: dict[str, type[ctypes.Structure]] = {}
+    for spelled in load().structs().decode().split(";"):
+        name, _, rest = spelled.partition(" ")
+        fields: list[tuple[str, Any]] = []
+        for field in rest.rstrip(",").split(","):
+            kind, _, called = field.strip().rpartition(" ")
+            fields.append((called, _POINTER if "*" in kind else made.get(kind) or _TYPES[kind]))
+        # Slots, so that no other name is taken in silence.
+        made[name] = type(name, (ctypes.Structure,), {"_fields_": fields, "__slots__": ()})
+    return made
 
 
 _NAMES = {
@@ -116,28 +102,47 @@ STORED = {
 _NO_MEMORY, _NO_SUCH_CHUNK = 1, 2
 
 
+def struct(name: str, **fields: Any) -> Any:
+    """Return a struct of the kernel; tensors are passed by their addresses and must outlive it."""
+    made = structs()[name]()
+    for key, value in fields.items():
+        setattr(made, key, value.data_ptr() if isinstance(value, Tensor) else value)
+    return made
+
+
+def threads() -> dict[str, Any]:
+    """Name the threads that a call may take."""
+    return {"parallel": _torch_threads(), "threads": torch.get_num_threads()}
+
+
 def run(name: str, exact: Tensor, stored: Tensor | None, arguments: dict[str, Any]) -> None:
     """Call a function of the kernel for sums in the dtype of `exact` over what is `stored`.
 
     Tensors among the arguments are passed by their addresses and must outlive the call; that they
     fit each other is checked before, but for the numbers of chunks, at which the kernel looks.
     """
-    library = load()
     function = f"{name}_{_NAMES[exact.dtype]}"
     if stored is not None:
         function = f"{function}_{_NAMES[stored.dtype]}"
-    call = _Call(parallel=_torch_threads(), threads=torch.get_num_threads())
-    for key, value in arguments.items():
-        setattr(call, key, value.data_ptr() if isinstance(value, Tensor) else value)
-    getattr(library, function)(ctypes.byref(call))
-    if call.failed == _NO_MEMORY:
-        raise MemoryError(f"{function}: not enough memory for scratch")
-    if call.failed == _NO_SUCH_CHUNK:
+    made = struct("Call", **threads(), **arguments)
+    call(function, made, made)
+    if made.failed == _NO_SUCH_CHUNK:
         picked = arguments["picked"]
         raise ValueError(
-            f"picked: expected numbers of chunks, from 0 to {call.chunks - 1}, or -1, "
+            f"picked: expected numbers of chunks, from 0 to {made.chunks - 1}, or -1, "
             f"got {int(picked.min())} to {int(picked.max())}"
         )
+
+
+def call(function: str, argument: Any, told: Any) -> None:
+    """Call a function of the kernel; `told` is the `Call` that hears of failures.
+
+    Raises:
+        MemoryError: there is not enough for scratch.
+    """
+    getattr(load(), function)(ctypes.byref(argument))
+    if told.failed == _NO_MEMORY:
+        raise MemoryError(f"{function}: not enough memory for scratch")
 
 
 def scratch_peak(reset: bool = False) -> int:
@@ -177,11 +182,11 @@ def evenly(rows: Tensor) -> Tensor:
     return rows if even and rows.stride(-1) == 1 else rows.contiguous()
 
 
-def heads(rows: Tensor) -> Heads:
+def heads(rows: Tensor) -> Any:
     """Say where the rows [B, Q, R, W] of `evenly` or `by_head` lie."""
     # The stride of an axis of one may be anything.
     by_query = rows.stride(0) if rows.shape[1] == 1 else rows.stride(1)
-    return Heads(rows.data_ptr(), by_query, rows.stride(2))
+    return struct("Heads", at=rows, by_query=by_query, by_head=rows.stride(2))
 
 
 def step_mask(mask: Tensor | None, missing: int) -> dict[str, Any]:

@@ -11,64 +11,84 @@ extern "C" {
 typedef void Body(int64_t begin, int64_t end, void* context);
 typedef int32_t Parallel(int64_t begin, int64_t end, int64_t grain, Body* body, void* context);
 
+// What a call gets. Python reads the fields of a struct from its list, so that both have one layout.
+#define MEMBER(type, name) type name;
+
 // Rows of one width for every query and head: T [X, H, W].
+#define HEADS_FIELDS(_)  \
+    _(void*, at)         \
+    _(int64_t, by_query) \
+    _(int64_t, by_head)
+
 struct Heads {
-    void* at;
-    int64_t by_query, by_head;
+    HEADS_FIELDS(MEMBER)
 };
 
 // Every array of one call. T is the type of sums, S that of what is stored. Masks are bytes; null
 // means all true. Strides count elements.
+#define CALL_FIELDS(_)                                                                           \
+    _(Parallel*, parallel)                                                                       \
+    _(int64_t, threads)                                                                          \
+    _(int64_t, batch)                                                                            \
+    _(int64_t, queries)                                                                          \
+    _(int64_t, chunks)                                                                           \
+    _(int64_t, chunk_size)                                                                       \
+    _(int64_t, k)                                                                                \
+    _(int64_t, memory_batch) /* `batch`, or 1: shared by all rows */                             \
+    _(int64_t, missing) /* steps that the oldest chunk lacks, at its oldest end */               \
+    /* The steps. Addresses are those of the oldest chunk's step 0, whether or not it exists. */ \
+    _(const void*, rows) /* S [B, M, C, W]; projected: keys, S [B, M, C, H, W] */                \
+    _(int64_t, rows_by_batch)                                                                    \
+    _(int64_t, rows_by_step)                                                                     \
+    _(const uint8_t*, step_mask) /* [B, M, C] */                                                 \
+    _(int64_t, step_mask_by_batch)                                                               \
+    _(int64_t, heads)                                                                            \
+    _(int64_t, width)                                                                            \
+    /* Picking. Chunks are scored by their summaries; without any, by the means of their rows. */\
+    _(const void*, route) /* T [X, D] */                                                         \
+    _(const void*, summaries) /* S [B, M, D] */                                                  \
+    _(int64_t, summaries_by_batch)                                                               \
+    _(int64_t, summaries_by_chunk)                                                               \
+    _(int64_t, dim)                                                                              \
+    _(double, eps) /* a mean is a sum over (count + eps) */                                      \
+    _(const uint8_t*, valid) /* [B, M] */                                                        \
+    _(int64_t, valid_by_batch)                                                                   \
+    _(const uint8_t*, chunk_mask) /* [B, Q, M] */                                                \
+    _(int64_t, chunk_mask_by_batch)                                                              \
+    _(int64_t, chunk_mask_by_query)                                                              \
+    _(int64_t*, picked) /* [X, K]; -1: none */                                                   \
+    _(void*, weights) /* T [X, K] */                                                             \
+    /* Attending. */                                                                             \
+    _(Heads, probe) /* T [X, H, W]; projected: queries */                                        \
+    _(const void*, positions) /* T [C, W], or null */                                            \
+    _(Heads, context) /* T [X, H, W] */                                                          \
+    /* Backward of picking. */                                                                   \
+    _(const void*, grad_picks) /* T [X, K], of the weights */                                    \
+    _(void*, grad_scores) /* T [X, K] */                                                         \
+    _(void*, grad_route) /* T [X, D] */                                                          \
+    _(void*, grad_summaries) /* T [B, M, D], or null; zeros at first */                          \
+    /* Backward of attending. */                                                                 \
+    _(Heads, grad) /* T [X, H, W] */                                                             \
+    _(Heads, grad_probe) /* T [X, H, W] */                                                       \
+    _(void*, grad_weights) /* T [X, K]; projected: [H, X, K], a share of each head */            \
+    _(void*, grad_rows) /* T, as rows; zeros at first */                                         \
+    _(int64_t, grad_by_batch)                                                                    \
+    _(int64_t, grad_by_step)                                                                     \
+    _(void*, position_weights) /* T [X, 2, H, C], or null: as block_weights, over all chunks */  \
+    /* Backward to the steps: pairs (query, pick) of the X in [first, last). */                  \
+    _(int64_t, first)                                                                            \
+    _(int64_t, last)                                                                             \
+    _(void*, block_weights) /* T [last - first, K, 2, H, C]: gradients of logits, then weights */\
+    _(int64_t*, starts) /* [B * M + 1] scratch */                                                \
+    _(int64_t*, pairs) /* [(last - first) * K] scratch */                                        \
+    /* Projected: in the rows, values lie this far behind keys, and heads are W apart. */        \
+    _(int64_t, values_by)                                                                        \
+    _(int64_t, owners) /* rows of the batch that share no chunk: B, or 1 */                      \
+    _(double, scale) /* of the queries */                                                        \
+    _(int32_t, failed) /* set to kNoMemory or kNoSuchChunk */
+
 struct Call {
-    Parallel* parallel;
-    int64_t threads;
-    int64_t batch, queries, chunks, chunk_size, k;
-    int64_t memory_batch;  // `batch`, or 1: shared by all rows
-    int64_t missing;       // steps that the oldest chunk lacks, at its oldest end
-    // The steps. Addresses are those of the oldest chunk's step 0, whether or not it exists.
-    const void* rows;  // S [B, M, C, W]; projected: keys, S [B, M, C, H, W]
-    int64_t rows_by_batch, rows_by_step;
-    const uint8_t* step_mask;  // [B, M, C]
-    int64_t step_mask_by_batch;
-    int64_t heads, width;
-    // Picking. Chunks are scored by their summaries; without any, by the means of their rows.
-    const void* route;      // T [X, D]
-    const void* summaries;  // S [B, M, D]
-    int64_t summaries_by_batch, summaries_by_chunk;
-    int64_t dim;
-    double eps;  // a mean is a sum over (count + eps)
-    const uint8_t* valid;  // [B, M]
-    int64_t valid_by_batch;
-    const uint8_t* chunk_mask;  // [B, Q, M]
-    int64_t chunk_mask_by_batch, chunk_mask_by_query;
-    int64_t* picked;  // [X, K]; -1: none
-    void* weights;    // T [X, K]
-    // Attending.
-    Heads probe;            // T [X, H, W]; projected: queries
-    const void* positions;  // T [C, W], or null
-    Heads context;          // T [X, H, W]
-    // Backward of picking.
-    const void* grad_picks;  // T [X, K], of the weights
-    void* grad_scores;       // T [X, K]
-    void* grad_route;        // T [X, D]
-    void* grad_summaries;    // T [B, M, D], or null; zeros at first
-    // Backward of attending.
-    Heads grad;              // T [X, H, W]
-    Heads grad_probe;        // T [X, H, W]
-    void* grad_weights;      // T [X, K]; projected: [H, X, K], a share of each head
-    void* grad_rows;         // T, as rows; zeros at first
-    int64_t grad_by_batch, grad_by_step;
-    void* position_weights;  // T [X, 2, H, C], or null: as block_weights, over all chunks
-    // Backward to the steps: pairs (query, pick) of the X in [first, last).
-    int64_t first, last;
-    void* block_weights;  // T [last - first, K, 2, H, C]: gradients of logits, then the weights
-    int64_t* starts;      // [B * M + 1] scratch
-    int64_t* pairs;       // [(last - first) * K] scratch
-    // Projected: in the rows, values lie this far behind keys, and heads are W apart.
-    int64_t values_by;
-    int64_t owners;  // rows of the batch that share no chunk: B, or 1
-    double scale;    // of the queries
-    int32_t failed;  // set to kNoMemory or kNoSuchChunk
+    CALL_FIELDS(MEMBER)
 };
 }
 

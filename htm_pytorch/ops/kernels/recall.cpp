@@ -6,6 +6,7 @@
 #include "attend.h"
 #include "pick.h"
 #include "projected.h"
+#include "step.h"
 
 #if defined(_WIN32)
 #define EXPORT extern "C" __declspec(dllexport)
@@ -32,7 +33,13 @@ EXPORT void pick_backward_summaries_f32(Call* call) { pick_backward_summaries<fl
 EXPORT void pick_backward_summaries_f64(Call* call) { pick_backward_summaries<double>(*call); }
 EXPORT void attend_backward_steps_f32(Call* call) { attend_backward_steps<float>(*call); }
 EXPORT void attend_backward_steps_f64(Call* call) { attend_backward_steps<double>(*call); }
-EXPORT int64_t call_bytes() { return sizeof(Call); }
+EXPORT void step_f32(Step* call) { step<float>(*call); }
+// The structs that are passed, for the caller to lay out: "Name type field, ...;" each.
+EXPORT const char* structs() {
+#define SPELLED(type, name) " " #type " " #name ","
+    return "Heads" HEADS_FIELDS(SPELLED) ";Call" CALL_FIELDS(SPELLED) ";Norm" NORM_FIELDS(SPELLED)
+           ";Affine" AFFINE_FIELDS(SPELLED) ";Step" STEP_FIELDS(SPELLED);
+}
 EXPORT int64_t scratch_peak(int32_t reset) {
     const int64_t most = __atomic_load_n(&most_bytes, __ATOMIC_RELAXED);
     if (reset) __atomic_store_n(&most_bytes, held_bytes, __ATOMIC_RELAXED);
