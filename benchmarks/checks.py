@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from htm_pytorch import ChunkedMemory, HTMAttention
-from htm_pytorch.nn.attention import sinusoid
+from htm_pytorch.nn.positions import sinusoid
 from htm_pytorch.ops import reference
 
 MULTIPLE = 8.0

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from htm_pytorch import ChunkedMemory, HTMAttention
-from htm_pytorch.nn.attention import sinusoid
+from htm_pytorch.nn.positions import sinusoid
 from htm_pytorch.ops import Impl, attend, fused_triton, reference
 
 CHECKED = 64

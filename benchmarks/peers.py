@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from htm_pytorch import ChunkedMemory, HTMAttention
 from htm_pytorch.nn import from_haiku
-from htm_pytorch.nn.attention import sinusoid
+from htm_pytorch.nn.positions import sinusoid
 
 PEERS = Path(__file__).parent / ".peers"
 RECORDINGS = Path(__file__).parents[1] / "tests" / "nn" / "data" / "original"

@@ -151,7 +151,7 @@ def ask(path: Path) -> dict[str, Any]:
 
 def distinct(layer: HTMAttention, queries: Tensor, held: StoredMemory) -> int:
     """Return how many different chunks a batch of queries keeps."""
-    _, recalled = layer(queries, held, return_recall=True)
+    _, recalled = layer.recall(queries, held)
     return recalled.chunks.unique().numel()
 
 

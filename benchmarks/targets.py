@@ -32,7 +32,7 @@ from peers import CausalSelfAttention, bind
 from torch import Tensor
 
 from htm_pytorch import ChunkedMemory, HTMAttention
-from htm_pytorch.nn.attention import sinusoid
+from htm_pytorch.nn.positions import sinusoid
 from htm_pytorch.ops import recall
 
 DIM = 512
@@ -139,7 +139,7 @@ def _limits(result: _Result, cell: Cell) -> Iterator[Target]:
     _, queries, length, dim = cell.shape.values()
     inside, around = flops_of_recall(length, dim), flops_of_projections(dim)
     with torch.no_grad():
-        _, recalled = cell.layer(cell.queries, cell.past.memory, return_recall=True)
+        _, recalled = cell.layer.recall(cell.queries, cell.past.memory)
     picked = recalled.chunks.unique().numel()
     size = 4 * dim * (picked * CHUNK + length // CHUNK)
     for name, flops in ("recall", inside), (MEMORY, inside + around):

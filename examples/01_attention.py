@@ -31,7 +31,7 @@ optimizer = torch.optim.Adam([*attend.parameters(), *answer.parameters()], 3e-3)
 print("updates  right chunk kept  its weight  error (1.0: knows nothing)")
 for update in range(401):
     memories, queries, values, chunk = make_batch()
-    attended, recalled = attend(queries, memories, return_recall=True)
+    attended, recalled = attend.recall(queries, memories)
     error = (answer(attended[:, 0]) - values).square().mean()
     optimizer.zero_grad()
     error.backward()
@@ -45,7 +45,7 @@ print(f"Chance of keeping the right chunk is {KEPT / CHUNKS:.2f}.")
 
 # What was not kept does not matter, whatever it holds.
 with torch.no_grad():
-    attended, recalled = attend(queries, memories, return_recall=True)
+    attended, recalled = attend.recall(queries, memories)
     kept = torch.zeros(BATCH, CHUNKS, dtype=torch.bool).scatter(1, recalled.chunks[:, 0], True)
     mask = kept.repeat_interleave(CHUNK_SIZE, 1)
     alone = attend(queries, memories, mask=mask)

@@ -53,7 +53,7 @@ with torch.no_grad():
     else:
         print("not saved: that needs the extra `files`")
 
-    _, _, recalls = model(torch.randn(2, 1, 32), state, return_recall=True)
+    _, _, recalls = model.recall(torch.randn(2, 1, 32), state)
     for layer, recalled in enumerate(recalls):
         for row in range(2):
             chunks = recalled.chunks[row, 0].tolist()

@@ -28,7 +28,7 @@ memory = ShardedMemory(ChunkedMemory.empty(1, 64, 8, 32), timeout=30)
 for piece in steps.split(100, 1):
     memory = memory.append(piece)  # nothing is sent: every rank knows which chunks are its own
 
-attended, recalled = attn(queries, memory, return_recall=True)
+attended, recalled = attn.recall(queries, memory)
 attended.square().mean().backward()
 kept = recalled.chunks % ranks == rank
 print(

@@ -219,7 +219,7 @@ def judge(
         contexts, following, _, chunk = places.draw(BATCH, generator)
         logits, query = reader(contexts, held, None)
         losses.append(cross_entropy(logits, following))
-        _, recalled = reader.attend(query, held, return_recall=True)
+        _, recalled = reader.attend.recall(query, held)
         found.append((recalled.chunks[:, 0] == chunk[:, None]).any(1).float().mean())
     return float(torch.stack(losses).mean()), float(torch.stack(found).mean())
 

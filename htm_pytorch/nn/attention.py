@@ -1,8 +1,6 @@
-"""`HTMAttention` and `HTMBlock`: the projections around `recall`."""
+"""`HTMAttention`: the projections around `recall`."""
 
-import functools
-import math
-from typing import Any, Literal, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +8,7 @@ from torch import Tensor, nn
 from htm_pytorch.memory import ChunkedMemory, Home, ShardedMemory, Steps
 from htm_pytorch.memory.home import is_home
 from htm_pytorch.nn.affine import Affine, affine_of, weight_of
+from htm_pytorch.nn.positions import positions_of
 from htm_pytorch.ops import Impl, Recall, attend, attend_with_weights, check_impl
 from htm_pytorch.ops.places import together
 from htm_pytorch.shapes import (
@@ -19,7 +18,6 @@ from htm_pytorch.shapes import (
     check_floating,
     check_mask,
     check_tensor,
-    may_look_at,
 )
 
 Memories = Tensor | ChunkedMemory | Home
@@ -111,37 +109,13 @@ class HTMAttention(nn.Module):
             f"impl={self.impl!r}"
         )
 
-    @overload
     def forward(
         self,
         queries: Tensor,
         memories: Memories,
         mask: Tensor | None = None,
         chunk_attn_mask: Tensor | None = None,
-        *,
-        return_recall: Literal[False] = False,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        queries: Tensor,
-        memories: Memories,
-        mask: Tensor | None = None,
-        chunk_attn_mask: Tensor | None = None,
-        *,
-        return_recall: Literal[True],
-    ) -> tuple[Tensor, Recall]: ...
-
-    def forward(
-        self,
-        queries: Tensor,
-        memories: Memories,
-        mask: Tensor | None = None,
-        chunk_attn_mask: Tensor | None = None,
-        *,
-        return_recall: bool = False,
-    ) -> Tensor | tuple[Tensor, Recall]:
+    ) -> Tensor:
         """Return the attended memory [B, Q, D].
 
         Args:
@@ -151,19 +125,44 @@ class HTMAttention(nn.Module):
                 by all queries without a copy.
             mask: [B, N] bool, False for steps of a tensor that do not exist.
             chunk_attn_mask: [B, Q, M] bool, the chunks that each query may see.
-            return_recall: also return which chunks and steps were recalled.
 
         A query that sees no chunk gets exactly zeros.
 
         Raises:
             ValueError: names the argument, what came and what was expected.
         """
+        asked = self._ask(queries, memories, mask, chunk_attn_mask)
+        attended, seen = attend(**asked.arguments, impl=self.impl)
+        return self._answer(asked, attended, seen)
+
+    def recall(
+        self,
+        queries: Tensor,
+        memories: Memories,
+        mask: Tensor | None = None,
+        chunk_attn_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Recall]:
+        """Return what `forward` does, and which chunks and steps were recalled, with their weights.
+
+        It is computed plainly, and gathers all that it reports: for looking at, not for speed.
+        """
+        asked = self._ask(queries, memories, mask, chunk_attn_mask)
+        attended, recalled = attend_with_weights(**asked.arguments)
+        seen = (recalled.chunks >= 0).any(-1)
+        return self._answer(asked, attended, seen), recalled
+
+    def _ask(
+        self,
+        queries: Tensor,
+        memories: Memories,
+        mask: Tensor | None,
+        chunk_attn_mask: Tensor | None,
+    ) -> "_Asked":
         with together(memories):
-            self._check_queries(queries)
+            self.check_queries(queries)
             memory = self._memory(queries, memories, mask)
             sizes = {"B": queries.shape[0], "Q": queries.shape[1], "M": memory.chunks}
             check_mask("chunk_attn_mask", chunk_attn_mask, "B Q M", queries.device, **sizes)
-
             summary_keys = affine_of(
                 "to_summary_keys",
                 self.to_summary_keys,
@@ -172,31 +171,31 @@ class HTMAttention(nn.Module):
             )
             keys_values = self.attn.keys_values(self.dim_memory, queries)
             route = self.to_summary_queries(queries) @ summary_keys.weight
-            route = route * self.dim_features**-0.5
             step_queries = self.attn.queries(queries)
-            projections = self.attn.by_head(keys_values.weight)
             positions = None
             if self.add_pos_enc:
-                positions = positions_of(self, memory.chunk_size, step_queries)
-        arguments = (route, step_queries, projections, memory, self.topk_mems)
-        recalled = None
-        if return_recall:
-            attended, recalled = attend_with_weights(
-                *arguments, positions=positions, chunk_mask=chunk_attn_mask
-            )
-            seen = (recalled.chunks >= 0).any(-1)
-        else:
-            attended, seen = attend(
-                *arguments, positions=positions, chunk_mask=chunk_attn_mask, impl=self.impl
-            )
-        attended = self.attn.output(attended, keys_values.bias)
-        attended = torch.where(seen[..., None], attended, 0.0)
-        if summary_keys.bias is not None:
-            # It cancels in the softmax, but DDP wants a gradient for it: zeros.
-            attended = attended + summary_keys.bias[:0].sum()
-        return attended if recalled is None else (attended, recalled)
+                positions = positions_of(self.dim_memory, memory.chunk_size, step_queries)
+            arguments = {
+                "route": route * self.dim_features**-0.5,
+                "queries": step_queries,
+                "projections": self.attn.by_head(keys_values.weight),
+                "memory": memory,
+                "k": self.topk_mems,
+                "positions": positions,
+                "chunk_mask": chunk_attn_mask,
+            }
+        return _Asked(arguments, keys_values.bias, summary_keys.bias)
 
-    def _check_queries(self, queries: Tensor) -> None:
+    def _answer(self, asked: "_Asked", attended: Tensor, seen: Tensor) -> Tensor:
+        attended = self.attn.output(attended, asked.step_bias)
+        attended = torch.where(seen[..., None], attended, 0.0)
+        if asked.summary_bias is not None and torch.is_grad_enabled():
+            # It cancels in the softmax, but DDP wants a gradient for it: zeros.
+            attended = attended + asked.summary_bias[:0].sum()
+        return attended
+
+    def check_queries(self, queries: Tensor) -> None:
+        """Raise a ValueError unless the queries [B, Q, D] fit the layer."""
         check_tensor("queries", queries, "B Q D", D=self.dim)
         weight = weight_of(self.to_summary_queries)
         if weight is not None:
@@ -230,6 +229,14 @@ class HTMAttention(nn.Module):
             raise ValueError(f"memories: expected batch 1 or {batch}, got {memories.shape[0]}")
         steps = memories.detach() if self.detach_memories else memories
         return Steps(steps, self.mem_chunk_size, mask, self.eps)
+
+
+class _Asked(NamedTuple):
+    """What is asked of `attend`, and the biases that are added to its answer."""
+
+    arguments: dict[str, Any]
+    step_bias: Tensor | None
+    summary_bias: Tensor | None
 
 
 class _StepProjections(nn.Module):
@@ -272,146 +279,6 @@ class _StepProjections(nn.Module):
         if bias is not None:
             attended = attended + bias.chunk(2)[1]
         return self.to_out(attended)
-
-
-class HTMBlock(nn.Module):
-    """x + HTMAttention(LayerNorm(x), memory), as in figure 1(c) of arXiv 2105.14039.
-
-    Args:
-        dim: width of the queries and of the output.
-        heads: as for `HTMAttention`, like all others but `residual`.
-        topk_mems: see there.
-        mem_chunk_size: see there.
-        dim_head: see there.
-        add_pos_enc: see there.
-        eps: see there.
-        residual: "input" adds x (the paper), "normed" adds LayerNorm(x) (the package
-            `htm-pytorch` 0.0.4, for its checkpoints).
-        dim_memory: see there.
-        dim_features: see there; no other than `dim`, since the queries are added.
-        router_bias: see there.
-        inner_bias: see there.
-        detach_memories: see there.
-        impl: see there.
-        device: see there.
-        dtype: see there.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int = 8,
-        topk_mems: int = 2,
-        mem_chunk_size: int = 32,
-        dim_head: int = 64,
-        add_pos_enc: bool = True,
-        eps: float = 1e-5,
-        *,
-        residual: Literal["input", "normed"] = "input",
-        dim_memory: int | None = None,
-        dim_features: int | None = None,
-        router_bias: bool = True,
-        inner_bias: bool = False,
-        detach_memories: bool = True,
-        impl: Impl = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        if residual not in ("input", "normed"):
-            raise ValueError(f"residual: expected 'input' or 'normed', got {residual!r}")
-        self.residual = residual
-        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
-        self.attn = HTMAttention(
-            dim,
-            heads,
-            topk_mems,
-            mem_chunk_size,
-            dim_head,
-            add_pos_enc,
-            eps,
-            dim_memory=dim_memory,
-            dim_features=dim_features,
-            router_bias=router_bias,
-            inner_bias=inner_bias,
-            detach_memories=detach_memories,
-            impl=impl,
-            device=device,
-            dtype=dtype,
-        )
-        if self.attn.dim_features != dim:
-            raise ValueError(
-                f"dim_features: expected dim = {dim} for the skip, got {self.attn.dim_features}"
-            )
-
-    def extra_repr(self) -> str:
-        """Return what `print` says of it besides its parts."""
-        return f"residual={self.residual!r}"
-
-    @overload
-    def forward(
-        self,
-        queries: Tensor,
-        memories: Memories,
-        mask: Tensor | None = None,
-        chunk_attn_mask: Tensor | None = None,
-        *,
-        return_recall: Literal[False] = False,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        queries: Tensor,
-        memories: Memories,
-        mask: Tensor | None = None,
-        chunk_attn_mask: Tensor | None = None,
-        *,
-        return_recall: Literal[True],
-    ) -> tuple[Tensor, Recall]: ...
-
-    def forward(
-        self,
-        queries: Tensor,
-        memories: Memories,
-        mask: Tensor | None = None,
-        chunk_attn_mask: Tensor | None = None,
-        *,
-        return_recall: bool = False,
-    ) -> Tensor | tuple[Tensor, Recall]:
-        """Return the queries with what they recalled added, [B, Q, D]; see `HTMAttention`."""
-        with together(memories):
-            self.attn._check_queries(queries)
-            normed = self.norm(queries)
-        skip = queries if self.residual == "input" else normed
-        if return_recall:
-            attended, recalled = self.attn(
-                normed, memories, mask, chunk_attn_mask, return_recall=True
-            )
-            return skip + attended, recalled
-        return skip + self.attn(normed, memories, mask, chunk_attn_mask)
-
-
-def positions_of(attention: HTMAttention, chunk_size: int, like: Tensor) -> Tensor:
-    """Return the positions of the steps of a chunk [C, D], in the dtype and on the device."""
-    arguments = chunk_size, attention.dim_memory, like.dtype, like.device
-    # Kept where they are asked for again and again, by who takes step after step.
-    return _kept_sinusoid(*arguments) if may_look_at(like) else sinusoid(*arguments)
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_sinusoid(*arguments: Any) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
-        return sinusoid(*arguments).contiguous()
-
-
-def sinusoid(length: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the fixed positions [C, D]: the newest step, last, is 0; sines, then cosines."""
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    back = torch.arange(length - 1, -1, -1, dtype=exact, device=device)
-    pairs = torch.arange(0, dim, 2, dtype=exact, device=device)
-    angles = back[:, None] * torch.exp(pairs * (-math.log(10000.0) / dim))
-    return torch.cat([angles.sin(), angles.cos()], -1)[:, :dim].to(dtype)
 
 
 def _drop_published_buffer(

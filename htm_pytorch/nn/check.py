@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from htm_pytorch.memory import ChunkedMemory, Steps
-from htm_pytorch.nn.attention import HTMAttention, sinusoid
+from htm_pytorch.nn.attention import HTMAttention
+from htm_pytorch.nn.positions import sinusoid
 from htm_pytorch.ops import Impl, check_impl
 from htm_pytorch.ops.reference import htm_attention
 from htm_pytorch.shapes import check_at_least

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from htm_pytorch.nn.affine import is_plain, weight_of
-from htm_pytorch.nn.attention import HTMAttention, HTMBlock, positions_of
+from htm_pytorch.nn.attention import HTMAttention
+from htm_pytorch.nn.block import HTMBlock
 from htm_pytorch.nn.local import LocalAttention
+from htm_pytorch.nn.positions import positions_of
 from htm_pytorch.nn.state import LayerState
 from htm_pytorch.ops import kernels
 from htm_pytorch.shapes import may_look_at
@@ -46,7 +48,7 @@ def step(layer: Any, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState] 
     reached = memory.reach(steps)
     slots, valid = reached.reach.slots, reached.read.valid
     htm = layer.htm.attn
-    places = positions_of(htm, memory.chunk_size, x) if htm.add_pos_enc else None
+    places = positions_of(htm.dim_memory, memory.chunk_size, x) if htm.add_pos_enc else None
     window = LayerState(None, torch.empty_like(keys), torch.empty_like(values), filled)
     call = _struct(layer, weights)
     recall = call.recall

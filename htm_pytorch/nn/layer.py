@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from htm_pytorch.memory import ChunkedMemory
 from htm_pytorch.memory.writing import Reached
 from htm_pytorch.nn import fused
-from htm_pytorch.nn.attention import HTMBlock
+from htm_pytorch.nn.block import HTMBlock
 from htm_pytorch.nn.local import LocalAttention
 from htm_pytorch.nn.state import LayerState
 from htm_pytorch.ops import Recall
@@ -41,7 +41,7 @@ class Layer(nn.Module):
         is_first: Tensor | None,
         lengths: Tensor | None,
         at: Tensor | None,
-        return_recall: bool,
+        with_recall: bool,
     ) -> tuple[Tensor, LayerState, Recall | None]:
         """Return the outputs, the state after the steps and, if asked for, what they recalled.
 
@@ -51,9 +51,9 @@ class Layer(nn.Module):
             is_first: [B, T] bool, where episodes begin.
             lengths: [B] int64, how many of the T steps there are; None: all.
             at: [B, P] int64, the steps whose outputs are asked for; None: all.
-            return_recall: whether what was recalled is asked for.
+            with_recall: whether what was recalled is asked for.
         """
-        if x.shape[1] == 1 and is_first is None and lengths is None and not return_recall:
+        if x.shape[1] == 1 and is_first is None and lengths is None and not with_recall:
             # `at` can ask for nothing but the one step.
             made = fused.step(self, x, state) if at is None or at.shape[1] == 1 else None
             if made is not None:
@@ -70,14 +70,14 @@ class Layer(nn.Module):
         reached = state.memory.reach(steps, is_first, lengths)
         if at is not None:
             x = _taken(x, at)
-        elif reached.reach.times is not None or return_recall:
+        elif reached.reach.times is not None or with_recall:
             at = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         recall = None
         if at is None:
             x = self.htm(x, reached.read)
-        elif return_recall:
+        elif with_recall:
             visible = reached.reach.visible(at)
-            x, recall = self.htm(x, reached.read, chunk_attn_mask=visible, return_recall=True)
+            x, recall = self.htm.recall(x, reached.read, chunk_attn_mask=visible)
             # Of the ring's slots those that were never written were left out.
             left_out = state.memory.chunks - reached.reach.held
             is_new = recall.chunks >= reached.reach.held

@@ -1,14 +1,14 @@
 """`HTMTransformer`: layers that attend to the recent past and recall the far past."""
 
 import os
-from typing import Any, Literal, cast, overload
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from htm_pytorch.memory import ChunkedMemory
 from htm_pytorch.memory.plan import existing
-from htm_pytorch.nn.attention import HTMBlock
+from htm_pytorch.nn.block import HTMBlock
 from htm_pytorch.nn.layer import Layer
 from htm_pytorch.nn.local import LocalAttention
 from htm_pytorch.nn.state import LayerState, TransformerState, begun, check_layer, in_place
@@ -143,7 +143,6 @@ class HTMTransformer(nn.Module):
         self._check_state(state, state.batch)
         return state
 
-    @overload
     def forward(
         self,
         x: Tensor,
@@ -152,31 +151,7 @@ class HTMTransformer(nn.Module):
         mask: Tensor | None = None,
         *,
         at: Tensor | None = None,
-        return_recall: Literal[False] = False,
-    ) -> tuple[Tensor, TransformerState]: ...
-
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        state: TransformerState | None = None,
-        is_first: Tensor | None = None,
-        mask: Tensor | None = None,
-        *,
-        at: Tensor | None = None,
-        return_recall: Literal[True],
-    ) -> tuple[Tensor, TransformerState, tuple[Recall, ...]]: ...
-
-    def forward(
-        self,
-        x: Tensor,
-        state: TransformerState | None = None,
-        is_first: Tensor | None = None,
-        mask: Tensor | None = None,
-        *,
-        at: Tensor | None = None,
-        return_recall: bool = False,
-    ) -> tuple[Tensor, TransformerState] | tuple[Tensor, TransformerState, tuple[Recall, ...]]:
+    ) -> tuple[Tensor, TransformerState]:
         """Return the outputs [B, T, D] and the state after the T steps.
 
         Args:
@@ -188,14 +163,41 @@ class HTMTransformer(nn.Module):
                 of such steps are zeros.
             at: [B, P] int64, return the outputs of these steps of each row only, [B, P, D]; the
                 last layer then computes no others.
-            return_recall: also return what each layer recalled. Chunk indices count the ring's
-                slots first, then the chunks that closed in this call, oldest first.
 
         Raises:
             ValueError: names the argument, what came and what was expected.
         """
-        if return_recall and not self.mem_chunks:
-            raise ValueError("return_recall: expected False beside mem_chunks = 0, got True")
+        y, state, _ = self._run(x, state, is_first, mask, at, with_recall=False)
+        return y, state
+
+    def recall(
+        self,
+        x: Tensor,
+        state: TransformerState | None = None,
+        is_first: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        at: Tensor | None = None,
+    ) -> tuple[Tensor, TransformerState, tuple[Recall, ...]]:
+        """Return what `forward` does, and what each layer recalled; see `HTMAttention.recall`.
+
+        Numbers of chunks count the ring's slots first, then the chunks that closed in this call,
+        oldest first.
+        """
+        if not self.mem_chunks:
+            raise ValueError("recall: expected a model with a memory, got mem_chunks = 0")
+        return self._run(x, state, is_first, mask, at, with_recall=True)
+
+    def _run(
+        self,
+        x: Tensor,
+        state: TransformerState | None,
+        is_first: Tensor | None,
+        mask: Tensor | None,
+        at: Tensor | None,
+        *,
+        with_recall: bool,
+    ) -> tuple[Tensor, TransformerState, tuple[Recall, ...]]:
         check_tensor("x", x, "B T D", D=self.dim)
         check_beside("x", x, self.norm.weight)
         if state is None:
@@ -218,7 +220,7 @@ class HTMTransformer(nn.Module):
         recalls: list[Recall] = []
         for number, (layer, before) in enumerate(zip(self._layers(), state, strict=True)):
             only = at if number == len(self.layers) - 1 else None
-            x, layer_state, recall = layer(x, before, is_first, lengths, only, return_recall)
+            x, layer_state, recall = layer(x, before, is_first, lengths, only, with_recall)
             if recall is not None and mask is not None and place is not None:
                 exists = mask if only is None or asked is None else asked
                 recall = in_place(recall, place if only is None else None, exists)
@@ -228,7 +230,7 @@ class HTMTransformer(nn.Module):
         if asked is not None:
             y = y.masked_fill(~asked[..., None], 0.0)
         made = TransformerState(tuple(after), self._expected(batch))
-        return (y, made, tuple(recalls)) if return_recall else (y, made)
+        return y, made, tuple(recalls)
 
     def _layers(self) -> list[Layer]:
         return cast(list[Layer], list(self.layers))

@@ -102,7 +102,7 @@ class Agent(nn.Module):
     ) -> tuple[Outputs, tuple[Recall, ...]]:
         """Return the outputs at the steps `at` [B, P] and what each layer recalled there."""
         encoded = self._encode(seen)
-        features, _, recalls = self.memory(encoded, state, seen.is_first, at=at, return_recall=True)
+        features, _, recalls = self.memory.recall(encoded, state, seen.is_first, at=at)
         return self._heads(features), recalls
 
     def reconstruction_loss(self, features: Tensor, frames: Tensor, instructions: Tensor) -> Tensor:

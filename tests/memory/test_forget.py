@@ -171,7 +171,7 @@ def test_views_by_episode_and_time(tmp_path: Path) -> None:
         chosen = mask.nonzero()[:, 0]
         expected = layer(queries, held.fetch(chosen))
         for home in (held, indexed):
-            out, recalled = layer(queries, home.where(**arguments), return_recall=True)
+            out, recalled = layer.recall(queries, home.where(**arguments))
             torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
             assert set(recalled.chunks.unique().tolist()) <= {-1, *chosen.tolist()}
     view = held.where(since=1000.0)

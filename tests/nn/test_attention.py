@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import htm_pytorch
 from htm_pytorch import ChunkedMemory, HTMAttention, HTMBlock
-from htm_pytorch.nn.attention import sinusoid
+from htm_pytorch.nn.positions import sinusoid
 from htm_pytorch.ops import Impl, reference
 from tests.helpers import (
     assert_near,
@@ -369,7 +369,7 @@ def test_recall_is_returned_on_request_and_changes_nothing(kind: Any) -> None:
     queries, memories = normal(2, 5, 6), normal(2, 18, 6)
     mask, chunk_mask = torch.rand(2, 18) < 0.8, torch.rand(2, 5, 5) < 0.6
     out = layer(queries, memories, mask, chunk_mask)
-    again, recalled = layer(queries, memories, mask, chunk_mask, return_recall=True)
+    again, recalled = layer.recall(queries, memories, mask, chunk_mask)
     assert_near(again, out, 1e-13)
     assert recalled.chunks.shape == recalled.chunk_weights.shape == (2, 5, 3)
     assert recalled.step_weights.shape == (2, 5, 2, 3, 4)
@@ -443,8 +443,8 @@ def assert_as_accurate(
     true = exact(queries.double(), memories.double())
     cotangent = torch.randn_like(true)
     true.backward(cotangent)
-    out, recalled = layer(queries, memories, return_recall=True)
-    _, true_recalled = exact(queries.double(), memories.double(), return_recall=True)
+    out, recalled = layer.recall(queries, memories)
+    _, true_recalled = exact.recall(queries.double(), memories.double())
     assert torch.equal(recalled.chunks, true_recalled.chunks)
     out = layer(queries, memories)
     out.backward(cotangent.to(out.dtype))
@@ -487,6 +487,10 @@ def test_autocast(dtype: torch.dtype) -> None:
         def forward(self, *args: Any, **options: Any) -> Any:
             with torch.autocast("cpu", dtype=dtype):
                 return self.layer(*args, **options)
+
+        def recall(self, *args: Any) -> Any:
+            with torch.autocast("cpu", dtype=dtype):
+                return self.layer.recall(*args)
 
         def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
             return self.layer.named_parameters()

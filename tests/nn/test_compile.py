@@ -98,10 +98,10 @@ def test_lengths_that_change_need_no_new_graph() -> None:
 
 def test_recall_is_returned() -> None:
     layer = layer_of()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(layer.recall, fullgraph=True, backend="aot_eager")
     queries, memories = normal(2, 5, 6), normal(2, 18, 6)
-    out, recalled = compiled(queries, memories, return_recall=True)
-    expected, expected_recalled = layer(queries, memories, return_recall=True)
+    out, recalled = compiled(queries, memories)
+    expected, expected_recalled = layer.recall(queries, memories)
     assert_near(out, expected, 1e-13)
     assert torch.equal(recalled.chunks, expected_recalled.chunks)
     assert_near(recalled.step_weights, expected_recalled.step_weights, 1e-13)

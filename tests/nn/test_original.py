@@ -10,7 +10,7 @@ from torch import Tensor
 
 from htm_pytorch import ChunkedMemory, HTMAttention
 from htm_pytorch.nn import from_haiku
-from htm_pytorch.nn.attention import sinusoid
+from htm_pytorch.nn.positions import sinusoid
 from htm_pytorch.ops import reference
 from tests.helpers import assert_near
 
@@ -104,9 +104,7 @@ def test_chunks_and_their_weights(recording: Recording) -> None:
     assert enough.any()
     queries = recording.arrays["in/queries"].double()
     layer = recording.layer().double()
-    _, recalled = layer(
-        queries, recording.memory(torch.float64), None, recording.mask, return_recall=True
-    )
+    _, recalled = layer.recall(queries, recording.memory(torch.float64), None, recording.mask)
     assert torch.equal(recalled.chunks[enough], recording.arrays["topk_idx"][enough])
     weights = recording.arrays["topk_logits"][enough].softmax(-1)
     assert_near(recalled.chunk_weights[enough], weights, 1e-6)

@@ -148,7 +148,7 @@ def test_outputs_at_some_steps_are_those_of_all_steps() -> None:
 def test_recall_names_chunks_a_step_could_see() -> None:
     model = build()
     x = torch.randn(1, 20, 12, dtype=torch.float64)
-    y, _, recalls = model(x, return_recall=True)
+    y, _, recalls = model.recall(x)
     torch.testing.assert_close(y, model(x, model.initial_state(1))[0])
     assert len(recalls) == 2
     for step, chunks in enumerate(recalls[0].chunks[0].tolist()):

@@ -91,9 +91,9 @@ def test_outputs_at_some_steps_and_what_was_recalled() -> None:
     model = build()
     x, mask, is_first = padded("anywhere")
     at = torch.randint(LENGTH, (ROWS, 4))
-    y, state, recalls = model(x, None, is_first, mask, return_recall=True)
+    y, state, recalls = model.recall(x, None, is_first, mask)
     assert_near(y, model(x, None, is_first, mask)[0])
-    some, state_some, some_recalls = model(x, None, is_first, mask, at=at, return_recall=True)
+    some, state_some, some_recalls = model.recall(x, None, is_first, mask, at=at)
     assert_near(some, y.gather(1, at[..., None].expand(-1, -1, 8)))
     for one, other in zip(pytree.tree_leaves(state), pytree.tree_leaves(state_some), strict=True):
         assert_near(one, other)
@@ -104,7 +104,7 @@ def test_outputs_at_some_steps_and_what_was_recalled() -> None:
     assert torch.equal(some_recalls[-1].chunks, chunks)
     for row in range(ROWS):
         here, exists = slice(row, row + 1), mask[row]
-        *_, alone = model(x[here, exists], None, is_first[here, exists], return_recall=True)
+        *_, alone = model.recall(x[here, exists], None, is_first[here, exists])
         for ours, wanted in zip(recalls, alone, strict=True):
             assert torch.equal(ours.chunks[here, exists], wanted.chunks)
             assert_near(ours.step_weights[here, exists], wanted.step_weights)

@@ -77,5 +77,7 @@ def test_states_are_of_their_model() -> None:
         without(x, remembering.initial_state(1))
     with pytest.raises(ValueError, match=r"state\[0\]: expected a LayerState with a ChunkedMemory"):
         remembering(x, without.initial_state(1))
-    with pytest.raises(ValueError, match="return_recall: expected False beside mem_chunks = 0"):
-        without(x, return_recall=True)
+    with pytest.raises(
+        ValueError, match="recall: expected a model with a memory, got mem_chunks = 0"
+    ):
+        without.recall(x)

@@ -326,7 +326,7 @@ def layers_equal(group: Any, detach: bool) -> None:
         hidden = first(asked, memory, chunk_attn_mask=mask)
         assert not hidden[0, 3].any()
         hidden = second(second(hidden, other), memory)
-        hidden, recalled = second(hidden, memory, return_recall=True)
+        hidden, recalled = second.recall(hidden, memory)
         assert (recalled.chunks >= 0).all()
         leaves = [*first.parameters(), *second.parameters(), asked, written]
         gradients = torch.autograd.grad(hidden.square().sum(), leaves, allow_unused=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch import ChunkedMemory, HTMAttention
-from htm_pytorch.nn.attention import sinusoid
+from htm_pytorch.nn.positions import sinusoid
 from htm_pytorch.ops import RecallImpl, recall, reference
 from tests.helpers import assert_near, leaf, memory_of, on_cpu, value_and_gradients
 

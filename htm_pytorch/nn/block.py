@@ -1,0 +1,114 @@
+"""`HTMBlock`: attention to a memory between a norm and a skip."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from htm_pytorch.nn.attention import HTMAttention, Memories
+from htm_pytorch.ops import Impl, Recall
+from htm_pytorch.ops.places import together
+
+
+class HTMBlock(nn.Module):
+    """x + HTMAttention(LayerNorm(x), memory), as in figure 1(c) of arXiv 2105.14039.
+
+    Args:
+        dim: width of the queries and of the output.
+        heads: as for `HTMAttention`, like all others but `residual`.
+        topk_mems: see there.
+        mem_chunk_size: see there.
+        dim_head: see there.
+        add_pos_enc: see there.
+        eps: see there.
+        residual: "input" adds x (the paper), "normed" adds LayerNorm(x) (the package
+            `htm-pytorch` 0.0.4, for its checkpoints).
+        dim_memory: see there.
+        dim_features: see there; no other than `dim`, since the queries are added.
+        router_bias: see there.
+        inner_bias: see there.
+        detach_memories: see there.
+        impl: see there.
+        device: see there.
+        dtype: see there.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        topk_mems: int = 2,
+        mem_chunk_size: int = 32,
+        dim_head: int = 64,
+        add_pos_enc: bool = True,
+        eps: float = 1e-5,
+        *,
+        residual: Literal["input", "normed"] = "input",
+        dim_memory: int | None = None,
+        dim_features: int | None = None,
+        router_bias: bool = True,
+        inner_bias: bool = False,
+        detach_memories: bool = True,
+        impl: Impl = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if residual not in ("input", "normed"):
+            raise ValueError(f"residual: expected 'input' or 'normed', got {residual!r}")
+        self.residual = residual
+        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.attn = HTMAttention(
+            dim,
+            heads,
+            topk_mems,
+            mem_chunk_size,
+            dim_head,
+            add_pos_enc,
+            eps,
+            dim_memory=dim_memory,
+            dim_features=dim_features,
+            router_bias=router_bias,
+            inner_bias=inner_bias,
+            detach_memories=detach_memories,
+            impl=impl,
+            device=device,
+            dtype=dtype,
+        )
+        if self.attn.dim_features != dim:
+            raise ValueError(
+                f"dim_features: expected dim = {dim} for the skip, got {self.attn.dim_features}"
+            )
+
+    def extra_repr(self) -> str:
+        """Return what `print` says of it besides its parts."""
+        return f"residual={self.residual!r}"
+
+    def forward(
+        self,
+        queries: Tensor,
+        memories: Memories,
+        mask: Tensor | None = None,
+        chunk_attn_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the queries with what they recalled added, [B, Q, D]; see `HTMAttention`."""
+        skip, normed = self._normed(queries, memories)
+        return skip + self.attn(normed, memories, mask, chunk_attn_mask)
+
+    def recall(
+        self,
+        queries: Tensor,
+        memories: Memories,
+        mask: Tensor | None = None,
+        chunk_attn_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Recall]:
+        """Return what `forward` does, and what was recalled; see `HTMAttention.recall`."""
+        skip, normed = self._normed(queries, memories)
+        attended, recalled = self.attn.recall(normed, memories, mask, chunk_attn_mask)
+        return skip + attended, recalled
+
+    def _normed(self, queries: Tensor, memories: Memories) -> tuple[Tensor, Tensor]:
+        with together(memories):
+            self.attn.check_queries(queries)
+            normed = self.norm(queries)
+        return queries if self.residual == "input" else normed, normed
