@@ -126,6 +126,16 @@ class Value:
         for name in _FIELDS:
             object.__setattr__(self, name, getattr(other, name))
 
+    def reading(self) -> Self:
+        """Return the memory for one who reads it and keeps none of its tensors.
+
+        Its chunks are not shared by that: the next step may be written where they lie. Where
+        gradients flow, tensors are kept for the way back, and it is the memory itself.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self
+        return self._changed(_ring=Ring(self._ring.read()))
+
     def _reading(self, found: Reach) -> Self:
         """Return the chunks within reach as a memory that is read."""
         ring = Ring(found.slots)

@@ -52,7 +52,7 @@ class Call(NamedTuple):
         """Return the call of an implementation by this name, or by "auto"."""
         dtype = torch.promote_types(torch.promote_types(torch.float32, memory.dtype), route.dtype)
         if isinstance(memory, ChunkedMemory):
-            dtype = torch.promote_types(dtype, memory.summaries.dtype)
+            dtype = torch.promote_types(dtype, memory._ring.read().summaries.dtype)
         return cls(route, memory, k, positions, chunk_mask, impl != "auto", dtype)
 
     @property
@@ -124,15 +124,14 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 def _check_parts(memory: ChunkedMemory) -> None:
     """Raise a ValueError unless what is read of a memory fits together."""
-    contents, dtypes = memory.contents, operators.DTYPES
+    slots, valid, dtypes = memory._ring.read(), memory.valid, operators.DTYPES
+    contents, summaries, step_mask = slots.contents, slots.summaries, slots.step_mask
     operators.check_axes("memory.contents", contents, 4)
     batch, chunks, chunk_size, dim = contents.shape
     operators.check("memory.contents", contents, contents.shape, *dtypes)
-    operators.check("memory.summaries", memory.summaries, (batch, chunks, dim), *dtypes)
-    operators.check("memory.valid", memory.valid, (batch, chunks), torch.bool)
-    check_device("memory.summaries", memory.summaries, contents.device)
-    check_device("memory.valid", memory.valid, contents.device)
-    if memory.step_mask is not None:
-        shape = batch, chunks, chunk_size
-        operators.check("memory.step_mask", memory.step_mask, shape, torch.bool)
-        check_device("memory.step_mask", memory.step_mask, contents.device)
+    operators.check("memory.summaries", summaries, (batch, chunks, dim), *dtypes)
+    operators.check("memory.valid", valid, (batch, chunks), torch.bool)
+    operators.check("memory.step_mask", step_mask, (batch, chunks, chunk_size), torch.bool)
+    for name, part in {"summaries": summaries, "valid": valid, "step_mask": step_mask}.items():
+        if part is not None:
+            check_device(f"memory.{name}", part, contents.device)

@@ -19,6 +19,8 @@ def at_hand(
     impl: str,
 ) -> tuple[Call, Tensor | None]:
     """Return a call on a memory in RAM, and the numbers of its chunks if they are others."""
+    if isinstance(memory, ChunkedMemory):
+        memory = memory.reading()
     if isinstance(memory, ChunkedMemory | Steps):
         return Call.of(route, memory, k, positions, chunk_mask, impl), None
     fetched = homes.fetch(route, memory, k, chunk_mask)

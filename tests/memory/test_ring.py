@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from htm_pytorch import ChunkedMemory, HTMAttention, recall
+from htm_pytorch.ops import kernels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -230,3 +231,23 @@ def test_no_two_parts_share_storage(keep: bool) -> None:
         parts = [part for part in value._tensors().values() if part.numel()]
         places = [part.untyped_storage().data_ptr() for part in parts]
         assert len(set(places)) == len(places), name
+
+
+@pytest.mark.parametrize("impl", ["auto", "native", "blocked", "reference", "projected"])
+@pytest.mark.parametrize("graded", [False, True], ids=["no-grad", "grad"])
+def test_a_layer_that_only_reads_does_not_make_the_next_step_copy(impl: Any, graded: bool) -> None:
+    if impl in ("native", "projected") and not kernels.IS_AVAILABLE:
+        pytest.skip("needs the compiled kernel")
+    layer = HTMAttention(6, 2, 2, 2, 3, impl=impl)
+    memory = ChunkedMemory.empty(1, 8, 2, 6)
+    queries = torch.randn(1, 3, 6)
+    for _ in range(40):
+        kept = memory
+        with torch.set_grad_enabled(graded):
+            expected = layer(queries, memory).detach()
+        place = written(memory)
+        memory = memory.append(torch.randn(1, 1, 6))
+        assert graded or written(memory) == place
+        with torch.set_grad_enabled(graded):
+            torch.testing.assert_close(layer(queries, kept).detach(), expected)
+        del kept
