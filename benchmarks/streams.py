@@ -3,8 +3,8 @@
 One layer of `HTMTransformer`, width 64, chunks of 16, no gradient, one thread: an agent that acts.
 Steps are counted with those that close a chunk. The answers of single steps are compared with those
 of the whole sequence before a time is kept. Times are the processor's, which the one thread took,
-so that other work on the machine counts for little. With `--before`, a checkout of an older package (with
-its kernel) takes turns with this one, each in processes of its own.
+so that other work on the machine counts for little. With `--before`, a checkout of an older package
+(with its kernel) takes turns with this one, each in processes of its own.
 """
 
 import argparse
