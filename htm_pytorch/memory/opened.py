@@ -10,11 +10,12 @@ from htm_pytorch.memory import earlier, index, place
 from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.folder_log import FolderLog, LogFile
 from htm_pytorch.memory.formats import DTYPES, Format
+from htm_pytorch.memory.lance_access import load_engine
 from htm_pytorch.memory.log import REPAIR, Contents, Head, Log
 from htm_pytorch.memory.object_log import ObjectLog
 from htm_pytorch.memory.place import MARKER, Lock, Place
 from htm_pytorch.memory.stored import ExactMemory, IndexedMemory, StoredMemory
-from htm_pytorch.memory.table import Versions, load_engine
+from htm_pytorch.memory.versions import Versions
 from htm_pytorch.shapes import check_at_least
 
 

@@ -20,7 +20,7 @@ from htm_pytorch.memory.home import Span
 from htm_pytorch.memory.log import Contents, Log
 from htm_pytorch.memory.place import Lock, Place, mark
 from htm_pytorch.memory.state import State
-from htm_pytorch.memory.table import Versions
+from htm_pytorch.memory.versions import Versions
 from htm_pytorch.memory.view import Chosen, Moment, View
 from htm_pytorch.shapes import (
     check_at_least,

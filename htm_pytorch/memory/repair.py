@@ -26,7 +26,7 @@ from htm_pytorch.memory.opened import open_memory
 from htm_pytorch.memory.place import Lock, Place
 from htm_pytorch.memory.rows import BATCH_BYTES, Damaged, Salvage
 from htm_pytorch.memory.state import Batch, Open
-from htm_pytorch.memory.table import Versions
+from htm_pytorch.memory.versions import Versions
 
 _NEW = ".repaired"
 _PARTS = ("journal", "journal-journal", "chunks.lance")

@@ -17,7 +17,8 @@ from htm_pytorch.memory.known import Pending
 from htm_pytorch.memory.log import Contents, Head, merged
 from htm_pytorch.memory.reading import Reading, forgetting
 from htm_pytorch.memory.state import Batch, Open, State
-from htm_pytorch.memory.table import FRAGMENT_BYTES, SMALL_BYTES, Table, Versions
+from htm_pytorch.memory.table import Table
+from htm_pytorch.memory.versions import FRAGMENT_BYTES, SMALL_BYTES, Versions
 from htm_pytorch.memory.view import Chosen, ScoredMoment, SearchedMoment
 from htm_pytorch.shapes import (
     check_at_least,
