@@ -15,12 +15,12 @@ from torch import Tensor
 
 from htm_pytorch.memory import index, pins
 from htm_pytorch.memory.files import MemoryFileError, sync_file, sync_folder
-from htm_pytorch.memory.formats import CPU, DTYPES, Chunks, Format
+from htm_pytorch.memory.formats import CPU, Chunks, Format
 from htm_pytorch.memory.lance_access import is_damage, loaded_lance, reading, writing
 from htm_pytorch.memory.log import Head, Pin, Pinned, Range
 from htm_pytorch.memory.object_store import Objects
 from htm_pytorch.memory.place import Place
-from htm_pytorch.memory.rows import encoded, joined, schema
+from htm_pytorch.memory.rows import encoded, facts_of, form_of, joined, schema
 from htm_pytorch.memory.table import Table
 
 FRAGMENT_BYTES = 256 * 2**20
@@ -82,7 +82,7 @@ class Versions:
                 self.uri, version=pinned.version, storage_options=self._options
             )
             rows = dataset.count_rows()
-        generation = (dataset.schema.metadata or {}).get(b"generation", b"").decode()
+        generation = facts_of(dataset).get("generation", "")
         if (generation, rows) != (head.generation, pinned.rows):
             raise MemoryFileError(
                 f"{self.uri!r} holds {rows} chunks of {generation!r}, expected {pinned.rows} of "
@@ -98,12 +98,10 @@ class Versions:
         """
         with reading(repr(self.uri)):
             dataset = loaded_lance().dataset(self.uri, storage_options=self._options)
-            metadata = dataset.schema.metadata or {}
-            facts = {key.decode(): value.decode() for key, value in metadata.items()}
+            facts = facts_of(dataset)
         try:
-            dtype = getattr(torch, facts["dtype"])
-            form = Format(int(facts["dim"]), int(facts["chunk_size"]), dtype)
-            if facts["htm_pytorch"] not in ("1", "2") or dtype not in DTYPES:
+            form = form_of(facts)
+            if facts["htm_pytorch"] not in ("1", "2"):
                 raise ValueError(f"format {facts['htm_pytorch']!r}")
         except (KeyError, ValueError, AttributeError) as error:
             raise MemoryFileError(

@@ -267,7 +267,7 @@ def test_what_could_not_be_purged_is_purged_later(tmp_path: Path) -> None:
     """Where SQLite leaves deleted bytes in its file, as it does by default."""
     path = tmp_path / "m"
     with make(path) as held:
-        held._log.file.opened().execute("PRAGMA secure_delete = OFF")
+        held._log.file.connected().execute("PRAGMA secure_delete = OFF")
         held.append(steps_from(0, 400), keys=[f"secret {n}" for n in range(400)])
         held.append(steps_from(400, 8)).forget(before_step=400)
         with failing(Fault("purge", False, 0, False, OSError)), pytest.raises(OSError):
