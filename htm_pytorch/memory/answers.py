@@ -13,28 +13,28 @@ from htm_pytorch.shapes import check_numbers
 
 def fetched(now: State, chunks: Tensor) -> ChunkedMemory:
     """Return chunks of a state as a memory in RAM; see `StoredMemory.fetch`."""
-    check_numbers("chunks", chunks, now.known.length)
+    check_numbers("chunks", chunks, now.catalog.length)
     contents = now.fetch(chunks.tolist())
-    counts = now.known.counts[chunks]
+    counts = now.catalog.counts[chunks]
     is_step = None
     if (counts < now.head.chunk_size).any():
         is_step = step_mask(counts, now.head.chunk_size)[None]
-    has_summaries = now.known.summaries.shape[1]
-    summaries = now.known.summaries[chunks][None] if has_summaries else None
+    has_summaries = now.catalog.summaries.shape[1]
+    summaries = now.catalog.summaries[chunks][None] if has_summaries else None
     return ChunkedMemory.from_chunks(contents[None], is_step, summaries=summaries, copy=False)
 
 
 def span(now: State, number: int) -> Span:
     """Return which steps a chunk holds; see `StoredMemory.spans`."""
-    known = now.known
-    count = int(known.counts[number])
-    first, last = (None if t != t else t for t in known.times[number].tolist())
+    catalog = now.catalog
+    count = int(catalog.counts[number])
+    first, last = (None if t != t else t for t in catalog.times[number].tolist())
     marks = now.marks(number)
     return Span(
         number,
-        int(known.first_steps[number]),
+        int(catalog.first_steps[number]),
         count,
-        int(known.episodes[number]),
+        int(catalog.episodes[number]),
         first,
         last,
         marks.keys if marks else (),
@@ -58,7 +58,7 @@ def searched(
     if not len(rest):
         return numbers, products
     if chosen is not None:
-        more[:, ~chosen.mask(now.known)[rest]] = -torch.inf
+        more[:, ~chosen.mask(now.catalog)[rest]] = -torch.inf
     products = products.masked_fill(torch.isin(numbers, rest), -torch.inf)
     numbers = torch.cat([numbers, rest.expand(len(vectors), -1)], 1)
     products, place = torch.cat([products, more], 1).topk(k, 1)
@@ -67,49 +67,49 @@ def searched(
 
 def cut(now: State, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Return the chunks [S] that lost steps which rows still tell of, and products [X, S]."""
-    known = now.known.cut
-    numbers = torch.tensor(sorted(known), dtype=torch.int64, device=CPU)
-    if not known:
+    summary_of = now.catalog.cut
+    numbers = torch.tensor(sorted(summary_of), dtype=torch.int64, device=CPU)
+    if not summary_of:
         return numbers, vectors[:, :0].float()
-    summaries = torch.stack([known[first_step] for first_step in numbers.tolist()])
-    return torch.searchsorted(now.known.first_steps, numbers), vectors @ summaries.T
+    summaries = torch.stack([summary_of[first_step] for first_step in numbers.tolist()])
+    return torch.searchsorted(now.catalog.first_steps, numbers), vectors @ summaries.T
 
 
 def numbers_of(now: State, first_steps: Tensor) -> Tensor:
     """Return the chunks that begin with these steps in the table; -1 where there is none."""
-    known = now.known.first_steps
-    number = torch.searchsorted(known, first_steps.contiguous())
+    own = now.catalog.first_steps
+    number = torch.searchsorted(own, first_steps.contiguous())
     # Of a chunk whose oldest steps were forgotten, the first that is left comes later.
-    inside = number.clamp(max=max(len(known) - 1, 0))
-    if not len(known):
+    inside = number.clamp(max=max(len(own) - 1, 0))
+    if not len(own):
         return torch.full_like(first_steps, -1)
-    far = known[inside] - first_steps >= now.head.chunk_size
-    return inside.masked_fill((first_steps < 0) | (number >= len(known)) | far, -1)
+    far = own[inside] - first_steps >= now.head.chunk_size
+    return inside.masked_fill((first_steps < 0) | (number >= len(own)) | far, -1)
 
 
 def numbers_to(now: State, ends: Tensor) -> Tensor:
     """Return the chunks that end before these steps; -1 where there is none."""
-    known = now.known.first_steps + now.known.counts
-    if not len(known):
+    own = now.catalog.first_steps + now.catalog.counts
+    if not len(own):
         return torch.full_like(ends, -1)
-    number = torch.searchsorted(known, ends.contiguous()).clamp(max=len(known) - 1)
-    return number.masked_fill(known[number] != ends, -1)
+    number = torch.searchsorted(own, ends.contiguous()).clamp(max=len(own) - 1)
+    return number.masked_fill(own[number] != ends, -1)
 
 
 def whole(now: State, start: int, end: int) -> Chunks:
     """Return chunks of the table with all that is stored of them."""
     assert now.table is not None
-    form, known, numbers = now.head.form, now.known, list(range(start, end))
+    form, catalog, numbers = now.head.form, now.catalog, list(range(start, end))
     stored = now.table.take(numbers)
-    counts = known.counts[start:end]
+    counts = catalog.counts[start:end]
     stored[~step_mask(counts, form.chunk_size)] = 0
     return Chunks(
         stored,
         form.summarise(stored, counts),
         counts,
-        known.episodes[start:end],
-        known.first_steps[start:end],
-        known.times[start:end],
-        known.marked[start:end],
+        catalog.episodes[start:end],
+        catalog.first_steps[start:end],
+        catalog.times[start:end],
+        catalog.marked[start:end],
         tuple(now.marks(number) for number in numbers),
     )

@@ -15,7 +15,7 @@ from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.folder_log import FolderLog, LogFile
 from htm_pytorch.memory.formats import CPU
 from htm_pytorch.memory.log import REPAIR, Contents, Head, Record
-from htm_pytorch.memory.opened import check_agrees, checked
+from htm_pytorch.memory.opening import check_agrees, checked
 from htm_pytorch.memory.place import Lock, Place
 from htm_pytorch.memory.state import State
 from htm_pytorch.memory.stored import ExactMemory
@@ -181,7 +181,7 @@ class Memories:
                 if batch is None:
                     return self
                 now, closed = entries.appended(before, batch)
-                after.append(now._replace(pending=before.pending.extended(closed)))
+                after.append(now._replace(unflushed=before.unflushed.extended(closed)))
                 changes.append((names[row], after[-1].head, [batch.record()]))
             for memory in memories:
                 memory.distrust()

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory import answers, entries, forks, log, state
+from htm_pytorch.memory import answers, entries, forks, log
 from htm_pytorch.memory.cache import ChunkCache
 from htm_pytorch.memory.chunked import ChunkedMemory
 from htm_pytorch.memory.files import MemoryFileError, sync_folder
 from htm_pytorch.memory.folder_log import LogFile
+from htm_pytorch.memory.following import follow
 from htm_pytorch.memory.formats import CPU, step_mask
 from htm_pytorch.memory.home import Span
 from htm_pytorch.memory.log import Contents, Log
@@ -71,11 +72,9 @@ class Reading:
         self._versions = versions
         self._lock = lock
         self._probes = probes
-        self._cache_bytes = cache_bytes
         self._inherited: list[Any] = []
-        search = "exact" if self.holds_summaries else "index"
-        options = place.storage_options
-        self._again: tuple[Any, ...] = _again, (place.uri, search, probes, cache_bytes, options)
+        # Set by those who open it.
+        self._again: tuple[Any, ...] = ()
         self.mutex = mutex or threading.RLock()
         # Whether a call has begun to change something, and whether it is still at it.
         self._is_changing = False
@@ -87,13 +86,13 @@ class Reading:
         chunk_bytes = form.chunk_size * form.dim * form.given.itemsize
         width = form.dim if self.holds_summaries else 0
         nothing = State.nothing(contents.head, width, cache_bytes // chunk_bytes)
-        self._state = self._followed(forgetting(nothing), contents)
+        self._state = self._followed(nothing.unread(), contents)
         forks.watch(self)
 
     @property
     def chunks(self) -> int:
         """M."""
-        return self._now().known.length
+        return self._now().catalog.length
 
     @property
     def chunk_size(self) -> int:
@@ -129,7 +128,7 @@ class Reading:
     @property
     def episodes(self) -> Tensor:
         """[M] int64, the episode of each chunk, counted from 0."""
-        return self._now().known.episodes
+        return self._now().catalog.episodes
 
     def fetch(self, chunks: Tensor) -> ChunkedMemory:
         """Return the chunks numbered [U] int64 as a memory in RAM, of batch 1.
@@ -149,7 +148,7 @@ class Reading:
         """
         now = self._now()
         check_number("row", row, self.batch)
-        check_numbers("chunks", chunks, now.known.length)
+        check_numbers("chunks", chunks, now.catalog.length)
         return [answers.span(now, number) for number in chunks.tolist()]
 
     def read(self, first: int, last: int) -> Tensor:
@@ -161,17 +160,17 @@ class Reading:
         now = self._now()
         check_at_least("first", first, 0)
         check_at_least("last", last, first)
-        known, form = now.known, now.head.form
-        ends = known.first_steps + known.counts
-        numbers = ((known.first_steps < last) & (ends > first)).nonzero()[:, 0]
-        counts = known.counts[numbers]
+        catalog, form = now.catalog, now.head.form
+        ends = catalog.first_steps + catalog.counts
+        numbers = ((catalog.first_steps < last) & (ends > first)).nonzero()[:, 0]
+        counts = catalog.counts[numbers]
         is_step = step_mask(counts, form.chunk_size)
-        steps = [now.fetch(numbers.tolist())[is_step], form.decode(now.opened.stored)]
-        of_chunks = known.first_steps[numbers].repeat_interleave(counts.long())
+        steps = [now.fetch(numbers.tolist())[is_step], form.decode(now.open_chunk.stored)]
+        of_chunks = catalog.first_steps[numbers].repeat_interleave(counts.long())
         rank = torch.arange(len(of_chunks), device=CPU)
         rank = rank - (counts.cumsum(0) - counts).repeat_interleave(counts.long())
-        opened = torch.arange(now.opened.first_step, now.opened.next_step, device=CPU)
-        number = torch.cat([of_chunks + rank, opened])
+        open_chunk = torch.arange(now.open_chunk.first_step, now.open_chunk.next_step, device=CPU)
+        number = torch.cat([of_chunks + rank, open_chunk])
         wanted = (number >= first) & (number < last)
         if int(wanted.sum()) != last - first:
             there = f"{now.head.steps} steps" + (", some forgotten" if now.head.gaps else "")
@@ -223,7 +222,7 @@ class Reading:
             chunks = answers.whole(now, start, min(start + piece, now.in_table))
             table = versions.append(table, head, chunks)
         head = head._replace(table=table and table.pinned)
-        records = entries.records_of(now.pending.chunks) + now.opened.records()
+        records = entries.records_of(now.unflushed.chunks) + now.open_chunk.records()
         logs = {"": Contents(head, records, table.pin if table else None)}
         LogFile.create(partial / "journal", logs).close()
         mark(partial, sync=True)
@@ -243,7 +242,7 @@ class Reading:
     def unfit(self) -> list[str]:
         """Return what is wrong with the chunks that the log holds."""
         now = self._now()
-        decoded = now.head.form.decode(now.pending.known.stored).float()
+        decoded = now.head.form.decode(now.unflushed.catalog.stored).float()
         finite = decoded.isfinite().flatten(1).all(1)
         wrong = (now.in_table + (~finite).nonzero()[:, 0]).tolist()
         return [f"chunk {number}: its steps are not finite" for number in wrong]
@@ -260,9 +259,9 @@ class Reading:
         """
         now = self._now()
         if route is None:
-            if not now.known.length:
+            if not now.catalog.length:
                 return 1.0
-            chosen = torch.randint(now.known.length, (64,), device=CPU)
+            chosen = torch.randint(now.catalog.length, (64,), device=CPU)
             route = answers.fetched(now, chosen).summaries.float()
             route = route + torch.randn_like(route) * route.std(1, keepdim=True)
         check_tensor("route", route, "B Q D", D=self.dim)
@@ -295,15 +294,15 @@ class Reading:
             "dim": form.dim,
             "chunk_size": form.chunk_size,
             "dtype": str(form.dtype).removeprefix("torch."),
-            "chunks": now.known.length,
-            "chunks in the log": now.pending.length,
-            "steps of the open chunk": len(now.opened.stored),
+            "chunks": now.catalog.length,
+            "chunks in the log": now.unflushed.length,
+            "steps of the open chunk": len(now.open_chunk.stored),
             "steps forgotten": sum(end - start for start, end in now.head.forgotten),
             "forgotten and still in files": now.head.purge,
             "steps lost by damage": sum(end - start for start, end in now.head.lost),
             "bytes of the log": self._log.size(),
             "bytes of the table": self._versions.size() if self._versions else 0,
-            "bytes in RAM": now.known.nbytes + now.cache.nbytes + now.pending.known.nbytes,
+            "bytes in RAM": now.catalog.nbytes + now.cache.nbytes + now.unflushed.catalog.nbytes,
         }
         nothing = {"chunks in the index": 0, "fragments": 0, "version": 0}
         return found | (now.table.info() if now.table else nothing)
@@ -398,7 +397,7 @@ class Reading:
             head, table = contents.head, before.table
             if head.sequence < before.head.sequence:
                 # What this one knows was taken back, or a copy from before was put in its place.
-                before, contents = forgetting(before), None
+                before, contents = before.unread(), None
                 continue
             if head.is_same(before.head):
                 return before
@@ -409,34 +408,14 @@ class Reading:
                     assert self._versions is not None
                     end_of = None if self.read_only else self._log.end
                     table = self._versions.open(head, contents.pin, end_of)
-                return state.follow(before, contents, table, self.holds_summaries)
+                return follow(before, contents, table, self.holds_summaries)
             except MemoryFileError:
                 newest = self._log.read()
                 if is_last or newest is None or newest.head.sequence == head.sequence:
                     raise
-                contents, before = newest, forgetting(before)
+                contents, before = newest, before.unread()
         raise AssertionError
 
     def _nearest(self, now: State, vectors: Tensor, k: int, chosen: Chosen | None) -> Tensor:
         """Return the best chunks [X, K] of vectors [X, D]; -1 where there are fewer."""
         raise NotImplementedError
-
-
-def _again(uri: str, search: Any, probes: int, cache_bytes: int, storage_options: Any) -> Reading:
-    from htm_pytorch.memory.opened import open_memory
-
-    return open_memory(
-        uri,
-        read_only=True,
-        search=search,
-        probes=probes,
-        cache_bytes=cache_bytes,
-        storage_options=storage_options,
-    )
-
-
-def forgetting(before: State) -> State:
-    """Return the state of one who knows nothing yet."""
-    width, slots = before.known.summaries.shape[1], before.cache.slots
-    head = before.head._replace(sequence=0, generation="", table=None)
-    return State.nothing(head, width, slots)

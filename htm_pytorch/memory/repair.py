@@ -21,12 +21,12 @@ from htm_pytorch.memory.files import MemoryFileError, sync_folder
 from htm_pytorch.memory.folder_log import LogFile
 from htm_pytorch.memory.formats import CPU, Chunks, Format
 from htm_pytorch.memory.log import Contents, Head, Range, Record, merged
-from htm_pytorch.memory.opened import open_memory
+from htm_pytorch.memory.open_chunk import Batch, OpenChunk
+from htm_pytorch.memory.opening import open_memory
 from htm_pytorch.memory.place import Lock, Place
 from htm_pytorch.memory.rows import BATCH_BYTES, form_of
 from htm_pytorch.memory.salvage_log import salvaged_log, salvaged_table
 from htm_pytorch.memory.salvage_rows import DamagedRows, SalvagedRow
-from htm_pytorch.memory.state import Batch, Open
 from htm_pytorch.memory.versions import Versions
 
 _NEW = ".repaired"
@@ -114,7 +114,7 @@ def _rebuild(where: Place, folder: Path, problems: list[str]) -> Report:
     found = [row for row in rows if row.is_whole]
     pieces, moved = _in_order(found, head)
     held = _Held(pieces, found, damaged, form)
-    chunks, opened, more = _closed(records, form, held)
+    chunks, open_chunk, more = _closed(records, form, held)
     versions = Versions(Place(str(new), new, None), sync=True)
     first = head._replace(table=None)
     table = None
@@ -125,10 +125,10 @@ def _rebuild(where: Place, folder: Path, problems: list[str]) -> Report:
     ends = [(piece.first_step, piece.first_step + piece.length) for piece in pieces]
     firsts = chunks.first_steps.tolist()
     ends += zip(firsts, (chunks.first_steps + chunks.counts).tolist(), strict=True)
-    steps = max(head.steps, opened.next_step, least)
-    ends.append((opened.first_step, opened.next_step))
+    steps = max(head.steps, open_chunk.next_step, least)
+    ends.append((open_chunk.first_step, open_chunk.next_step))
     lost = _missing(ends, head.gaps, steps)
-    episode = max(head.episode, opened.episode, max((p.episode for p in pieces), default=-1))
+    episode = max(head.episode, open_chunk.episode, max((p.episode for p in pieces), default=-1))
     after = head._replace(
         sequence=head.sequence + 1,
         steps=steps,
@@ -136,8 +136,8 @@ def _rebuild(where: Place, folder: Path, problems: list[str]) -> Report:
         lost=merged((*head.lost, *lost)),
         table=table and table.pinned,
     )
-    kept = opened.records()
-    if opened.next_step != steps and kept:
+    kept = open_chunk.records()
+    if open_chunk.next_step != steps and kept:
         kept = [kept[0]._replace(closes=True)]
     logs = {"": Contents(after, kept, table.pin if table else None)}
     LogFile.create(new / "journal", logs).close()
@@ -287,9 +287,9 @@ class _Held:
         )
 
 
-def _closed(records: Sequence[Record], form: Format, held: _Held) -> tuple[Chunks, Open, int]:
+def _closed(records: Sequence[Record], form: Format, held: _Held) -> tuple[Chunks, OpenChunk, int]:
     """Return the chunks that records close behind the table, the open one, and how many moved."""
-    opened = Open.nothing(form, held.end, held.episode)
+    open_chunk = OpenChunk.nothing(form, held.end, held.episode)
     chunks = Chunks.none(form)
     moved = 0
     for record in records:
@@ -301,21 +301,15 @@ def _closed(records: Sequence[Record], form: Format, held: _Held) -> tuple[Chunk
         ):
             # Others have the numbers of these steps: see `_in_order`.
             batch = batch._replace(
-                first_step=opened.next_step, episode=opened.episode + 1, borders=(0,)
+                first_step=open_chunk.next_step, episode=open_chunk.episode + 1, borders=(0,)
             )
             moved += length
-        batch = batch.since(opened.next_step)
+        batch = batch.since(open_chunk.next_step)
         if not len(batch.stored):
             continue
-        if batch.first_step > opened.next_step:
-            closed, opened = opened.end(form)
-            chunks = chunks + closed
-            opened = opened._replace(first_step=batch.first_step)
-        if len(opened.stored) and batch.episode > opened.episode and batch.borders[:1] != (0,):
-            batch = batch._replace(borders=(0, *batch.borders))
-        closed, opened = opened.close(batch, form, record.closes)
+        closed, open_chunk = open_chunk.follow(batch, form, record.closes)
         chunks = chunks + closed
-    return chunks, opened, moved
+    return chunks, open_chunk, moved
 
 
 def _missing(ends: Sequence[Range], gaps: Sequence[Range], steps: int) -> list[Range]:

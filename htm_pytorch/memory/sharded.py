@@ -15,8 +15,8 @@ from htm_pytorch.memory import parts
 from htm_pytorch.memory.chunked import ChunkedMemory
 from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.home import Home, is_home, is_scored
-from htm_pytorch.memory.peers import Peers
 from htm_pytorch.memory.plan import Plan
+from htm_pytorch.memory.rank_group import RankGroup
 from htm_pytorch.memory.span import Span, no_such_chunks
 from htm_pytorch.shapes import check_mask, check_number, check_numbers, check_tensor
 
@@ -51,7 +51,7 @@ class ShardedMemory:
         *,
         timeout: float = 60.0,
     ):
-        self.peers = Peers(group, timeout)
+        self.peers = RankGroup(group, timeout)
         with self.peers.refusing(torch.device(getattr(local, "device", "cpu"))):
             if not (is_home(local) and is_scored(local)):
                 kind = type(local).__name__
@@ -95,7 +95,7 @@ class ShardedMemory:
             group: as for the class.
             timeout: as for the class.
         """
-        peers = Peers(group, timeout)
+        peers = RankGroup(group, timeout)
         own = slice(peers.rank, None, peers.size)
         step_mask = None if whole.step_mask is None else whole.step_mask[:, own].contiguous()
         local = whole._replace(
@@ -354,7 +354,7 @@ class ShardedMemory:
                 to after it was saved.
             ValueError: on all ranks, where parts were saved at different moments.
         """
-        peers = Peers(group, timeout)
+        peers = RankGroup(group, timeout)
         with peers.refusing(torch.device("cpu" if device is None else device)):
             ranks = parts.saved_by(path, peers.rank, peers.size)
             if ranks == peers.size:

@@ -34,7 +34,7 @@ class Moment:
         self.states = states
         self._chosen = chosen
         self._has_rows = has_rows
-        lengths = [state.known.length for state in states]
+        lengths = [state.catalog.length for state in states]
         self._starts = [sum(lengths[:number]) for number in range(len(states))]
         self.chunks = sum(lengths)
         form = states[0].head.form
@@ -47,7 +47,7 @@ class Moment:
             return None
         seen = torch.zeros(len(self.states), self.chunks, dtype=torch.bool, device=CPU)
         for row, (start, state) in enumerate(zip(self._starts, self.states, strict=True)):
-            seen[row, start : start + state.known.length] = True
+            seen[row, start : start + state.catalog.length] = True
         return seen
 
     def fetch(self, chunks: Tensor) -> ChunkedMemory:
@@ -87,15 +87,15 @@ class ScoredMoment(Moment):
     def summaries(self) -> Tensor:
         """[1, M, D] float32."""
         if len(self.states) == 1:
-            return self.states[0].known.summaries[None]
-        return torch.cat([state.known.summaries for state in self.states])[None]
+            return self.states[0].catalog.summaries[None]
+        return torch.cat([state.catalog.summaries for state in self.states])[None]
 
     @property
     def valid(self) -> Tensor:
         """[1, M] bool, the chunks that can be recalled."""
         if self._chosen is None:
             return torch.ones(1, self.chunks, dtype=torch.bool, device=CPU)
-        return torch.cat([self._chosen.mask(state.known) for state in self.states])[None]
+        return torch.cat([self._chosen.mask(state.catalog) for state in self.states])[None]
 
 
 class SearchedMoment(Moment):

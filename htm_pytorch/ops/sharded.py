@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from htm_pytorch.memory import ChunkedMemory, ShardedMemory
-from htm_pytorch.memory.peers import HEADER, Peers, Print
+from htm_pytorch.memory.rank_group import HEADER, Fingerprint, RankGroup
 from htm_pytorch.ops import native, reference
 
 _ROUTE, _PROBE, _POSITIONS, _MEMORY = 1, 2, 4, 8
@@ -106,15 +106,15 @@ def recall(
         ValueError: on all ranks, where their arguments differ.
         ShardError: not all ranks came in time.
     """
-    peers, local = memory.peers, memory.local
+    group, local = memory.peers, memory.local
     needs = _agree(route, probe, memory, k, positions, chunk_mask, with_weights)
-    with peers.exchanging():
+    with group.exchanging():
         dtypes = (memory.dtype, local.summaries.dtype, route.dtype)
         dtype = reduce(torch.promote_types, dtypes, torch.float32)
         route, probe = route.to(dtype), probe.to(dtype)
         positions = None if positions is None else positions.to(dtype)
 
-        (route,) = _to_ranks(peers, (route, needs & _ROUTE))
+        (route,) = _to_ranks(group, (route, needs & _ROUTE))
         picked = _pick(
             route, local, min(k, local.chunks), memory.own_columns(chunk_mask), with_kernel
         )
@@ -123,17 +123,17 @@ def recall(
         picked, scores = picked.gather(2, in_order), scores.gather(2, in_order)
         missing = (0, min(k, max(memory.sizes)) - picked.shape[2])
         scores, chunks = _Gather.apply(
-            peers, pad(scores, missing, value=-torch.inf), pad(picked, missing, value=-1)
+            group, pad(scores, missing, value=-torch.inf), pad(picked, missing, value=-1)
         )
         best = choose(scores.detach(), chunks, min(k, memory.chunks))
         chunks = chunks.flatten(2).gather(2, best)
         kept = chunks >= 0
         weights = reference.masked_softmax(scores.flatten(2).gather(2, best), kept)
 
-        mine = kept & (chunks % peers.size == peers.rank)
-        picked = torch.where(mine, chunks // peers.size, -1)
+        mine = kept & (chunks % group.size == group.rank)
+        picked = torch.where(mine, chunks // group.size, -1)
         probe, shares, positions = _to_ranks(
-            peers,
+            group,
             (probe, needs & _PROBE),
             (weights, needs & (_ROUTE | _MEMORY)),
             (positions, needs & _POSITIONS),
@@ -141,8 +141,8 @@ def recall(
         shares = shares.masked_fill(~mine, 0.0)
         with_kernel = with_kernel and not with_weights
         context, step_weights = _attend(probe, local, positions, picked, shares, with_kernel)
-        context = _Sum.apply(peers, "contexts", context)
-        step_weights = _Sum.apply(peers, "step weights", step_weights) if with_weights else None
+        context = _Sum.apply(group, "contexts", context)
+        step_weights = _Sum.apply(group, "step weights", step_weights) if with_weights else None
         return Recalled(context, chunks, weights, step_weights)
 
 
@@ -211,8 +211,8 @@ def _agree(
         if any(tensor is not None and tensor.requires_grad for tensor in tensors):
             needs |= bit
     operation = "recall_with_weights" if with_weights else "recall"
-    prints = {"route": Print.of(route), "probe": Print.of(probe)}
-    answers = memory.peers.agree(operation, same, [needs, local.chunks], route.device, prints)
+    fingerprints = {"route": Fingerprint.of(route), "probe": Fingerprint.of(probe)}
+    answers = memory.peers.agree(operation, same, [needs, local.chunks], route.device, fingerprints)
     for rank, (_, chunks) in enumerate(answers):
         if chunks != memory.sizes[rank]:
             raise ValueError(
@@ -287,7 +287,7 @@ def _read(local: Any, picked: Tensor) -> tuple[ChunkedMemory, Tensor]:
     return local.fetch(numbers), picked.masked_scatter(kept, place)
 
 
-def _to_ranks(peers: Peers, *wanted: tuple[Tensor | None, int]) -> tuple[Any, ...]:
+def _to_ranks(group: RankGroup, *wanted: tuple[Tensor | None, int]) -> tuple[Any, ...]:
     """Hand what all ranks have alike to each rank's own work; sum gradients where they are wanted.
 
     Wanted on any rank, so that all take part in the way back.
@@ -298,7 +298,7 @@ def _to_ranks(peers: Peers, *wanted: tuple[Tensor | None, int]) -> tuple[Any, ..
         return tensors
     # Gives the results a gradient also on a rank where none of the tensors needs one.
     anchor = torch.zeros((), requires_grad=True)
-    return _ToRanks.apply(peers, summed, anchor, *tensors)
+    return _ToRanks.apply(group, summed, anchor, *tensors)
 
 
 class _ToRanks(torch.autograd.Function):
@@ -306,9 +306,9 @@ class _ToRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, peers: Peers, summed: tuple[bool, ...], _: Tensor, *tensors: Tensor | None
+        ctx: Any, group: RankGroup, summed: tuple[bool, ...], _: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        ctx.peers, ctx.summed = peers, summed
+        ctx.group, ctx.summed = group, summed
         results = tuple(None if x is None else x.view_as(x) for x in tensors)
         others = zip(results, summed, strict=True)
         ctx.mark_non_differentiable(*(x for x, asked in others if x is not None and not asked))
@@ -321,7 +321,7 @@ class _ToRanks(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         wanted = [grad for grad, asked in zip(grads, ctx.summed, strict=True) if asked]
         flat = torch.cat([grad.reshape(-1) for grad in wanted])
-        ctx.peers.all_reduce("gradients", flat)
+        ctx.group.all_reduce("gradients", flat)
         parts = iter(flat.split([grad.numel() for grad in wanted]))
         pairs = zip(grads, ctx.summed, strict=True)
         return (
@@ -340,16 +340,18 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, peers: Peers, scores: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.rank = peers.rank
+    def forward(
+        ctx: Any, group: RankGroup, scores: Tensor, picked: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.rank = group.rank
         # One message: a number takes as many bits as a score.
         bits = torch.int32 if scores.dtype == torch.float32 else torch.int64
         message = torch.stack([scores.contiguous().view(bits), picked.to(bits)])
-        gathered = peers.all_gather("scores", message)
+        gathered = group.all_gather("scores", message)
         # [R, 2, B, Q, S] -> [B, Q, R, S]
         every, chunks = gathered.permute(1, 2, 3, 0, 4).contiguous().unbind()
-        rank = torch.arange(peers.size, device=picked.device)[:, None]
-        chunks = torch.where(chunks >= 0, chunks.long() * peers.size + rank, -1)
+        rank = torch.arange(group.size, device=picked.device)[:, None]
+        chunks = torch.where(chunks >= 0, chunks.long() * group.size + rank, -1)
         ctx.mark_non_differentiable(chunks)
         return every.view(scores.dtype), chunks
 
@@ -368,9 +370,9 @@ class _Sum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, peers: Peers, what: str, part: Tensor) -> Tensor:
+    def forward(ctx: Any, group: RankGroup, what: str, part: Tensor) -> Tensor:
         total = part.clone(memory_format=torch.contiguous_format)
-        peers.all_reduce(what, total)
+        group.all_reduce(what, total)
         return total
 
     @staticmethod

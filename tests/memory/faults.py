@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from htm_pytorch import memory
-from htm_pytorch.memory import folder_log, known, table, versions
+from htm_pytorch.memory import catalog, folder_log, table, versions
 
 OURS: tuple[ModuleType, ...] = tuple(
     importlib.import_module(f"htm_pytorch.memory.{found.name}")
@@ -29,7 +29,7 @@ METHODS: dict[str, tuple[type, str]] = {
     "extend_index": (versions.Versions, "extend_index"),
     "clean": (versions.Versions, "clean"),
     "empty": (versions.Versions, "empty"),
-    "extended": (known.Known, "extended"),
+    "extended": (catalog.Catalog, "extended"),
     "rows": (table.Table, "rows"),
     "take": (table.Table, "take"),
 }

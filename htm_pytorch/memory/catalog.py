@@ -1,4 +1,4 @@
-"""What a stored memory knows of its chunks without asking the disk."""
+"""`Catalog`: what a stored memory has in RAM of every chunk, so as not to ask the disk."""
 
 import contextlib
 import math
@@ -15,7 +15,7 @@ GROWTH = 1.5
 """Of the room for summaries, when it is full."""
 
 
-class Known:
+class Catalog:
     """What is known of every chunk, in RAM; what is not wanted in RAM has a width of 0.
 
     A value: `extended` returns another one. Both share their room, of which each sees its own part.
@@ -85,7 +85,7 @@ class Known:
         """Of the part of the room that is used."""
         return sum(column.nbytes for column in self.columns)
 
-    def extended(self, chunks: Chunks) -> "Known":
+    def extended(self, chunks: Chunks) -> "Catalog":
         """Return what is known of these and `chunks`; only the newest of such values may grow."""
         if not chunks.length:
             return self
@@ -98,63 +98,62 @@ class Known:
             part = column[self.length : length]
             if part.numel():
                 part.copy_(new[:, : part.shape[1]] if part.ndim == 2 else new)
-        return Known(columns, length, self.cut)
+        return Catalog(columns, length, self.cut)
 
-    def with_room(self, room: int) -> "Known":
+    def with_room(self, room: int) -> "Catalog":
         """Return the same, which can grow to so many chunks."""
         if room <= len(self._columns[2]):
             return self
         columns = tuple(_grown(column, self.length, room) for column in self._columns)
-        return Known(columns, self.length, self.cut)
+        return Catalog(columns, self.length, self.cut)
 
-    def part(self, length: int) -> "Known":
+    def part(self, length: int) -> "Catalog":
         """Return what is known of the first `length` chunks."""
-        return Known(self._columns, min(length, self.length), self.cut)
+        return Catalog(self._columns, min(length, self.length), self.cut)
 
-    def chosen(self, order: Tensor) -> "Known":
+    def chosen(self, order: Tensor) -> "Catalog":
         """Return what is known of the chunks `order` [M] int64, in room of its own."""
         columns = tuple(_grown(column, self.length, len(column)) for column in self._columns)
         for column, old in zip(columns, self._columns, strict=True):
             torch.index_select(old[: self.length], 0, order, out=column[: len(order)])
-        return Known(columns, len(order), self.cut)
+        return Catalog(columns, len(order), self.cut)
 
-    def shortened(self, number: int, chunk: Chunks) -> "Known":
+    def shortened(self, number: int, chunk: Chunks) -> "Catalog":
         """Return the same with what is left of a chunk; only the newest of such values may."""
         first = int(chunk.first_steps[0])
         self.first_steps[number] = first
         self.counts[number] = chunk.counts[0]
         self.times[number] = chunk.times[0]
         self.summaries[number] = chunk.summaries[0, : self.summaries.shape[1]]
-        return Known(self._columns, self.length, {**self.cut, first: chunk.summaries[0]})
+        return Catalog(self._columns, self.length, {**self.cut, first: chunk.summaries[0]})
 
 
-class Pending(NamedTuple):
-    """Closed chunks that the table does not hold; like `Known`, a value that shares room."""
+class Unflushed(NamedTuple):
+    """Closed chunks that the table does not hold; like `Catalog`, a value that shares room."""
 
-    known: Known
+    catalog: Catalog
     marks: tuple[Marks | None, ...]
 
     @classmethod
     def none(cls, form: Format) -> Self:
         """Return no chunks."""
-        return cls(Known.whole(form), ())
+        return cls(Catalog.whole(form), ())
 
     @property
     def length(self) -> int:
         """M."""
-        return self.known.length
+        return self.catalog.length
 
     @property
     def chunks(self) -> Chunks:
         """Themselves."""
-        known = self.known
-        return Chunks._make((*known.columns, self.marks))
+        return Chunks._make((*self.catalog.columns, self.marks))
 
-    def extended(self, chunks: Chunks) -> "Pending":
+    def extended(self, chunks: Chunks) -> "Unflushed":
         """Return these and `chunks`; only the newest of such values may grow."""
         if not chunks.length:
             return self
-        return Pending(self.known.extended(chunks), self.marks + chunks.marks)
+        return Unflushed(self.catalog.extended(chunks), self.marks + chunks.marks)
 
 
 def _empty(size: int, step_bytes: int, width: int) -> tuple[Tensor, ...]:

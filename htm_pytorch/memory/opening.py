@@ -80,6 +80,7 @@ def open_memory(
         versions = Versions(where, sync)
         memory = kind(where, log, versions, lock, read_only, cache_bytes, probes)
         undo.pop_all()
+    memory.reopens_as(_again, where.uri, search, probes, cache_bytes, storage_options)
     return memory
 
 
@@ -106,6 +107,23 @@ def checked(dim: int | None, chunk_size: int | None, dtype: torch.dtype | None) 
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {list(DTYPES)}, got {dtype}")
     return Format(dim or 1, chunk_size or 32, dtype or torch.float32)
+
+
+def _again(
+    uri: str,
+    search: Literal["exact", "index"],
+    probes: int,
+    cache_bytes: int,
+    storage_options: dict[str, str] | None,
+) -> StoredMemory:
+    return open_memory(
+        uri,
+        read_only=True,
+        search=search,
+        probes=probes,
+        cache_bytes=cache_bytes,
+        storage_options=storage_options,
+    )
 
 
 def _log(where: Place, form: Format | None, read_only: bool, sync: bool) -> Log:
