@@ -1,7 +1,6 @@
 """`Reading`: what is read of a memory on disk or in an object store."""
 
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,16 +9,15 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory import answers, entries, forks, log
+from htm_pytorch.memory import answers, entries, forks, log, saving, searching
 from htm_pytorch.memory.cache import ChunkCache
 from htm_pytorch.memory.chunked import ChunkedMemory
-from htm_pytorch.memory.files import MemoryFileError, sync_folder
-from htm_pytorch.memory.folder_log import LogFile
+from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.following import follow
-from htm_pytorch.memory.formats import CPU, step_mask
+from htm_pytorch.memory.formats import CPU
 from htm_pytorch.memory.home import Span
 from htm_pytorch.memory.log import Contents, Log
-from htm_pytorch.memory.place import Lock, Place, mark
+from htm_pytorch.memory.place import Lock, Place
 from htm_pytorch.memory.state import State
 from htm_pytorch.memory.versions import Versions
 from htm_pytorch.memory.view import Chosen, Moment, View
@@ -29,9 +27,6 @@ from htm_pytorch.shapes import (
     check_numbers,
     check_tensor,
 )
-
-COPY_BYTES = 64 * 2**20
-"""Of contents that `save` copies at a time."""
 
 
 class Found(NamedTuple):
@@ -160,42 +155,14 @@ class Reading:
         now = self._now()
         check_at_least("first", first, 0)
         check_at_least("last", last, first)
-        catalog, form = now.catalog, now.head.form
-        ends = catalog.first_steps + catalog.counts
-        numbers = ((catalog.first_steps < last) & (ends > first)).nonzero()[:, 0]
-        counts = catalog.counts[numbers]
-        is_step = step_mask(counts, form.chunk_size)
-        steps = [now.fetch(numbers.tolist())[is_step], form.decode(now.open_chunk.stored)]
-        of_chunks = catalog.first_steps[numbers].repeat_interleave(counts.long())
-        rank = torch.arange(len(of_chunks), device=CPU)
-        rank = rank - (counts.cumsum(0) - counts).repeat_interleave(counts.long())
-        open_chunk = torch.arange(now.open_chunk.first_step, now.open_chunk.next_step, device=CPU)
-        number = torch.cat([of_chunks + rank, open_chunk])
-        wanted = (number >= first) & (number < last)
-        if int(wanted.sum()) != last - first:
-            there = f"{now.head.steps} steps" + (", some forgotten" if now.head.gaps else "")
-            raise ValueError(
-                f"first, last: expected steps that are there ({there}), got {first} and {last}"
-            )
-        return torch.cat(steps)[wanted][None]
+        return answers.read(now, first, last)
 
     def find(self, query: Tensor, k: int = 8) -> Found:
         """Return the k chunks whose summaries have the largest products with each query [Q, D]."""
         check_tensor("query", query, "Q D", D=self.dim)
         check_at_least("k", k, 1)
-        now = self._now()
-        numbers = self._nearest(now, query.detach().float(), k, None)
-        scores = torch.full(numbers.shape, -torch.inf, dtype=torch.float32, device=CPU)
-        used, place = torch.unique(numbers, return_inverse=True)
-        if len(used) and used[0] < 0:
-            used, place = used[1:], place - 1
-        if len(used):
-            summaries = answers.fetched(now, used).summaries[0].float()
-            exact = (query.detach().float() @ summaries.T).gather(1, place.clamp(min=0))
-            exact = exact.masked_fill(numbers < 0, -torch.inf)
-            scores, order = torch.sort(exact, dim=1, descending=True, stable=True)
-            numbers = numbers.gather(1, order)
-        return Found(numbers, scores)
+        now, query = self._now(), query.detach().float()
+        return Found(*searching.ranked(now, query, self._nearest(now, query, k, None)))
 
     def refresh(self) -> Self:
         """Show what the writer has stored since this was opened with `read_only`."""
@@ -210,24 +177,7 @@ class Reading:
         if target.exists():
             raise FileExistsError(f"path: {str(path)!r} exists; expected a name that is free")
         # What came since a reader looked is not missing in a copy.
-        now = self.refresh()._now()
-        partial = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        versions = Versions(Place(str(partial), partial, None), sync=True)
-        form, table = now.head.form, None
-        head = now.head._replace(table=None, purge=False)
-        piece = max(1, COPY_BYTES // form.chunk_bytes)
-        for start in range(0, now.in_table, piece):
-            chunks = answers.whole(now, start, min(start + piece, now.in_table))
-            table = versions.append(table, head, chunks)
-        head = head._replace(table=table and table.pinned)
-        records = entries.records_of(now.unflushed.chunks) + now.open_chunk.records()
-        logs = {"": Contents(head, records, table.pin if table else None)}
-        LogFile.create(partial / "journal", logs).close()
-        mark(partial, sync=True)
-        os.rename(partial, target)
-        sync_folder(target.parent)
+        saving.save(self.refresh()._now(), target)
 
     def verify(self) -> list[str]:
         """Read everything, compare it with its checksums and return what is wrong."""
@@ -266,21 +216,7 @@ class Reading:
             route = route + torch.randn_like(route) * route.std(1, keepdim=True)
         check_tensor("route", route, "B Q D", D=self.dim)
         vectors = route.detach().flatten(0, 1).float()
-        kept = min(k, now.in_table)
-        if now.table is None or not kept or not len(vectors):
-            return 1.0
-        found = answers.searched(now, vectors, kept, self._probes, None)[0]
-        cut, best = answers.cut(now, vectors)
-        exact = cut.expand(len(vectors), -1)
-        for row in now.table.rows(0, True):
-            ends = row.chunks.first_steps + row.chunks.counts
-            numbers = answers.numbers_to(now, ends).expand(len(vectors), -1)
-            is_other = (numbers >= 0) & ~torch.isin(numbers, cut)
-            scores = (vectors @ row.chunks.summaries.T).masked_fill(~is_other, -torch.inf)
-            best = torch.cat([best, scores], 1)
-            best, place = best.topk(min(kept, best.shape[1]), 1)
-            exact = torch.cat([exact, numbers], 1).gather(1, place)
-        return float((exact[:, :, None] == found[:, None]).any(2).float().mean())
+        return searching.share_found(now, vectors, k, self._probes)
 
     def info(self) -> dict[str, Any]:
         """Return what people ask first, by name; sizes are in bytes."""

@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory import answers, entries, log
+from htm_pytorch.memory import entries, log, searching
 from htm_pytorch.memory.catalog import Unflushed
 from htm_pytorch.memory.following import follow
 from htm_pytorch.memory.formats import CPU
@@ -353,7 +353,7 @@ class ExactMemory(StoredMemory):
         return ScoredMoment([self._now()], chosen, has_rows=False)
 
     def _nearest(self, now: State, vectors: Tensor, k: int, chosen: Chosen | None) -> Tensor:
-        return (vectors @ now.catalog.summaries.T).topk(min(k, now.catalog.length), 1).indices
+        return searching.by_summaries(now, vectors, k)
 
 
 class IndexedMemory(StoredMemory):
@@ -385,12 +385,4 @@ class IndexedMemory(StoredMemory):
         return self._nearest(now, vectors, k, chosen).view(*route.shape[:2], -1)
 
     def _nearest(self, now: State, vectors: Tensor, k: int, chosen: Chosen | None) -> Tensor:
-        numbers, scores = answers.searched(now, vectors, min(k, now.in_table), self._probes, chosen)
-        unflushed = torch.arange(now.in_table, now.catalog.length, device=CPU)
-        products = vectors @ now.unflushed.catalog.summaries.T
-        if chosen is not None:
-            products[:, ~chosen.mask(now.catalog)[now.in_table :]] = -torch.inf
-        numbers = torch.cat([numbers, unflushed.expand(len(vectors), -1)], 1)
-        scores = torch.cat([scores, products], 1)
-        best = scores.topk(min(k, now.catalog.length), 1)
-        return numbers.gather(1, best.indices).masked_fill(best.values == -torch.inf, -1)
+        return searching.by_index(now, vectors, k, self._probes, chosen)

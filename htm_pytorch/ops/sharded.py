@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from htm_pytorch.memory import ChunkedMemory, ShardedMemory
+from htm_pytorch.memory.best import where_best
 from htm_pytorch.memory.rank_group import HEADER, Fingerprint, RankGroup
 from htm_pytorch.ops import native, reference
 
@@ -119,7 +120,7 @@ def recall(
             route, local, min(k, local.chunks), memory.own_columns(chunk_mask), with_kernel
         )
         scores = _score(route, local, picked)
-        in_order = order(scores.detach(), picked, picked.shape[2])
+        in_order = where_best(scores.detach(), picked.shape[2], picked)
         picked, scores = picked.gather(2, in_order), scores.gather(2, in_order)
         missing = (0, min(k, max(memory.sizes)) - picked.shape[2])
         scores, chunks = _Gather.apply(
@@ -149,32 +150,17 @@ def recall(
 def choose(scores: Tensor, chunks: Tensor, k: int) -> Tensor:
     """Return where the k best of all ranks' lists [B, Q, R, S] are in [B, Q, R * S], best first.
 
-    Each list is in order itself, as `order` makes it: falling scores, of equals the lower number
+    Each list is in the order of `where_best` itself: falling scores, of equals the lower number
     first, as in one process; last the places with no chunk, of number -1.
     """
     ranks, width = scores.shape[2:]
     if not 0 < k < ranks:
-        return order(scores.flatten(2), chunks.flatten(2), k)
+        return where_best(scores.flatten(2), k, chunks.flatten(2))
     # The best k are with those k ranks whose best one is best: of many ranks few are looked at.
-    first = order(scores[..., 0], chunks[..., 0], k)[..., None] * width
+    first = where_best(scores[..., 0], k, chunks[..., 0])[..., None] * width
     at = (first + torch.arange(width, device=scores.device)).flatten(2)
-    best = order(scores.flatten(2).gather(2, at), chunks.flatten(2).gather(2, at), k)
+    best = where_best(scores.flatten(2).gather(2, at), k, chunks.flatten(2).gather(2, at))
     return at.gather(2, best)
-
-
-def order(scores: Tensor, numbers: Tensor, k: int) -> Tensor:
-    """Return where the k best of [B, Q, X] are, best first; see `choose`."""
-    last = torch.iinfo(numbers.dtype).max
-    numbers = numbers.masked_fill(numbers < 0, last)
-    # NaN counts as best, as in topk.
-    scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    border = scores.topk(k).values[..., -1:] if k else scores[..., :0]
-    # All above the border, then of those on it the lowest numbers.
-    rank = numbers.masked_fill(scores > border, -1).masked_fill(scores < border, last)
-    chosen = rank.topk(k, largest=False).indices
-    chosen = chosen.gather(2, numbers.gather(2, chosen).argsort(dim=-1))
-    by_score = scores.gather(2, chosen).argsort(dim=-1, descending=True, stable=True)
-    return chosen.gather(2, by_score)
 
 
 def _agree(
