@@ -133,6 +133,19 @@ class RankGroup:
         if tensor.numel():
             self._finish(f"all_reduce of {what}", self.group.allreduce, tensor)
 
+    def unite(self, what: str, *tensors: Tensor) -> None:
+        """Put into contiguous tensors, in place, what one rank has where all others have zeros.
+
+        Raises:
+            ShardError: not all ranks came in time.
+        """
+        # Bytes that are 0 on all ranks but one: their sum is the same bits in every dtype.
+        parts = [tensor.view(-1).view(torch.uint8) for tensor in tensors]
+        message = torch.cat(parts)
+        self.all_reduce(what, message)
+        for to, of_all in zip(parts, message.split([len(x) for x in parts]), strict=True):
+            to.copy_(of_all)
+
     def agree(
         self,
         operation: str,
