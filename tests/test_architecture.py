@@ -10,16 +10,18 @@ import htm_pytorch
 PACKAGE = "htm_pytorch"
 ROOT = Path(htm_pytorch.__file__).parent
 
-# shapes <- memory <- ops <- nn <- rl <- cli, and envs <- rl. "__init__" is the public list.
+# shapes <- memory <- ops <- nn <- { check, rl } <- cli, and envs <- rl.
+# "__init__" is the public list.
 MAY_IMPORT: dict[str, set[str]] = {
     "shapes": set(),
     "memory": {"shapes"},
     "ops": {"shapes", "memory"},
     "nn": {"shapes", "memory", "ops"},
     "__init__": {"shapes", "memory", "ops", "nn"},
+    "check": {"shapes", "memory", "ops", "nn"},
     "envs": set(),
     "rl": {"shapes", "memory", "ops", "nn", "__init__", "envs"},
-    "cli": {"memory", "nn", "rl"},
+    "cli": {"memory", "check", "rl"},
 }
 
 
