@@ -162,7 +162,7 @@ class Reading:
         check_tensor("query", query, "Q D", D=self.dim)
         check_at_least("k", k, 1)
         now, query = self._now(), query.detach().float()
-        return Found(*searching.ranked(now, query, self._nearest(now, query, k, None)))
+        return Found(*searching.ranked(now, query, self._nearest(now, query, k)))
 
     def refresh(self) -> Self:
         """Show what the writer has stored since this was opened with `read_only`."""
@@ -352,6 +352,6 @@ class Reading:
                 contents, before = newest, before.unread()
         raise AssertionError
 
-    def _nearest(self, now: State, vectors: Tensor, k: int, chosen: Chosen | None) -> Tensor:
+    def _nearest(self, now: State, vectors: Tensor, k: int) -> Tensor:
         """Return the best chunks [X, K] of vectors [X, D]; -1 where there are fewer."""
         raise NotImplementedError

@@ -352,7 +352,7 @@ class ExactMemory(StoredMemory):
         """Return the memory as it is now, whatever other threads do: what one recall reads."""
         return ScoredMoment([self._now()], chosen, has_rows=False)
 
-    def _nearest(self, now: State, vectors: Tensor, k: int, chosen: Chosen | None) -> Tensor:
+    def _nearest(self, now: State, vectors: Tensor, k: int) -> Tensor:
         return searching.by_summaries(now, vectors, k)
 
 
@@ -371,18 +371,11 @@ class IndexedMemory(StoredMemory):
 
         Best first; K = min(k, M), and -1 where fewer were found.
         """
-        return self.search_at(self._now(), route, k, None)
+        return self.moment().search(route, k)
 
     def moment(self, chosen: Chosen | None = None) -> SearchedMoment:
         """Return the memory as it is now, whatever other threads do: what one recall reads."""
-        return SearchedMoment(self, self._now(), chosen)
+        return SearchedMoment(self._now(), self._probes, chosen)
 
-    def search_at(self, now: State, route: Tensor, k: int, chosen: Chosen | None) -> Tensor:
-        """Do what `search` does, among the chunks of a moment that are chosen."""
-        check_tensor("route", route, "B Q D", D=self.dim)
-        # A query that is not a number gives none in the end, whatever it finds here.
-        vectors = route.detach().flatten(0, 1).float().nan_to_num()
-        return self._nearest(now, vectors, k, chosen).view(*route.shape[:2], -1)
-
-    def _nearest(self, now: State, vectors: Tensor, k: int, chosen: Chosen | None) -> Tensor:
-        return searching.by_index(now, vectors, k, self._probes, chosen)
+    def _nearest(self, now: State, vectors: Tensor, k: int) -> Tensor:
+        return searching.by_index(now, vectors, k, self._probes, None)

@@ -11,13 +11,13 @@ from htm_pytorch.memory.answers import fetched
 from htm_pytorch.memory.choice import Chosen
 from htm_pytorch.memory.chunked import ChunkedMemory
 from htm_pytorch.memory.formats import CPU
+from htm_pytorch.memory.searching import by_index
 from htm_pytorch.memory.span import Span
 from htm_pytorch.memory.state import State
-from htm_pytorch.shapes import check_number, check_numbers
+from htm_pytorch.shapes import check_number, check_numbers, check_tensor
 
 if TYPE_CHECKING:
     from htm_pytorch.memory.reading import Reading
-    from htm_pytorch.memory.stored import IndexedMemory
 
 
 class Moment:
@@ -101,13 +101,17 @@ class ScoredMoment(Moment):
 class SearchedMoment(Moment):
     """A moment of a memory whose summaries are on the disk."""
 
-    def __init__(self, memory: "IndexedMemory", state: State, chosen: Chosen | None):
+    def __init__(self, state: State, probes: int, chosen: Chosen | None):
         super().__init__([state], chosen, has_rows=False)
-        self._memory = memory
+        self._probes = probes
 
     def search(self, route: Tensor, k: int) -> Tensor:
-        """Return the chunks [B, Q, K] int64 of about the largest products with `route`."""
-        return self._memory.search_at(self.states[0], route, k, self._chosen)
+        """Return the chunks that an index finds for `route`; see `IndexedMemory.search`."""
+        check_tensor("route", route, "B Q D", D=self.dim)
+        # A query that is not a number gives none in the end, whatever it finds here.
+        vectors = route.detach().flatten(0, 1).float().nan_to_num()
+        found = by_index(self.states[0], vectors, k, self._probes, self._chosen)
+        return found.view(*route.shape[:2], -1)
 
 
 class View:
