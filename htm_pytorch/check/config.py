@@ -14,21 +14,21 @@ class CheckConfig:
     """What is checked. The defaults are the example of the README."""
 
     batch: int = 1
-    """Rows, each with a memory of its own."""
+    """How many rows there are, each with a memory of its own."""
     queries: int = 128
-    """Queries a row."""
+    """How many queries a row has."""
     steps: int = 20_000
-    """Memory steps a row. The oldest chunk is short where mem_chunk_size does not divide them."""
+    """How many steps a row has; where mem_chunk_size does not divide them, a chunk is short."""
     dim: int = 512
-    """Width of queries and memory."""
+    """How many numbers a query and a memory step have."""
     heads: int = 8
-    """Heads of the attention inside chunks."""
+    """How many heads attend inside chunks."""
     dim_head: int = 64
-    """Width of a head."""
+    """How many numbers a head has."""
     topk_mems: int = 8
-    """Chunks a query keeps."""
+    """How many chunks a query keeps."""
     mem_chunk_size: int = 32
-    """Steps in a chunk."""
+    """How many steps a chunk holds."""
     add_pos_enc: bool = True
     """Whether positions are added to the steps."""
     masked: bool = False
@@ -38,13 +38,13 @@ class CheckConfig:
     detach_memories: bool = True
     """Whether gradients stop at the memory; where not, its gradient is compared too."""
     dtype: Dtype = "float32"
-    """Of queries, memory and parameters."""
+    """The dtype that queries, memory and parameters have."""
     device: str = "cpu"
     """Where the layer runs."""
     impl: Impl = "auto"
     """Which implementation is checked."""
     seed: int = 0
-    """Of everything drawn."""
+    """What everything that is drawn at random follows from."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, naming the field."""

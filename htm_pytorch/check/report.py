@@ -11,9 +11,9 @@ class Comparison(NamedTuple):
     """One tensor, beside the truth."""
 
     quantity: str
-    """"output" or "gradient of ..."."""
+    """What is compared: "output" or "gradient of ..."."""
     error: float
-    """The largest difference from the truth, over the largest entry of the truth."""
+    """How large the largest difference from the truth is, over the largest entry of the truth."""
     reference_error: float
     """The same for the reference in the dtype that was asked for, its largest of 1 to 8 runs."""
     ok: bool
@@ -27,7 +27,7 @@ class Report(NamedTuple):
     """What was checked; of "auto" also what it took."""
     comparisons: tuple[Comparison, ...]
     compared: int
-    """Queries drawn for the comparison."""
+    """How many queries were drawn for the comparison."""
     left_out: int
     """Of those, the ones with chunks too near a tie to tell which are to be kept."""
     gradcheck: bool

@@ -43,7 +43,7 @@ def check(config: CheckConfig | None = None) -> Report:
     check fails.
 
     Args:
-        config: sizes, dtype, device, implementation; default `CheckConfig()`.
+        config: what is checked: sizes, dtype, device, implementation; default `CheckConfig()`.
 
     Returns:
         The report: `ok`, and a table as its string.

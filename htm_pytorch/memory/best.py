@@ -22,7 +22,7 @@ def nearest(
 
     Args:
         route: [B, Q, D], on the CPU; this looks at what it holds.
-        summaries: [B, M, D], or of batch 1; of the dtype of `route`.
+        summaries: [B, M, D], or of batch 1, which all rows share; it has the dtype of `route`.
         k: how many chunks a vector keeps, from 1 to M.
         allowed: [B, Q, M] bool, which chunks each vector may keep; None: all.
     """
@@ -51,7 +51,7 @@ def where_best(scores: Tensor, k: int, numbers: Tensor | None = None) -> Tensor:
     A score that is no number counts as the best.
 
     Args:
-        scores: [..., X].
+        scores: [..., X], of which the largest are wanted.
         k: how many are wanted, at most X.
         numbers: [..., X] int64, those of the chunks; a place of number -1 has no chunk, and comes
             last. None: their places.

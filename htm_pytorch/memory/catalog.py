@@ -12,7 +12,7 @@ from torch import Tensor
 from htm_pytorch.memory.formats import CPU, Chunks, Format, Marks
 
 GROWTH = 1.5
-"""Of the room for summaries, when it is full."""
+"""How many times as large the room becomes when it is full."""
 
 
 class Catalog:
@@ -42,32 +42,32 @@ class Catalog:
 
     @property
     def stored(self) -> Tensor:
-        """[M, C, step_bytes] uint8, or [M, 0, 0]."""
+        """[M, C, step_bytes] uint8, what is stored of the steps; [M, 0, 0] where it is not here."""
         return self._columns[0][: self.length]
 
     @property
     def summaries(self) -> Tensor:
-        """[M, D] float32, or [M, 0]."""
+        """[M, D] float32, the means of the steps; [M, 0] where they are not here."""
         return self._columns[1][: self.length]
 
     @property
     def counts(self) -> Tensor:
-        """[M] int32."""
+        """[M] int32, how many steps each chunk has."""
         return self._columns[2][: self.length]
 
     @property
     def episodes(self) -> Tensor:
-        """[M] int64."""
+        """[M] int64, which episode each chunk is of."""
         return self._columns[3][: self.length]
 
     @property
     def first_steps(self) -> Tensor:
-        """[M] int64, rising."""
+        """[M] int64, the number that the first step of each has; they rise."""
         return self._columns[4][: self.length]
 
     @property
     def times(self) -> Tensor:
-        """[M, 2] float64, of the first and the last step; NaN where none is known."""
+        """[M, 2] float64, when the first and the last step were; NaN where that is not known."""
         return self._columns[5][: self.length]
 
     @property
@@ -77,12 +77,12 @@ class Catalog:
 
     @property
     def columns(self) -> tuple[Tensor, ...]:
-        """All of these, in the order of `Chunks`."""
+        """All of these columns, which come in the order of `Chunks`."""
         return tuple(column[: self.length] for column in self._columns)
 
     @property
     def nbytes(self) -> int:
-        """Of the part of the room that is used."""
+        """How many bytes of the room are used."""
         return sum(column.nbytes for column in self.columns)
 
     def extended(self, chunks: Chunks) -> "Catalog":
@@ -141,12 +141,12 @@ class Unflushed(NamedTuple):
 
     @property
     def length(self) -> int:
-        """M."""
+        """How many chunks there are, M."""
         return self.catalog.length
 
     @property
     def chunks(self) -> Chunks:
-        """Themselves."""
+        """The chunks, with all that is stored of them."""
         return Chunks._make((*self.catalog.columns, self.marks))
 
     def extended(self, chunks: Chunks) -> "Unflushed":

@@ -14,7 +14,7 @@ class Chosen(NamedTuple):
     """Which chunks are to be recalled from."""
 
     episodes: tuple[int, ...] | None
-    """Their episodes; None: all."""
+    """Which episodes they are of; None: any."""
     since: float | None
     """When their first steps happened, or later."""
     until: float | None

@@ -47,7 +47,7 @@ def next_of_all(slots: Tensor, sizes: Sequence[int]) -> Tensor | None:
 
     Args:
         slots: [R, B] int64, the slot that each rank writes next.
-        sizes: chunks of every rank, by rank, dealt out in turn, at least one a rank.
+        sizes: how many chunks each rank holds, by rank: dealt out in turn, at least one a rank.
     """
     # The ring stands where every rank has been dealt as many chunks as it says: at one of the R
     # numbers after the one that was rank 0's last. All full with one chunk each says nothing; then

@@ -73,7 +73,7 @@ class RankGroup:
 
     Args:
         group: a process group that this process belongs to; None: the default one.
-        timeout: seconds.
+        timeout: how many seconds a collective may take.
 
     Raises:
         ValueError: `group` or `timeout` is not what is expected.
@@ -124,6 +124,19 @@ class RankGroup:
             self._finish(f"all_gather of {what}", self.group.allgather, parts, own)
         return gathered
 
+    def gather_texts(
+        self, what: str, own: bytes, lengths: Sequence[int], device: torch.device
+    ) -> list[bytes]:
+        """Return the texts of all ranks, by rank; `lengths` are those that they have, by rank.
+
+        Raises:
+            ShardError: not all ranks came in time.
+        """
+        message = bytearray(own.ljust(max(lengths)))
+        gathered = self.all_gather(what, torch.frombuffer(message, dtype=torch.uint8).to(device))
+        pairs = zip(gathered.tolist(), lengths, strict=True)
+        return [bytes(text)[:length] for text, length in pairs]
+
     def all_reduce(self, what: str, tensor: Tensor) -> None:
         """Add the contiguous tensors of all ranks, in place; `what` is for the error.
 
@@ -160,7 +173,7 @@ class RankGroup:
             operation: what this rank is about to do.
             same: by argument, what must be the same on all ranks.
             own: numbers that may differ, which every rank shall know.
-            device: where tensors of this group live.
+            device: where the tensors lie that this group exchanges.
             fingerprints: by argument, those of tensors that must be the same but for rounding.
 
         Returns:

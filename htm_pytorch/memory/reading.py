@@ -44,7 +44,7 @@ class Reading:
     holds_summaries: bool
 
     batch = 1
-    """B: shared by all rows of queries."""
+    """How many rows there are, B: one, which all rows of queries share."""
     device = CPU
     """Where summaries and fetched chunks are."""
 
@@ -86,27 +86,27 @@ class Reading:
 
     @property
     def chunks(self) -> int:
-        """M."""
+        """How many closed chunks there are, M."""
         return self._now().catalog.length
 
     @property
     def chunk_size(self) -> int:
-        """C."""
+        """How many steps a chunk holds at most, C."""
         return self._state.head.chunk_size
 
     @property
     def dim(self) -> int:
-        """D."""
+        """How many numbers a step has, D."""
         return self._state.head.dim
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the steps, as they are given and fetched."""
+        """The dtype that steps have when they are given and fetched."""
         return self._state.head.form.given
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """Of the steps, as they are stored."""
+        """The dtype that steps have as they are stored."""
         return self._state.head.form.dtype
 
     @property
@@ -122,7 +122,7 @@ class Reading:
 
     @property
     def episodes(self) -> Tensor:
-        """[M] int64, the episode of each chunk, counted from 0."""
+        """[M] int64, which episode each chunk is of, counted from 0."""
         return self._now().catalog.episodes
 
     def fetch(self, chunks: Tensor) -> ChunkedMemory:
@@ -255,7 +255,7 @@ class Reading:
         It follows the memory. Chunks keep their numbers.
 
         Args:
-            episodes: their numbers; None: all.
+            episodes: the numbers of the episodes that chunks must be of; None: of any.
             since: chunks whose steps all happened at this time or later.
             until: chunks whose steps all happened at this time or earlier.
         """

@@ -48,7 +48,7 @@ class SalvagedRow(NamedTuple):
     is_whole: bool
     """Whether the steps are."""
     most: int
-    """C."""
+    """How many steps a chunk holds at most, C."""
     source: tuple[int, int, tuple[str, ...]]
     """What was asked for when it could be read: rows from, up to, and columns."""
 

@@ -36,8 +36,8 @@ class ShardedMemory:
         local: this rank's part, of the same batch, chunk size, width and dtype on every rank; a
             `ChunkedMemory`, or another `ScoredHome` that keeps all whole chunks appended to it. One
             that changes in place is not a value: use only the newest memory around it.
-        group: the process group (gloo for the CPU, NCCL for CUDA); None: the default one.
-        timeout: seconds that any exchange with the other ranks may take.
+        group: the process group that shares it (gloo, or NCCL for CUDA); None: the default one.
+        timeout: how many seconds any exchange with the other ranks may take.
 
     Raises:
         ValueError: on all ranks, where their parts do not fit each other.
@@ -91,9 +91,9 @@ class ShardedMemory:
         """Return the sharded form of `whole`, which every rank has: each keeps a copy of its part.
 
         Args:
-            whole: the same on all ranks.
-            group: as for the class.
-            timeout: as for the class.
+            whole: the memory that is split; it must be the same on all ranks.
+            group: the process group that shares it; None: the default one.
+            timeout: how many seconds any exchange with the other ranks may take.
         """
         peers = RankGroup(group, timeout)
         local = dealing.part_of(whole, peers.rank, peers.size)
@@ -105,32 +105,32 @@ class ShardedMemory:
 
     @property
     def batch(self) -> int:
-        """B."""
+        """How many rows there are, B."""
         return self.local.batch
 
     @property
     def chunks(self) -> int:
-        """M, the least number that is above every g with a chunk behind it."""
+        """How many chunks there are, M: the least number above every g with a chunk behind it."""
         return dealing.end(self.sizes)
 
     @property
     def chunk_size(self) -> int:
-        """C."""
+        """How many steps a chunk holds at most, C."""
         return self.local.chunk_size
 
     @property
     def dim(self) -> int:
-        """D."""
+        """How many numbers a step has, D."""
         return self.local.dim
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the steps."""
+        """The dtype that steps have, the same on all ranks."""
         return self.local.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of this rank's tensors."""
+        """The device that this rank's tensors are on."""
         return self.local.device
 
     def append(self, steps: Tensor, is_first: Tensor | None = None) -> Self:
@@ -143,9 +143,11 @@ class ShardedMemory:
         not yet a whole chunk are in RAM alone.
 
         Args:
-            steps: as for `ChunkedMemory.append`. Gradients flow to them from the chunks that this
-                rank keeps; their sum over the ranks is the gradient of one process.
-            is_first: [B, T] bool, as for `ChunkedMemory.append`; None where `local` is not one.
+            steps: [B, T, D], which come oldest first and have this memory's dtype and device.
+                Gradients flow to them from the chunks that this rank keeps; their sum over the
+                ranks is the gradient of one process.
+            is_first: [B, T] bool, True where a row starts a new episode; it must be None where
+                `local` is no `ChunkedMemory`.
 
         Raises:
             ValueError: an argument, or parts that are not those of one memory dealt out in turn.
@@ -249,10 +251,8 @@ class ShardedMemory:
             own = json.dumps(known).encode()
         same = _same(chunks) | {"row": row}
         lengths = self.peers.agree("spans", same, [len(own)], self.device)
-        # Blanks at the end, which JSON ignores.
-        message = bytearray(own.ljust(max(length for (length,) in lengths)))
-        message = torch.frombuffer(message, dtype=torch.uint8).to(self.device)
-        answers = [json.loads(bytes(x)) for x in self.peers.all_gather("spans", message).tolist()]
+        texts = self.peers.gather_texts("spans", own, [n for (n,) in lengths], self.device)
+        answers = [json.loads(text) for text in texts]
         if missing := sorted(chunk for answer in answers for chunk in answer["missing"]):
             raise no_such_chunks(missing)
         every = [Span(*span[:-1], keys=tuple(span[-1])) for x in answers for span in x["spans"]]
@@ -314,9 +314,9 @@ class ShardedMemory:
 
         Args:
             path: the folder that this rank's part is in.
-            group: as for the class.
-            timeout: as for the class.
-            device: of parts in RAM.
+            group: the process group that shares the memory; None: the default one.
+            timeout: how many seconds any exchange with the other ranks may take.
+            device: where parts in RAM are put; None: on the CPU.
 
         Raises:
             FileNotFoundError: this rank has no part there; the others raise a ValueError.

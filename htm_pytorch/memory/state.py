@@ -19,9 +19,9 @@ class State(NamedTuple):
     head: Head
     table: Table | None
     catalog: Catalog
-    """Of all chunks."""
+    """What is known of all closed chunks."""
     unflushed: Unflushed
-    """Those that the table does not hold."""
+    """The newest of them, which the table does not hold yet."""
     open_chunk: OpenChunk
     cache: ChunkCache
 

@@ -58,7 +58,7 @@ class StoredMemory(Reading):
         """Store `steps` [1, T, D], oldest first; when this returns, they are safe.
 
         Args:
-            steps: of this memory's `dtype`, finite, on the CPU.
+            steps: [1, T, D] on the CPU, finite, which have this memory's `dtype`.
             is_first: [1, T] bool, True where an episode begins: the open chunk closes early.
             keys: what leads back to where the steps came from, one for all or T of them; `spans`
                 gives them back.
@@ -345,7 +345,7 @@ class ExactMemory(StoredMemory):
 
     @property
     def valid(self) -> Tensor:
-        """[1, M] bool: all of them."""
+        """[1, M] bool, which chunks can be recalled: all of them."""
         return torch.ones(1, self._now().catalog.length, dtype=torch.bool, device=CPU)
 
     def moment(self, chosen: Chosen | None = None) -> ScoredMoment:

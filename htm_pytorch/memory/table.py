@@ -45,7 +45,7 @@ class Table:
 
     @property
     def dataset(self) -> Any:
-        """The engine's own form of it."""
+        """The engine's own form of it, which only the process that opened it may use."""
         check_process()
         return self._opened
 

@@ -85,7 +85,7 @@ class ScoredMoment(Moment):
 
     @property
     def summaries(self) -> Tensor:
-        """[1, M, D] float32."""
+        """[1, M, D] float32, the summary that each chunk is scored by."""
         if len(self.states) == 1:
             return self.states[0].catalog.summaries[None]
         return torch.cat([state.catalog.summaries for state in self.states])[None]
@@ -129,27 +129,27 @@ class View:
 
     @property
     def batch(self) -> int:
-        """B: one row of queries for each memory, or 1 where all rows share one."""
+        """How many rows there are, B: one for each memory, or 1 where all queries share one."""
         return len(self._memories) if self._has_rows else 1
 
     @property
     def chunks(self) -> int:
-        """M, those among them that are not to be recalled."""
+        """How many chunks there are, M; those that are not to be recalled count, too."""
         return sum(memory.chunks for memory in self._memories)
 
     @property
     def chunk_size(self) -> int:
-        """C."""
+        """How many steps a chunk holds at most, C."""
         return self._memories[0].chunk_size
 
     @property
     def dim(self) -> int:
-        """D."""
+        """How many numbers a step has, D."""
         return self._memories[0].dim
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the steps, as they are fetched."""
+        """The dtype that steps have when they are fetched."""
         return self._memories[0].dtype
 
     def moment(self) -> Moment:

@@ -27,26 +27,26 @@ class Recalled(NamedTuple):
     """The same on all ranks, in the dtype of sums."""
 
     context: Tensor
-    """[B, Q, H, D]."""
+    """[B, Q, H, D], what each query recalls."""
     chunks: Tensor
     """[B, Q, K] int64, numbers among all ranks' chunks, best first; -1 where there are fewer."""
     chunk_weights: Tensor
-    """[B, Q, K]."""
+    """[B, Q, K], the softmax of their scores."""
     step_weights: Tensor | None
-    """[B, Q, H, K, C]; None where not asked for."""
+    """[B, Q, H, K, C], the softmax inside each chunk; None where it was not asked for."""
 
 
 class Exchanged(NamedTuple):
     """Bytes that one rank hands to the collectives of one call of `recall`."""
 
     header: int
-    """Gathered: what the ranks compare first."""
+    """What the ranks compare first, which is gathered."""
     scores: int
-    """Gathered: k scores and k chunk numbers a query."""
+    """k scores and k chunk numbers a query, which are gathered."""
     contexts: int
-    """Summed: H * D numbers a query."""
+    """H * D numbers a query, which are summed."""
     gradients: int
-    """Summed on the way back: H * D + D + k numbers a query, and C * D for the positions."""
+    """H * D + D + k numbers a query, and C * D for the positions: summed on the way back."""
 
 
 def exchanged_bytes(
@@ -62,13 +62,13 @@ def exchanged_bytes(
     """Return the bytes that one rank hands to the collectives of one call; no chunk is among them.
 
     Args:
-        queries: B * Q.
-        heads: H.
-        dim: D.
-        k: chunks a query keeps; the most that one rank holds, if that is less.
-        word: bytes of a number in the dtype of sums, 4 or 8.
+        queries: how many queries there are, B * Q.
+        heads: how many heads there are, H.
+        dim: how many numbers a step has, D.
+        k: how many chunks a query keeps; the most that one rank holds, if that is less.
+        word: how many bytes a number takes in the dtype of sums, 4 or 8.
         gradients: whether route, probe and positions get gradients.
-        positions: C where positions get gradients, else 0.
+        positions: how many steps a chunk has, C, where positions get gradients; else 0.
     """
     context = heads * dim
     backward = queries * (context + dim + k) + positions * dim if gradients else 0
@@ -94,12 +94,12 @@ def recall(
     """Compute what `reference.recall` computes over the chunks of all ranks.
 
     Args:
-        route: [B, Q, D]; like the other arguments, the same on all ranks.
-        probe: [B, Q, H, D].
-        memory: this rank's.
-        k: chunks a query keeps.
-        positions: [C, D].
-        chunk_mask: [B, Q, M].
+        route: [B, Q, D]; like the other arguments, it must be the same on all ranks.
+        probe: [B, Q, H, D], what is compared with the steps inside the kept chunks.
+        memory: this rank's view of what all ranks hold.
+        k: how many chunks a query keeps.
+        positions: [C, D], which are added to the steps of every chunk; None: nothing is.
+        chunk_mask: [B, Q, M] bool, which chunks each query may see; None: all.
         with_kernel: whether this rank does its part by the compiled kernel.
         with_weights: whether to return the weights inside chunks, which are then summed as well.
 

@@ -14,8 +14,8 @@ def best_chunks(route: Tensor, summaries: Tensor, allowed: Tensor, k: int) -> tu
     chunks, the last ones mean nothing, and their scores are -inf, which no other score is.
 
     Args:
-        route: [B, Q, D].
-        summaries: [B, M, D], or of batch 1; of the dtype of `route`.
+        route: [B, Q, D], whose products with the summaries are the scores.
+        summaries: [B, M, D], or of batch 1, which all rows share; it has the dtype of `route`.
         allowed: [B, Q, M] bool, which chunks each query may keep; B and Q may be 1.
         k: how many chunks a query keeps.
     """
