@@ -75,6 +75,34 @@ def test_a_wrong_import_is_found(part: str, source: str, wrong: set[str]) -> Non
     assert wrong_imports(part, source) == wrong
 
 
+def module_of(path: Path) -> str:
+    """`nn/attention.py` is `htm_pytorch.nn.attention`."""
+    return ".".join((PACKAGE, *path.with_suffix("").parts)).removesuffix(".__init__")
+
+
+MODULES = {module_of(path.relative_to(ROOT)): path for path in ROOT.rglob("*.py")}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Return the modules of the package that a file imports, those inside functions included."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            names |= {name if name in MODULES else str(node.module) for name in inside}
+    return names & MODULES.keys()
+
+
+def test_no_file_is_imported_by_what_it_imports() -> None:
+    left = {name: imported_modules(path) - {name} for name, path in MODULES.items()}
+    while free := [name for name, needed in left.items() if not needed & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"in a circle, or above one: {sorted(left)}"
+
+
 def test_a_relative_import_is_found() -> None:
     with pytest.raises(ValueError, match="line 2: relative import"):
         imported_parts("import torch\nfrom .attention import HTMAttention")

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from htm_pytorch.memory.searching import by_index
 from htm_pytorch.memory.span import Span
 from htm_pytorch.memory.state import State
 from htm_pytorch.shapes import check_number, check_numbers, check_tensor
-
-if TYPE_CHECKING:
-    from htm_pytorch.memory.reading import Reading
 
 
 class Moment:
@@ -114,6 +111,38 @@ class SearchedMoment(Moment):
         return found.view(*route.shape[:2], -1)
 
 
+class Viewed(Protocol):
+    """What a view needs of a stored memory."""
+
+    @property
+    def chunks(self) -> int:
+        """How many closed chunks there are, M."""
+        ...
+
+    @property
+    def chunk_size(self) -> int:
+        """How many steps a chunk holds at most, C."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """How many numbers a step has, D."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that steps have when they are fetched."""
+        ...
+
+    def moment(self, chosen: Chosen | None = None) -> Moment:
+        """Return the memory as it is now, or some of its chunks."""
+        ...
+
+    def spans(self, chunks: Tensor, row: int = 0) -> list[Span]:
+        """Return which steps the chunks numbered [U] int64 hold."""
+        ...
+
+
 class View:
     """Some chunks of stored memories, to be recalled from; layers take it as any other memory.
 
@@ -122,7 +151,7 @@ class View:
 
     device = CPU
 
-    def __init__(self, memories: Sequence["Reading"], chosen: Chosen | None, has_rows: bool):
+    def __init__(self, memories: Sequence[Viewed], chosen: Chosen | None, has_rows: bool):
         self._memories = memories
         self._chosen = chosen
         self._has_rows = has_rows
