@@ -29,7 +29,7 @@ class Report(NamedTuple):
     compared: int
     """How many queries were drawn for the comparison."""
     left_out: int
-    """Of those, the ones with chunks too near a tie to tell which are to be kept."""
+    """How many of those had chunks too near a tie to tell which are to be kept."""
     gradcheck: bool
     """Whether `torch.autograd.gradcheck` accepts the layer at cut-down sizes."""
 

@@ -10,7 +10,7 @@ from htm_pytorch.check.report import Comparison, Report
 MULTIPLE = 8.0
 """How many times the reference's own error an implementation may err."""
 RUNS = 8
-"""Of the reference, at most, to see its own error."""
+"""How many times the reference runs, at most, to show its own error."""
 
 
 def check(config: CheckConfig | None = None) -> Report:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 4 * 2**20
-"""Of numbers held at a time where they are summed again."""
+"""How many bytes of numbers are held at a time where they are summed again."""
 
 
 def nearest(

@@ -27,8 +27,8 @@ class Catalog:
         self._columns = columns
         self.length = length
         self.cut = cut or {}
-        """Of chunks that lost their oldest steps, by the number of the first that is left: the
-        summaries [D] float32, since rows of the table tell of all steps."""
+        """[D] float32 each, the summaries of chunks that lost their oldest steps, by the number of
+        the first step that is left; rows of the table tell of all steps."""
 
     @classmethod
     def nothing(cls, width: int) -> Self:

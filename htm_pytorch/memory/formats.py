@@ -94,7 +94,7 @@ class Chunks(NamedTuple):
     marked: Tensor
     """[M] bool, those of whose single steps there is more to say."""
     marks: tuple["Marks | None", ...]
-    """And what that is; nothing where it was not asked for."""
+    """What there is to say of those steps; it is empty where it was not asked for."""
 
     @staticmethod
     def none(form: Format) -> "Chunks":

@@ -12,7 +12,7 @@ from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.log import REPAIR
 
 _process: int | None = None
-"""In which the engine was used first."""
+"""The process that used the engine first."""
 
 
 class ForkedError(RuntimeError):

@@ -13,7 +13,7 @@ from htm_pytorch.memory.formats import CPU, DTYPES, Chunks, Format, Marks
 from htm_pytorch.memory.log import REPAIR, sealed, unsealed
 
 BATCH_BYTES = 16 * 2**20
-"""Of contents read or written at a time."""
+"""How many bytes of contents are read or written at a time."""
 NUMBERS = ("steps", "episode", "first_step", "first_time", "last_time", "marked", "sum", "numbers")
 
 

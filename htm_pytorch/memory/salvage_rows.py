@@ -30,7 +30,7 @@ from htm_pytorch.memory.rows import (
 )
 
 TOGETHER_BYTES = 1024
-"""Of a chunk, from which on the engine stores each by itself; its own bound is lower."""
+"""The engine stores chunks of more bytes each by itself; its own bound is lower."""
 
 
 class SalvagedRow(NamedTuple):

@@ -13,7 +13,7 @@ from htm_pytorch.memory.state import State
 from htm_pytorch.memory.versions import Versions
 
 COPY_BYTES = 64 * 2**20
-"""Of contents that are copied at a time."""
+"""How many bytes of contents are copied at a time."""
 
 
 def save(now: State, target: Path) -> None:

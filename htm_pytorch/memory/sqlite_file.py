@@ -13,11 +13,11 @@ from htm_pytorch.memory.files import MemoryFileError, sync_folder
 from htm_pytorch.memory.log import REPAIR
 
 WAIT_SECONDS = 60.0
-"""For other processes that read at the moment of a change."""
+"""How long a change waits for other processes that read at that moment."""
 _inherited: list[object] = []
 """What a forked child must not close."""
 _LEFT_BYTES = 2**18
-"""Of what a transaction leaves beside the file, for the next one; to make it anew takes time."""
+"""How many bytes a transaction leaves beside the file for the next one; new ones take time."""
 _UNFINISHED = bytes.fromhex("d9d505f920a163d7")
 """What SQLite begins the file beside it with, while a transaction has not come to its end."""
 

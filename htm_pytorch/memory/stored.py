@@ -30,7 +30,7 @@ from htm_pytorch.shapes import (
 )
 
 GROUP_BYTES = 4 * 2**20
-"""Of closed chunks that the log holds, before they become a version of the table."""
+"""How many bytes of closed chunks the log holds before they become a version of the table."""
 
 
 class StoredMemory(Reading):

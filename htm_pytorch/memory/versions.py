@@ -24,15 +24,15 @@ from htm_pytorch.memory.rows import encoded, facts_of, form_of, joined, schema
 from htm_pytorch.memory.table import Table
 
 FRAGMENT_BYTES = 256 * 2**20
-"""Of contents in a fragment, after `compact`."""
+"""About how many bytes of contents a fragment has after `compact`."""
 SMALL_BYTES = 32 * 2**20
-"""Of contents in a fragment that is joined with others when there are `MOST_SMALL` such."""
+"""A fragment of fewer bytes is joined with others when there are `MOST_SMALL` such."""
 MOST_SMALL = 32
 _FOLDER = "chunks.lance"
 _KEEP = datetime.timedelta(hours=1)
 """Files that are no longer needed stay so long, for readers that have not refreshed."""
 _MOST_VERSIONS = 64
-"""But not those of more versions than that."""
+"""Of more versions than that no files stay, however new they are."""
 
 
 class Versions:

@@ -11,7 +11,7 @@ from torch import Tensor
 from htm_pytorch.ops import fitting, kernels, operators
 
 BLOCK_BYTES = 16 * 2**20
-"""Of the weights held at a time on the way back to the memory."""
+"""How many bytes of weights are held at a time on the way back to the memory."""
 
 
 def _source(source: Tensor, mask: Tensor | None, size: int, eps: float) -> dict[str, Any]:
