@@ -61,8 +61,8 @@ def where_best(scores: Tensor, k: int, numbers: Tensor | None = None) -> Tensor:
     numbers = places if numbers is None else numbers.masked_fill(numbers < 0, last)
     largest = torch.finfo(scores.dtype).max
     scores = scores.nan_to_num(nan=torch.inf, posinf=largest, neginf=-torch.inf)
-    if 2 * k < scores.shape[-1]:
-        border = scores.topk(k).values[..., -1:] if k else scores[..., :0]
+    if 0 < 2 * k < scores.shape[-1]:
+        border = scores.topk(k).values[..., -1:]
         # All above the border, then of those on it the lowest numbers.
         rank = numbers.masked_fill(scores > border, -1).masked_fill(scores < border, last)
         places = rank.topk(k, largest=False).indices

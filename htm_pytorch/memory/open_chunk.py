@@ -62,7 +62,7 @@ class Batch(NamedTuple):
         """Return what the log keeps of it."""
         times, keys = self.times, self.keys or ()
         first, last = (float(times[0]), float(times[-1])) if times.shape[0] else (0.0, 0.0)
-        # Times never fall, and those that are not catalog come first.
+        # Times never fall, and those that are not known come first.
         if first == last or last != last:
             times = times[:1] if last == last else times[:0]
         if len(set(keys)) == 1:
@@ -116,11 +116,8 @@ class OpenChunk(NamedTuple):
         if batch.first_step > self.next_step:
             before, open_chunk = self.end(form)
             open_chunk = open_chunk._replace(first_step=batch.first_step)
-        if (
-            len(open_chunk.stored)
-            and batch.episode > open_chunk.episode
-            and batch.borders[:1] != (0,)
-        ):
+        is_later = batch.episode > open_chunk.episode
+        if len(open_chunk.stored) and is_later and batch.borders[:1] != (0,):
             batch = batch._replace(borders=(0, *batch.borders))
         closed, open_chunk = open_chunk.close(batch, form, closes)
         return before + closed, open_chunk

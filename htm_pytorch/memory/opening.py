@@ -81,8 +81,8 @@ def open_memory(
         kind = ExactMemory if search == "exact" else IndexedMemory
         versions = Versions(where, sync)
         memory = kind(where, log, versions, lock, read_only, cache_bytes, probes)
+        memory.reopens_as(_again, where.uri, search, probes, cache_bytes, storage_options)
         undo.pop_all()
-    memory.reopens_as(_again, where.uri, search, probes, cache_bytes, storage_options)
     return memory
 
 
