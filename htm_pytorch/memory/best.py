@@ -58,7 +58,11 @@ def where_best(scores: Tensor, k: int, numbers: Tensor | None = None) -> Tensor:
     """
     last = torch.iinfo(torch.int64).max
     places = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
-    numbers = places if numbers is None else numbers.masked_fill(numbers < 0, last)
+    if numbers is None:
+        numbers = places
+    else:
+        scores = scores.masked_fill(numbers < 0, -torch.inf)
+        numbers = numbers.masked_fill(numbers < 0, last)
     largest = torch.finfo(scores.dtype).max
     scores = scores.nan_to_num(nan=torch.inf, posinf=largest, neginf=-torch.inf)
     if 0 < 2 * k < scores.shape[-1]:

@@ -105,8 +105,9 @@ def _nearest(
 def _best(numbers: Tensor, products: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k best of chunks [X, Y] and their products, best first; -1 of a product -inf."""
     best = where_best(products, min(k, products.shape[1]), numbers)
-    products = products.gather(1, best)
-    return numbers.gather(1, best).masked_fill(products == -torch.inf, -1), products
+    numbers, products = numbers.gather(1, best), products.gather(1, best)
+    products = products.masked_fill(numbers < 0, -torch.inf)
+    return numbers.masked_fill(products == -torch.inf, -1), products
 
 
 def _cut(now: State, vectors: Tensor) -> tuple[Tensor, Tensor]:
