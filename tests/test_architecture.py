@@ -10,16 +10,18 @@ import htm_pytorch
 PACKAGE = "htm_pytorch"
 ROOT = Path(htm_pytorch.__file__).parent
 
-# shapes <- memory <- ops <- nn <- rl <- cli, and envs <- rl. "__init__" is the public list.
+# shapes <- memory <- ops <- nn <- { check, rl } <- cli, and envs <- rl.
+# "__init__" is the public list.
 MAY_IMPORT: dict[str, set[str]] = {
     "shapes": set(),
     "memory": {"shapes"},
     "ops": {"shapes", "memory"},
     "nn": {"shapes", "memory", "ops"},
     "__init__": {"shapes", "memory", "ops", "nn"},
+    "check": {"shapes", "memory", "ops", "nn"},
     "envs": set(),
     "rl": {"shapes", "memory", "ops", "nn", "__init__", "envs"},
-    "cli": {"memory", "nn", "rl"},
+    "cli": {"memory", "check", "rl"},
 }
 
 
@@ -71,6 +73,34 @@ def test_imports_go_one_way(path: Path) -> None:
 )
 def test_a_wrong_import_is_found(part: str, source: str, wrong: set[str]) -> None:
     assert wrong_imports(part, source) == wrong
+
+
+def module_of(path: Path) -> str:
+    """`nn/attention.py` is `htm_pytorch.nn.attention`."""
+    return ".".join((PACKAGE, *path.with_suffix("").parts)).removesuffix(".__init__")
+
+
+MODULES = {module_of(path.relative_to(ROOT)): path for path in ROOT.rglob("*.py")}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Return the modules of the package that a file imports, those inside functions included."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            names |= {name if name in MODULES else str(node.module) for name in inside}
+    return names & MODULES.keys()
+
+
+def test_no_file_is_imported_by_what_it_imports() -> None:
+    left = {name: imported_modules(path) - {name} for name, path in MODULES.items()}
+    while free := [name for name, needed in left.items() if not needed & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"in a circle, or above one: {sorted(left)}"
 
 
 def test_a_relative_import_is_found() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from htm_pytorch import cli, memory
-from htm_pytorch.nn.check import CheckConfig
+from htm_pytorch.check import CheckConfig
 from htm_pytorch.ops import blocked
 from htm_pytorch.rl import TrainConfig
 
@@ -83,6 +83,12 @@ def test_help_of_check_lists_the_config(
     for field in dataclasses.fields(CheckConfig):
         name = f"no_{field.name}" if field.name in on else field.name
         assert f"--{name.replace('_', '-')}" in printed
+
+
+def test_what_check_takes_is_told_without_torch() -> None:
+    code = "import sys; import htm_pytorch.check as c; c.CheckConfig; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
 def test_check_prints_a_table_and_exits_by_what_it_found(

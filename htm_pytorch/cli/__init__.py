@@ -12,11 +12,11 @@ def main() -> None:
         import tyro
     except ImportError as error:
         sys.exit(f"htm: needs the extra `rl` or `store`, pip install '.[rl]' ({error})")
-    from htm_pytorch.nn.check import CheckConfig
+    from htm_pytorch.check import CheckConfig
 
     def check(config: Annotated[CheckConfig, tyro.conf.arg(name="")]) -> None:
         """Compare the layer on this machine with the plain reference: output and gradients."""
-        from htm_pytorch.nn.check import check
+        from htm_pytorch.check import check
 
         report = check(config)
         print(report)

@@ -4,8 +4,8 @@ from htm_pytorch.memory.chunked import ChunkedMemory
 from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.home import Home, ScoredHome, SearchedHome
 from htm_pytorch.memory.many import Memories, open_many
-from htm_pytorch.memory.opened import open_memory as open
-from htm_pytorch.memory.peers import ShardError
+from htm_pytorch.memory.opening import open_memory as open
+from htm_pytorch.memory.rank_group import ShardError
 from htm_pytorch.memory.reading import Found
 from htm_pytorch.memory.repair import Report, repair
 from htm_pytorch.memory.sharded import ShardedMemory

@@ -25,7 +25,7 @@ class ChunkCache:
 
     @property
     def nbytes(self) -> int:
-        """Of the chunks that are here."""
+        """How many bytes the chunks take that are here."""
         return len(self._slot_of) * self._steps[:1].nbytes
 
     def read(self, first_steps: list[int], out: Tensor) -> list[int]:

@@ -14,7 +14,7 @@ MOST_ENDS = 64
 """Places at which a list of lists may end that are looked at."""
 _HEADER = re.compile(rb"[\x03-\x0f](?=[\x0d-\xff])")
 _WIDTHS = {0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 8, 8: 0, 9: 0}
-"""Of whole numbers, by their kinds."""
+"""How many bytes a whole number takes, by its kind."""
 
 
 def windows(data: bytes, size: int, checksums: Collection[int]) -> dict[int, bytes]:

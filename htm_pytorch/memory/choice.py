@@ -6,30 +6,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from htm_pytorch.memory.catalog import Catalog
 from htm_pytorch.memory.formats import CPU
-from htm_pytorch.memory.known import Known
 
 
 class Chosen(NamedTuple):
     """Which chunks are to be recalled from."""
 
     episodes: tuple[int, ...] | None
-    """Their episodes; None: all."""
+    """Which episodes they are of; None: any."""
     since: float | None
     """When their first steps happened, or later."""
     until: float | None
     """When their last steps happened, or earlier."""
 
-    def mask(self, known: Known) -> Tensor:
+    def mask(self, catalog: Catalog) -> Tensor:
         """Return which chunks [M] bool they are."""
-        mask = torch.ones(known.length, dtype=torch.bool, device=CPU)
+        mask = torch.ones(catalog.length, dtype=torch.bool, device=CPU)
         if self.episodes is not None:
             wanted = torch.tensor(self.episodes, dtype=torch.int64, device=CPU)
-            mask &= torch.isin(known.episodes, wanted)
+            mask &= torch.isin(catalog.episodes, wanted)
         if self.since is not None:
-            mask &= known.times[:, 0] >= self.since
+            mask &= catalog.times[:, 0] >= self.since
         if self.until is not None:
-            mask &= known.times[:, 1] <= self.until
+            mask &= catalog.times[:, 1] <= self.until
         return mask
 
     def conditions(self) -> list[str]:

@@ -14,10 +14,12 @@ from typing import NamedTuple, Self
 from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.folder_log import FolderLog, LogFile
 from htm_pytorch.memory.formats import Format
+from htm_pytorch.memory.lance_access import is_damage
 from htm_pytorch.memory.log import REPAIR, Contents, Head, Log, Pin, Record, check_records
 from htm_pytorch.memory.object_log import EARLIER, ObjectLog, decoded, is_object
 from htm_pytorch.memory.place import Place
-from htm_pytorch.memory.table import Table, Versions, holes, is_damage
+from htm_pytorch.memory.table import Table, holes
+from htm_pytorch.memory.versions import Versions
 
 MAGIC = b"HTMJRNL1"
 _HEADER = struct.Struct("<8s16s")

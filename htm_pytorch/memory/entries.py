@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory import state
 from htm_pytorch.memory.formats import CPU, Chunks
 from htm_pytorch.memory.log import Head, Range, Record
-from htm_pytorch.memory.state import Batch, Open, State
+from htm_pytorch.memory.open_chunk import Batch, OpenChunk
+from htm_pytorch.memory.state import State
+from htm_pytorch.memory.trimming import trimmed
 from htm_pytorch.shapes import check_device, check_floating, check_mask, check_tensor
 
 
@@ -50,16 +51,16 @@ def appended(before: State, batch: Batch) -> tuple[State, Chunks]:
         ValueError: they are not finite.
     """
     head = before.head
-    closed, opened = before.opened.close(batch, head.form)
-    check_finite(closed, opened, batch, head)
+    closed, open_chunk = before.open_chunk.close(batch, head.form)
+    check_finite(closed, open_chunk, batch, head)
     head = head._replace(
         sequence=head.sequence + 1,
-        steps=opened.next_step,
-        episode=opened.episode,
+        steps=open_chunk.next_step,
+        episode=open_chunk.episode,
         time=float(batch.times[-1]),
     )
-    known = before.known.extended(closed)
-    return before._replace(head=head, known=known, opened=opened), closed
+    catalog = before.catalog.extended(closed)
+    return before._replace(head=head, catalog=catalog, open_chunk=open_chunk), closed
 
 
 def numbers_of_episodes(episodes: Iterable[int]) -> tuple[int, ...]:
@@ -131,14 +132,14 @@ def time_of_each(times: float | Tensor | None, length: int, last: float | None) 
     return found
 
 
-def check_finite(closed: Chunks, opened: Open, batch: Batch, head: Head) -> None:
+def check_finite(closed: Chunks, open_chunk: OpenChunk, batch: Batch, head: Head) -> None:
     """Raise a ValueError where steps are no numbers: they would spoil every answer."""
     # A mean is finite only if all its steps are; so the few numbers tell of all.
     if _is_finite(closed.summaries):
         # Of an open chunk only what is new: the steps before were looked at when they came.
-        if _is_finite(head.form.decode(batch.stored[-max(opened.stored.shape[0], 1) :])):
+        if _is_finite(head.form.decode(batch.stored[-max(open_chunk.stored.shape[0], 1) :])):
             return
-        wrong = opened.first_step
+        wrong = open_chunk.first_step
     else:
         bad = ~closed.summaries.isfinite().all(1)
         wrong = int(closed.first_steps[bad][0])
@@ -153,11 +154,11 @@ def _is_finite(numbers: Tensor) -> bool:
     return math.isfinite(float(numbers.sum())) or bool(numbers.isfinite().all())
 
 
-def records_of(pending: Chunks) -> list[Record]:
+def records_of(unflushed: Chunks) -> list[Record]:
     """Return what a log keeps of closed chunks."""
     records: list[Record] = []
-    for place in range(pending.length):
-        chunk, marks = pending.part(place, place + 1), pending.marks[place]
+    for place in range(unflushed.length):
+        chunk, marks = unflushed.part(place, place + 1), unflushed.marks[place]
         size, count = chunk.stored.shape[1], int(chunk.counts[0])
         times = chunk.times[0, :1].expand(count)
         if marks is not None:
@@ -171,28 +172,28 @@ def records_of(pending: Chunks) -> list[Record]:
     return records
 
 
-def without(pending: Chunks, gone: Sequence[Range], head: Head) -> Chunks:
+def without(unflushed: Chunks, gone: Sequence[Range], head: Head) -> Chunks:
     """Return the chunks that are left, and of some of them the newest steps."""
     left = Chunks.none(head.form)
-    for place in range(pending.length):
-        chunk = pending.part(place, place + 1)
+    for place in range(unflushed.length):
+        chunk = unflushed.part(place, place + 1)
         first = int(chunk.first_steps[0])
         last = first + int(chunk.counts[0])
         if within((first, last), gone):
             continue
         cut = max((end for start, end in gone if start <= first < end), default=first)
-        left = left + (state.trimmed(chunk, cut, head.form) if cut > first else chunk)
+        left = left + (trimmed(chunk, cut, head.form) if cut > first else chunk)
     return left
 
 
 def steps_of(now: State, episodes: Sequence[int]) -> list[Range]:
     """Return the steps of episodes."""
-    known, opened = now.known, now.opened
-    chosen = torch.isin(known.episodes, torch.tensor(episodes, dtype=torch.int64, device=CPU))
-    first = known.first_steps[chosen]
-    ranges = list(zip(first.tolist(), (first + known.counts[chosen]).tolist(), strict=True))
-    if len(opened.stored) and opened.episode in episodes:
-        ranges.append((opened.first_step, opened.next_step))
+    catalog, open_chunk = now.catalog, now.open_chunk
+    chosen = torch.isin(catalog.episodes, torch.tensor(episodes, dtype=torch.int64, device=CPU))
+    first = catalog.first_steps[chosen]
+    ranges = list(zip(first.tolist(), (first + catalog.counts[chosen]).tolist(), strict=True))
+    if len(open_chunk.stored) and open_chunk.episode in episodes:
+        ranges.append((open_chunk.first_step, open_chunk.next_step))
     return ranges
 
 
@@ -207,18 +208,18 @@ def step_at(now: State, moment: float) -> int:
     Raises:
         ValueError: there are steps of which no time is known.
     """
-    known, opened = now.known, now.opened
-    if known.times.isnan().any() or opened.times.isnan().any():
+    catalog, open_chunk = now.catalog, now.open_chunk
+    if catalog.times.isnan().any() or open_chunk.times.isnan().any():
         raise ValueError(
             "before: expected times of all steps, got some that were stored without; "
             "before_step forgets by number"
         )
-    later = (opened.times >= moment).nonzero()[:, 0]
-    step = opened.first_step + (int(later[0]) if len(later) else len(opened.times))
-    chunks = (known.times[:, 1] >= moment).nonzero()[:, 0]
+    later = (open_chunk.times >= moment).nonzero()[:, 0]
+    step = open_chunk.first_step + (int(later[0]) if len(later) else len(open_chunk.times))
+    chunks = (catalog.times[:, 1] >= moment).nonzero()[:, 0]
     if len(chunks):
         number = int(chunks[0])
-        step, marks = int(known.first_steps[number]), now.marks(number)
+        step, marks = int(catalog.first_steps[number]), now.marks(number)
         if marks is not None:
             step += sum(time < moment for time in marks.times)
     return step

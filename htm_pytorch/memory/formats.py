@@ -10,7 +10,7 @@ from htm_pytorch.memory.summaries import summarise
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 PIECE_BYTES = 2 * 2**20
-"""Of steps in float32, whose means are taken at a time."""
+"""How many bytes of steps in float32 are averaged at a time."""
 _SCALE_BYTES = 4
 CPU = torch.device("cpu")
 
@@ -19,26 +19,26 @@ class Format(NamedTuple):
     """Sizes of a memory, and how a step becomes bytes."""
 
     dim: int
-    """D."""
+    """How many numbers a step has, D."""
     chunk_size: int
-    """C."""
+    """How many steps a chunk holds at most, C."""
     dtype: torch.dtype
-    """As stored: one of DTYPES."""
+    """The dtype that steps are stored in, one of DTYPES."""
 
     @property
     def given(self) -> torch.dtype:
-        """Of the steps as they come and go."""
+        """The dtype that steps have as they come and go."""
         return torch.float32 if self.dtype == torch.int8 else self.dtype
 
     @property
     def step_bytes(self) -> int:
-        """Of a step: its numbers and, behind those of int8, their scale."""
+        """How many bytes a step takes: its numbers and, behind those of int8, their scale."""
         scale = _SCALE_BYTES if self.dtype == torch.int8 else 0
         return self.dim * self.dtype.itemsize + scale
 
     @property
     def chunk_bytes(self) -> int:
-        """Of a chunk."""
+        """How many bytes a chunk takes."""
         return self.chunk_size * self.step_bytes
 
     def encode(self, steps: Tensor) -> Tensor:
@@ -86,15 +86,15 @@ class Chunks(NamedTuple):
     counts: Tensor
     """[M] int32, how many steps they have."""
     episodes: Tensor
-    """[M] int64."""
+    """[M] int64, which episode each chunk is of."""
     first_steps: Tensor
-    """[M] int64, the number of the first step of each."""
+    """[M] int64, the number that the first step of each has."""
     times: Tensor
-    """[M, 2] float64, of the first and the last step of each; NaN where none is known."""
+    """[M, 2] float64, when the first and last step of each were; NaN where that is not known."""
     marked: Tensor
     """[M] bool, those of whose single steps there is more to say."""
     marks: tuple["Marks | None", ...]
-    """And what that is; nothing where it was not asked for."""
+    """What there is to say of those steps; it is empty where it was not asked for."""
 
     @staticmethod
     def none(form: Format) -> "Chunks":
@@ -103,12 +103,12 @@ class Chunks(NamedTuple):
 
     @property
     def length(self) -> int:
-        """M."""
+        """How many chunks there are, M."""
         return self.counts.shape[0]
 
     @property
     def columns(self) -> tuple[Tensor, ...]:
-        """All of these tensors."""
+        """All of these tensors, in this order; that is, without the marks."""
         return self[:-1]
 
     def __add__(self, others: "Chunks") -> "Chunks":  # type: ignore[override]

@@ -19,32 +19,32 @@ class Home(Protocol):
 
     @property
     def batch(self) -> int:
-        """B."""
+        """How many rows there are, B."""
         ...
 
     @property
     def chunks(self) -> int:
-        """M."""
+        """How many chunks there are, M."""
         ...
 
     @property
     def chunk_size(self) -> int:
-        """C."""
+        """How many steps a chunk holds at most, C."""
         ...
 
     @property
     def dim(self) -> int:
-        """D."""
+        """How many numbers a step has, D."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the steps, as they are given and fetched."""
+        """The dtype that steps have when they are given and fetched."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Of what is fetched."""
+        """The device that fetched chunks are on."""
         ...
 
     def append(self, steps: Tensor, is_first: Tensor | None = None) -> Self:
@@ -79,7 +79,7 @@ class ScoredHome(Home, Protocol):
 
     @property
     def summaries(self) -> Tensor:
-        """[B, M, D]."""
+        """[B, M, D], the summary that each chunk is scored by."""
         ...
 
     @property

@@ -15,7 +15,7 @@ NAME = "summaries"
 PROBES = 32
 """Lists of the index that a query reads, of sqrt(M) / 2."""
 _REFINE = 8
-"""Candidates, for each that is asked for, whose summaries are read for exact products."""
+"""Candidates, for each that is asked for, whose summaries are read for the products themselves."""
 _WIDE = 128
 """From this width on, two bits a number tell summaries apart (RaBitQ, arXiv 2405.12497)."""
 

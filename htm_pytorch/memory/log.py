@@ -37,7 +37,7 @@ class Pinned(NamedTuple):
     """The number of the step after those that it holds."""
     rows: int
     layout: int
-    """Another one where rows lie otherwise than they did."""
+    """A number that changes when rows come to lie otherwise than they did."""
     unchecked: int
     """Rows of an earlier format, which have no checksum over their numbers."""
 
@@ -49,15 +49,15 @@ class Head(NamedTuple):
     chunk_size: int
     dtype: str
     generation: str
-    """Another one after `reset`, when steps are counted from 0 again."""
+    """What tells it from itself before a `reset`, after which steps are counted from 0 again."""
     sequence: int
     """How many transactions there were."""
     steps: int
     """The number of the step to come."""
     episode: int
-    """Of the last step; -1 before the first of all."""
+    """Which episode the last step is of; -1 before the first step of all."""
     time: float | None
-    """Of the last step."""
+    """When the last step was; None before the first of all."""
     forgotten: tuple[Range, ...]
     """Steps that are to be recalled no more."""
     purge: bool
@@ -75,7 +75,7 @@ class Head(NamedTuple):
 
     @property
     def form(self) -> Format:
-        """Its sizes, and how steps become bytes."""
+        """Its sizes, and how its steps become bytes."""
         return Format(self.dim, self.chunk_size, getattr(torch, self.dtype))
 
     @property
@@ -116,9 +116,9 @@ class Record(NamedTuple):
     """Steps that were appended together."""
 
     first_step: int
-    """The number of the first of them."""
+    """The number that the first of them has."""
     episode: int
-    """Of the first of them."""
+    """Which episode the first of them is of."""
     borders: tuple[int, ...]
     """Which of them begin an episode."""
     times: tuple[float, ...]
@@ -152,7 +152,7 @@ class Pin(NamedTuple):
     """What a table wants kept in the log, against damage; see `pins`."""
 
     body: bytes
-    """Of the version that counts."""
+    """What is kept of the version that counts, as `pins` encodes it."""
     ends: dict[str, bytes]
     """The ends of files, by their names: of those that are new, where it is written."""
 

@@ -15,7 +15,7 @@ from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.folder_log import FolderLog, LogFile
 from htm_pytorch.memory.formats import CPU
 from htm_pytorch.memory.log import REPAIR, Contents, Head, Record
-from htm_pytorch.memory.opened import check_agrees, checked
+from htm_pytorch.memory.opening import check_agrees, checked
 from htm_pytorch.memory.place import Lock, Place
 from htm_pytorch.memory.state import State
 from htm_pytorch.memory.stored import ExactMemory
@@ -41,11 +41,13 @@ def open_many(
     is used. A memory that outgrows RAM is better off alone, by `memory.open`.
 
     Args:
-        uri: a folder.
-        dim: D of each. With it, the folder is made where there is none.
-        chunk_size: C of each, in a new folder; default 32.
-        dtype: how steps are stored, in a new folder; see `memory.open`.
-        read_only: open one that exists, beside its writer; `refresh` shows what came since.
+        uri: the folder that they are in.
+        dim: how many numbers a step has, D, in each of them. With it, the folder is made where
+            there is none.
+        chunk_size: how many steps a chunk holds, C, in each of a new folder; default 32.
+        dtype: how each of a new folder stores steps; `memory.open` says what there is.
+        read_only: whether they are only read, beside their writer; the folder must exist, and
+            `refresh` shows what came since.
         sync: whether `append` waits until the disk has the steps.
 
     Raises:
@@ -158,11 +160,11 @@ class Memories:
         """Store `steps` [B, T, D], a row for each name, all or none; one wait for the disk.
 
         Args:
-            names: B different ones; memories are made where there are none.
-            steps: of the `dtype` of the memories.
+            names: B names, which must differ; memories are made where there are none.
+            steps: [B, T, D], which come oldest first and have the `dtype` of the memories.
             is_first: [B, T] bool, True where an episode of a row begins.
-            keys: the same for all rows; see `StoredMemory.append`.
-            times: the same for all rows; see `StoredMemory.append`.
+            keys: what steps are named by, the same for all rows, as `StoredMemory.append` takes it.
+            times: when steps happened, the same for all rows, as `StoredMemory.append` takes it.
         """
         self._check_writable()
         names = list(names)
@@ -181,7 +183,7 @@ class Memories:
                 if batch is None:
                     return self
                 now, closed = entries.appended(before, batch)
-                after.append(now._replace(pending=before.pending.extended(closed)))
+                after.append(now._replace(unflushed=before.unflushed.extended(closed)))
                 changes.append((names[row], after[-1].head, [batch.record()]))
             for memory in memories:
                 memory.distrust()
@@ -194,7 +196,7 @@ class Memories:
         """Return a memory of B rows, that B rows of queries are to recall from, each from its own.
 
         Args:
-            names: B names; the same one may come twice.
+            names: which memories the B rows read; the same name may come twice.
         """
         if not names:
             raise ValueError("names: expected one or more, got none")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 SCHEMES = ("s3", "gs", "az", "abfss")
-"""Of stores that replace an object on a condition, and that the engine of the table knows."""
+"""Stores that replace an object on a condition, and that the engine of the table knows."""
 PROBE = "journal-probe"
 _CLIENT_OPTIONS = frozenset(
     {
@@ -30,9 +30,9 @@ _CLIENT_OPTIONS = frozenset(
         "user_agent",
     }
 )
-"""Those of `storage_options` that obstore takes apart from the others."""
+"""Names of `storage_options` that obstore takes apart from the others."""
 _OF_THE_TABLE = re.compile(r"lance_|download_retry_count$")
-"""Those that say nothing about the log."""
+"""Names of `storage_options` that say nothing about the log."""
 _process: int | None = None
 """The one in which obstore has begun to work."""
 _inherited: list[Any] = []

@@ -11,7 +11,7 @@ from torch import Tensor
 from htm_pytorch.memory.chunked import ChunkedMemory
 from htm_pytorch.memory.files import MemoryFileError, load_tensors, save_tensors
 from htm_pytorch.memory.home import Home
-from htm_pytorch.memory.opened import open_memory
+from htm_pytorch.memory.opening import open_memory
 
 _KIND = "ShardedMemory"
 

@@ -50,8 +50,8 @@ def check(
     """Compare the files of a version with what was kept of them.
 
     Args:
-        folder: that of the table.
-        version: of the table.
+        folder: where the files of the table are.
+        version: which version of the table is compared.
         kept: what was kept of it.
         end_of: gives the ends of files that were kept, to put right what is damaged; None: nothing
             is changed.

@@ -1,7 +1,6 @@
 """`Reading`: what is read of a memory on disk or in an object store."""
 
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,17 +9,17 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory import answers, entries, forks, log, state
+from htm_pytorch.memory import answers, entries, forks, log, saving, searching
 from htm_pytorch.memory.cache import ChunkCache
 from htm_pytorch.memory.chunked import ChunkedMemory
-from htm_pytorch.memory.files import MemoryFileError, sync_folder
-from htm_pytorch.memory.folder_log import LogFile
-from htm_pytorch.memory.formats import CPU, step_mask
+from htm_pytorch.memory.files import MemoryFileError
+from htm_pytorch.memory.following import follow
+from htm_pytorch.memory.formats import CPU
 from htm_pytorch.memory.home import Span
 from htm_pytorch.memory.log import Contents, Log
-from htm_pytorch.memory.place import Lock, Place, mark
+from htm_pytorch.memory.place import Lock, Place
 from htm_pytorch.memory.state import State
-from htm_pytorch.memory.table import Versions
+from htm_pytorch.memory.versions import Versions
 from htm_pytorch.memory.view import Chosen, Moment, View
 from htm_pytorch.shapes import (
     check_at_least,
@@ -28,9 +27,6 @@ from htm_pytorch.shapes import (
     check_numbers,
     check_tensor,
 )
-
-COPY_BYTES = 64 * 2**20
-"""Of contents that `save` copies at a time."""
 
 
 class Found(NamedTuple):
@@ -48,7 +44,7 @@ class Reading:
     holds_summaries: bool
 
     batch = 1
-    """B: shared by all rows of queries."""
+    """How many rows there are, B: one, which all rows of queries share."""
     device = CPU
     """Where summaries and fetched chunks are."""
 
@@ -71,11 +67,9 @@ class Reading:
         self._versions = versions
         self._lock = lock
         self._probes = probes
-        self._cache_bytes = cache_bytes
         self._inherited: list[Any] = []
-        search = "exact" if self.holds_summaries else "index"
-        options = place.storage_options
-        self._again: tuple[Any, ...] = _again, (place.uri, search, probes, cache_bytes, options)
+        # Set by those who open it.
+        self._again: tuple[Any, ...] = ()
         self.mutex = mutex or threading.RLock()
         # Whether a call has begun to change something, and whether it is still at it.
         self._is_changing = False
@@ -87,32 +81,32 @@ class Reading:
         chunk_bytes = form.chunk_size * form.dim * form.given.itemsize
         width = form.dim if self.holds_summaries else 0
         nothing = State.nothing(contents.head, width, cache_bytes // chunk_bytes)
-        self._state = self._followed(forgetting(nothing), contents)
+        self._state = self._followed(nothing.unread(), contents)
         forks.watch(self)
 
     @property
     def chunks(self) -> int:
-        """M."""
-        return self._now().known.length
+        """How many closed chunks there are, M."""
+        return self._now().catalog.length
 
     @property
     def chunk_size(self) -> int:
-        """C."""
+        """How many steps a chunk holds at most, C."""
         return self._state.head.chunk_size
 
     @property
     def dim(self) -> int:
-        """D."""
+        """How many numbers a step has, D."""
         return self._state.head.dim
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the steps, as they are given and fetched."""
+        """The dtype that steps have when they are given and fetched."""
         return self._state.head.form.given
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """Of the steps, as they are stored."""
+        """The dtype that steps have as they are stored."""
         return self._state.head.form.dtype
 
     @property
@@ -128,8 +122,8 @@ class Reading:
 
     @property
     def episodes(self) -> Tensor:
-        """[M] int64, the episode of each chunk, counted from 0."""
-        return self._now().known.episodes
+        """[M] int64, which episode each chunk is of, counted from 0."""
+        return self._now().catalog.episodes
 
     def fetch(self, chunks: Tensor) -> ChunkedMemory:
         """Return the chunks numbered [U] int64 as a memory in RAM, of batch 1.
@@ -149,7 +143,7 @@ class Reading:
         """
         now = self._now()
         check_number("row", row, self.batch)
-        check_numbers("chunks", chunks, now.known.length)
+        check_numbers("chunks", chunks, now.catalog.length)
         return [answers.span(now, number) for number in chunks.tolist()]
 
     def read(self, first: int, last: int) -> Tensor:
@@ -161,42 +155,14 @@ class Reading:
         now = self._now()
         check_at_least("first", first, 0)
         check_at_least("last", last, first)
-        known, form = now.known, now.head.form
-        ends = known.first_steps + known.counts
-        numbers = ((known.first_steps < last) & (ends > first)).nonzero()[:, 0]
-        counts = known.counts[numbers]
-        is_step = step_mask(counts, form.chunk_size)
-        steps = [now.fetch(numbers.tolist())[is_step], form.decode(now.opened.stored)]
-        of_chunks = known.first_steps[numbers].repeat_interleave(counts.long())
-        rank = torch.arange(len(of_chunks), device=CPU)
-        rank = rank - (counts.cumsum(0) - counts).repeat_interleave(counts.long())
-        opened = torch.arange(now.opened.first_step, now.opened.next_step, device=CPU)
-        number = torch.cat([of_chunks + rank, opened])
-        wanted = (number >= first) & (number < last)
-        if int(wanted.sum()) != last - first:
-            there = f"{now.head.steps} steps" + (", some forgotten" if now.head.gaps else "")
-            raise ValueError(
-                f"first, last: expected steps that are there ({there}), got {first} and {last}"
-            )
-        return torch.cat(steps)[wanted][None]
+        return answers.read(now, first, last)
 
     def find(self, query: Tensor, k: int = 8) -> Found:
         """Return the k chunks whose summaries have the largest products with each query [Q, D]."""
         check_tensor("query", query, "Q D", D=self.dim)
         check_at_least("k", k, 1)
-        now = self._now()
-        numbers = self._nearest(now, query.detach().float(), k, None)
-        scores = torch.full(numbers.shape, -torch.inf, dtype=torch.float32, device=CPU)
-        used, place = torch.unique(numbers, return_inverse=True)
-        if len(used) and used[0] < 0:
-            used, place = used[1:], place - 1
-        if len(used):
-            summaries = answers.fetched(now, used).summaries[0].float()
-            exact = (query.detach().float() @ summaries.T).gather(1, place.clamp(min=0))
-            exact = exact.masked_fill(numbers < 0, -torch.inf)
-            scores, order = torch.sort(exact, dim=1, descending=True, stable=True)
-            numbers = numbers.gather(1, order)
-        return Found(numbers, scores)
+        now, query = self._now(), query.detach().float()
+        return Found(*searching.ranked(now, query, self._nearest(now, query, k)))
 
     def refresh(self) -> Self:
         """Show what the writer has stored since this was opened with `read_only`."""
@@ -211,24 +177,7 @@ class Reading:
         if target.exists():
             raise FileExistsError(f"path: {str(path)!r} exists; expected a name that is free")
         # What came since a reader looked is not missing in a copy.
-        now = self.refresh()._now()
-        partial = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        versions = Versions(Place(str(partial), partial, None), sync=True)
-        form, table = now.head.form, None
-        head = now.head._replace(table=None, purge=False)
-        piece = max(1, COPY_BYTES // form.chunk_bytes)
-        for start in range(0, now.in_table, piece):
-            chunks = answers.whole(now, start, min(start + piece, now.in_table))
-            table = versions.append(table, head, chunks)
-        head = head._replace(table=table and table.pinned)
-        records = entries.records_of(now.pending.chunks) + now.opened.records()
-        logs = {"": Contents(head, records, table.pin if table else None)}
-        LogFile.create(partial / "journal", logs).close()
-        mark(partial, sync=True)
-        os.rename(partial, target)
-        sync_folder(target.parent)
+        saving.save(self.refresh()._now(), target)
 
     def verify(self) -> list[str]:
         """Read everything, compare it with its checksums and return what is wrong."""
@@ -243,7 +192,7 @@ class Reading:
     def unfit(self) -> list[str]:
         """Return what is wrong with the chunks that the log holds."""
         now = self._now()
-        decoded = now.head.form.decode(now.pending.known.stored).float()
+        decoded = now.head.form.decode(now.unflushed.catalog.stored).float()
         finite = decoded.isfinite().flatten(1).all(1)
         wrong = (now.in_table + (~finite).nonzero()[:, 0]).tolist()
         return [f"chunk {number}: its steps are not finite" for number in wrong]
@@ -260,28 +209,14 @@ class Reading:
         """
         now = self._now()
         if route is None:
-            if not now.known.length:
+            if not now.catalog.length:
                 return 1.0
-            chosen = torch.randint(now.known.length, (64,), device=CPU)
+            chosen = torch.randint(now.catalog.length, (64,), device=CPU)
             route = answers.fetched(now, chosen).summaries.float()
             route = route + torch.randn_like(route) * route.std(1, keepdim=True)
         check_tensor("route", route, "B Q D", D=self.dim)
         vectors = route.detach().flatten(0, 1).float()
-        kept = min(k, now.in_table)
-        if now.table is None or not kept or not len(vectors):
-            return 1.0
-        found = answers.searched(now, vectors, kept, self._probes, None)[0]
-        cut, best = answers.cut(now, vectors)
-        exact = cut.expand(len(vectors), -1)
-        for row in now.table.rows(0, True):
-            ends = row.chunks.first_steps + row.chunks.counts
-            numbers = answers.numbers_to(now, ends).expand(len(vectors), -1)
-            is_other = (numbers >= 0) & ~torch.isin(numbers, cut)
-            scores = (vectors @ row.chunks.summaries.T).masked_fill(~is_other, -torch.inf)
-            best = torch.cat([best, scores], 1)
-            best, place = best.topk(min(kept, best.shape[1]), 1)
-            exact = torch.cat([exact, numbers], 1).gather(1, place)
-        return float((exact[:, :, None] == found[:, None]).any(2).float().mean())
+        return searching.share_found(now, vectors, k, self._probes)
 
     def info(self) -> dict[str, Any]:
         """Return what people ask first, by name; sizes are in bytes."""
@@ -295,15 +230,15 @@ class Reading:
             "dim": form.dim,
             "chunk_size": form.chunk_size,
             "dtype": str(form.dtype).removeprefix("torch."),
-            "chunks": now.known.length,
-            "chunks in the log": now.pending.length,
-            "steps of the open chunk": len(now.opened.stored),
+            "chunks": now.catalog.length,
+            "chunks in the log": now.unflushed.length,
+            "steps of the open chunk": len(now.open_chunk.stored),
             "steps forgotten": sum(end - start for start, end in now.head.forgotten),
             "forgotten and still in files": now.head.purge,
             "steps lost by damage": sum(end - start for start, end in now.head.lost),
             "bytes of the log": self._log.size(),
             "bytes of the table": self._versions.size() if self._versions else 0,
-            "bytes in RAM": now.known.nbytes + now.cache.nbytes + now.pending.known.nbytes,
+            "bytes in RAM": now.catalog.nbytes + now.cache.nbytes + now.unflushed.catalog.nbytes,
         }
         nothing = {"chunks in the index": 0, "fragments": 0, "version": 0}
         return found | (now.table.info() if now.table else nothing)
@@ -320,7 +255,7 @@ class Reading:
         It follows the memory. Chunks keep their numbers.
 
         Args:
-            episodes: their numbers; None: all.
+            episodes: the numbers of the episodes that chunks must be of; None: of any.
             since: chunks whose steps all happened at this time or later.
             until: chunks whose steps all happened at this time or earlier.
         """
@@ -398,7 +333,7 @@ class Reading:
             head, table = contents.head, before.table
             if head.sequence < before.head.sequence:
                 # What this one knows was taken back, or a copy from before was put in its place.
-                before, contents = forgetting(before), None
+                before, contents = before.unread(), None
                 continue
             if head.is_same(before.head):
                 return before
@@ -409,34 +344,14 @@ class Reading:
                     assert self._versions is not None
                     end_of = None if self.read_only else self._log.end
                     table = self._versions.open(head, contents.pin, end_of)
-                return state.follow(before, contents, table, self.holds_summaries)
+                return follow(before, contents, table, self.holds_summaries)
             except MemoryFileError:
                 newest = self._log.read()
                 if is_last or newest is None or newest.head.sequence == head.sequence:
                     raise
-                contents, before = newest, forgetting(before)
+                contents, before = newest, before.unread()
         raise AssertionError
 
-    def _nearest(self, now: State, vectors: Tensor, k: int, chosen: Chosen | None) -> Tensor:
+    def _nearest(self, now: State, vectors: Tensor, k: int) -> Tensor:
         """Return the best chunks [X, K] of vectors [X, D]; -1 where there are fewer."""
         raise NotImplementedError
-
-
-def _again(uri: str, search: Any, probes: int, cache_bytes: int, storage_options: Any) -> Reading:
-    from htm_pytorch.memory.opened import open_memory
-
-    return open_memory(
-        uri,
-        read_only=True,
-        search=search,
-        probes=probes,
-        cache_bytes=cache_bytes,
-        storage_options=storage_options,
-    )
-
-
-def forgetting(before: State) -> State:
-    """Return the state of one who knows nothing yet."""
-    width, slots = before.known.summaries.shape[1], before.cache.slots
-    head = before.head._replace(sequence=0, generation="", table=None)
-    return State.nothing(head, width, slots)

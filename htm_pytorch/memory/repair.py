@@ -9,28 +9,28 @@ import contextlib
 import datetime
 import os
 import shutil
-import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory import carved, earlier, object_log, pins, place
+from htm_pytorch.memory import place
 from htm_pytorch.memory.files import MemoryFileError, sync_folder
 from htm_pytorch.memory.folder_log import LogFile
-from htm_pytorch.memory.formats import CPU, DTYPES, Chunks, Format
-from htm_pytorch.memory.log import Contents, Head, Pin, Range, Record, merged, unsealed
-from htm_pytorch.memory.opened import open_memory
+from htm_pytorch.memory.formats import CPU, Chunks, Format
+from htm_pytorch.memory.log import Contents, Head, Range, Record, merged
+from htm_pytorch.memory.open_chunk import Batch, OpenChunk
+from htm_pytorch.memory.opening import open_memory
 from htm_pytorch.memory.place import Lock, Place
-from htm_pytorch.memory.rows import BATCH_BYTES, Damaged, Salvage
-from htm_pytorch.memory.state import Batch, Open
-from htm_pytorch.memory.table import Versions
+from htm_pytorch.memory.rows import BATCH_BYTES, form_of
+from htm_pytorch.memory.salvage_log import salvaged_log, salvaged_table
+from htm_pytorch.memory.salvage_rows import DamagedRows, SalvagedRow
+from htm_pytorch.memory.versions import Versions
 
 _NEW = ".repaired"
 _PARTS = ("journal", "journal-journal", "chunks.lance")
-Decoded = TypeVar("Decoded")
 
 
 class Report(NamedTuple):
@@ -95,11 +95,11 @@ def _problems(where: Place) -> list[str]:
 
 
 def _rebuild(where: Place, folder: Path, problems: list[str]) -> Report:
-    head, records, pin = _log(where)
+    head, records, pin = salvaged_log(where)
     new = folder / _NEW
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
-    dataset, facts = _dataset(where, head, pin)
+    dataset, facts = salvaged_table(where, head, pin)
     form = head.form if head is not None else _form(facts)
     if form is None:
         raise MemoryFileError(
@@ -108,13 +108,13 @@ def _rebuild(where: Place, folder: Path, problems: list[str]) -> Report:
         )
     if head is None:
         head = Head.first(form)._replace(generation=facts.get("generation", os.urandom(16).hex()))
-    damaged = Damaged(dataset, form) if dataset is not None else None
+    damaged = DamagedRows(dataset, form) if dataset is not None else None
     rows = damaged.rows() if damaged is not None else []
     least = max((row.first_step + row.length for row in rows if row.is_certain), default=0)
     found = [row for row in rows if row.is_whole]
     pieces, moved = _in_order(found, head)
     held = _Held(pieces, found, damaged, form)
-    chunks, opened, more = _closed(records, form, held)
+    chunks, open_chunk, more = _closed(records, form, held)
     versions = Versions(Place(str(new), new, None), sync=True)
     first = head._replace(table=None)
     table = None
@@ -125,10 +125,10 @@ def _rebuild(where: Place, folder: Path, problems: list[str]) -> Report:
     ends = [(piece.first_step, piece.first_step + piece.length) for piece in pieces]
     firsts = chunks.first_steps.tolist()
     ends += zip(firsts, (chunks.first_steps + chunks.counts).tolist(), strict=True)
-    steps = max(head.steps, opened.next_step, least)
-    ends.append((opened.first_step, opened.next_step))
+    steps = max(head.steps, open_chunk.next_step, least)
+    ends.append((open_chunk.first_step, open_chunk.next_step))
     lost = _missing(ends, head.gaps, steps)
-    episode = max(head.episode, opened.episode, max((p.episode for p in pieces), default=-1))
+    episode = max(head.episode, open_chunk.episode, max((p.episode for p in pieces), default=-1))
     after = head._replace(
         sequence=head.sequence + 1,
         steps=steps,
@@ -136,8 +136,8 @@ def _rebuild(where: Place, folder: Path, problems: list[str]) -> Report:
         lost=merged((*head.lost, *lost)),
         table=table and table.pinned,
     )
-    kept = opened.records()
-    if opened.next_step != steps and kept:
+    kept = open_chunk.records()
+    if open_chunk.next_step != steps and kept:
         kept = [kept[0]._replace(closes=True)]
     logs = {"": Contents(after, kept, table.pin if table else None)}
     LogFile.create(new / "journal", logs).close()
@@ -177,95 +177,13 @@ def _finish(folder: Path) -> str:
     return str(aside)
 
 
-def _log(where: Place) -> tuple[Head | None, list[Record], Pin | None]:
-    """Return what can be read of the log: the newest head, records, and what the table kept."""
-    path = where.log
-    if not path.exists():
-        return None, [], None
-    body = path.read_bytes()
-    if body.startswith(earlier.MAGIC):
-        return None, earlier.salvaged(body), None
-    if object_log.is_object(body):
-        found, records = object_log.salvaged(body)
-        records.sort(key=lambda record: record.first_step)
-        return next(iter(found), None), records, None
-    heads: list[Head] = []
-    records: list[Record] = []
-    pin: Pin | None = None
-    with contextlib.closing(LogFile(path)) as file:
-        for table in ("heads", "spare_heads"):
-            for (body,) in _rows(file, f"SELECT body FROM {table}"):
-                with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-                    heads.append(Head.decode(body))
-        for (body,) in _rows(file, "SELECT body FROM pins"):
-            with contextlib.suppress(ValueError):
-                unsealed(body)
-                pin = Pin(body, {})
-        for (body,) in _rows(file, "SELECT body FROM records NOT INDEXED"):
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                records.append(Record.decode(body))
-        is_whole = not file.problems()
-    if not is_whole:
-        found = [body for _, body in carved.blobs(path.read_bytes())]
-        if not heads:
-            heads = list(_decoded(found, Head.decode))
-        known = {record.first_step for record in records}
-        records += [
-            record for record in _decoded(found, Record.decode) if record.first_step not in known
-        ]
-    records.sort(key=lambda record: record.first_step)
-    return max(heads, key=lambda head: head.sequence, default=None), records, pin
-
-
-def _rows(file: LogFile, query: str) -> list[tuple[Any, ...]]:
-    """Return what a query finds before it comes to damage."""
-    found: list[tuple[Any, ...]] = []
-    damage = contextlib.suppress(MemoryFileError, OSError)
-    with damage, file.mutex, file.transaction() as connection:
-        found.extend(connection.execute(query))
-    return found
-
-
-def _decoded(found: Sequence[bytes], decode: Callable[[bytes], Decoded]) -> Iterator[Decoded]:
-    """Yield what can be made of those that are whole, and of this kind."""
-    for body in found:
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, struct.error):
-            yield decode(body)
-
-
-def _ends(where: Place) -> dict[str, bytes]:
-    """Return what can be read of the ends of files that the log keeps."""
-    with contextlib.closing(LogFile(where.log)) as file:
-        return dict(_rows(file, "SELECT file, body FROM ends"))
-
-
-def _dataset(where: Place, head: Head | None, pin: Pin | None) -> tuple[Any, dict[str, str]]:
-    """Return the version of the table that counts, or the newest that can be read."""
-    assert where.folder is not None
-    folder = where.folder / "chunks.lance"
-    if not folder.exists() or (head is not None and head.table is None):
-        return None, {}
-    versions = Versions(where, sync=True)
-    wanted = head.table.version if head is not None and head.table is not None else None
-    if wanted is not None and pin is not None:
-        with contextlib.suppress(MemoryFileError):
-            pins.check(folder, wanted, pin, _ends(where).get)
-    dataset = versions.readable(wanted)
-    if dataset is None:
-        return None, {}
-    metadata = dataset.schema.metadata or {}
-    return dataset, {key.decode(): value.decode() for key, value in metadata.items()}
-
-
 def _form(facts: dict[str, str]) -> Format | None:
     with contextlib.suppress(KeyError, ValueError, AttributeError):
-        form = Format(int(facts["dim"]), int(facts["chunk_size"]), getattr(torch, facts["dtype"]))
-        if form.dtype in DTYPES:
-            return form
+        return form_of(facts)
     return None
 
 
-def _in_order(found: Sequence[Salvage], head: Head) -> tuple[list[_Piece], int]:
+def _in_order(found: Sequence[SalvagedRow], head: Head) -> tuple[list[_Piece], int]:
     """Return the chunks in the order of their steps, each step once.
 
     Where compaction once put rows out of order, later steps got numbers that others had: those
@@ -273,7 +191,7 @@ def _in_order(found: Sequence[Salvage], head: Head) -> tuple[list[_Piece], int]:
     """
     taken: dict[int, tuple[int, int]] = {}
     pieces: list[_Piece] = []
-    later: list[Salvage] = []
+    later: list[SalvagedRow] = []
     spans: list[Range] = []
     for row in found:
         if row.is_certain:
@@ -304,7 +222,7 @@ def _in_order(found: Sequence[Salvage], head: Head) -> tuple[list[_Piece], int]:
     return pieces, moved
 
 
-def _fitted(pieces: list[_Piece], row: Salvage, head: Head) -> list[_Piece]:
+def _fitted(pieces: list[_Piece], row: SalvagedRow, head: Head) -> list[_Piece]:
     """Put a chunk whose numbers are in doubt where a chunk of its size is missing."""
     at, episode = 0, 0
     limit = head.table.end if head.table is not None else 0
@@ -324,8 +242,8 @@ class _Held:
     def __init__(
         self,
         pieces: Sequence[_Piece],
-        found: Sequence[Salvage],
-        damaged: Damaged | None,
+        found: Sequence[SalvagedRow],
+        damaged: DamagedRows | None,
         form: Format,
     ):
         self.end = max((piece.first_step + piece.length for piece in pieces), default=0)
@@ -369,9 +287,9 @@ class _Held:
         )
 
 
-def _closed(records: Sequence[Record], form: Format, held: _Held) -> tuple[Chunks, Open, int]:
+def _closed(records: Sequence[Record], form: Format, held: _Held) -> tuple[Chunks, OpenChunk, int]:
     """Return the chunks that records close behind the table, the open one, and how many moved."""
-    opened = Open.nothing(form, held.end, held.episode)
+    open_chunk = OpenChunk.nothing(form, held.end, held.episode)
     chunks = Chunks.none(form)
     moved = 0
     for record in records:
@@ -383,21 +301,15 @@ def _closed(records: Sequence[Record], form: Format, held: _Held) -> tuple[Chunk
         ):
             # Others have the numbers of these steps: see `_in_order`.
             batch = batch._replace(
-                first_step=opened.next_step, episode=opened.episode + 1, borders=(0,)
+                first_step=open_chunk.next_step, episode=open_chunk.episode + 1, borders=(0,)
             )
             moved += length
-        batch = batch.since(opened.next_step)
+        batch = batch.since(open_chunk.next_step)
         if not len(batch.stored):
             continue
-        if batch.first_step > opened.next_step:
-            closed, opened = opened.end(form)
-            chunks = chunks + closed
-            opened = opened._replace(first_step=batch.first_step)
-        if len(opened.stored) and batch.episode > opened.episode and batch.borders[:1] != (0,):
-            batch = batch._replace(borders=(0, *batch.borders))
-        closed, opened = opened.close(batch, form, record.closes)
+        closed, open_chunk = open_chunk.follow(batch, form, record.closes)
         chunks = chunks + closed
-    return chunks, opened, moved
+    return chunks, open_chunk, moved
 
 
 def _missing(ends: Sequence[Range], gaps: Sequence[Range], steps: int) -> list[Range]:

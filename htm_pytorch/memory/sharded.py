@@ -5,18 +5,18 @@ import json
 import os
 import zlib
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from htm_pytorch.memory import parts
+from htm_pytorch.memory import dealing, parts
 from htm_pytorch.memory.chunked import ChunkedMemory
 from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.home import Home, is_home, is_scored
-from htm_pytorch.memory.peers import Peers
 from htm_pytorch.memory.plan import Plan
+from htm_pytorch.memory.rank_group import RankGroup
 from htm_pytorch.memory.span import Span, no_such_chunks
 from htm_pytorch.shapes import check_mask, check_number, check_numbers, check_tensor
 
@@ -36,8 +36,8 @@ class ShardedMemory:
         local: this rank's part, of the same batch, chunk size, width and dtype on every rank; a
             `ChunkedMemory`, or another `ScoredHome` that keeps all whole chunks appended to it. One
             that changes in place is not a value: use only the newest memory around it.
-        group: the process group (gloo for the CPU, NCCL for CUDA); None: the default one.
-        timeout: seconds that any exchange with the other ranks may take.
+        group: the process group that shares it (gloo, or NCCL for CUDA); None: the default one.
+        timeout: how many seconds any exchange with the other ranks may take.
 
     Raises:
         ValueError: on all ranks, where their parts do not fit each other.
@@ -51,7 +51,7 @@ class ShardedMemory:
         *,
         timeout: float = 60.0,
     ):
-        self.peers = Peers(group, timeout)
+        self.peers = RankGroup(group, timeout)
         with self.peers.refusing(torch.device(getattr(local, "device", "cpu"))):
             if not (is_home(local) and is_scored(local)):
                 kind = type(local).__name__
@@ -91,25 +91,13 @@ class ShardedMemory:
         """Return the sharded form of `whole`, which every rank has: each keeps a copy of its part.
 
         Args:
-            whole: the same on all ranks.
-            group: as for the class.
-            timeout: as for the class.
+            whole: the memory that is split; it must be the same on all ranks.
+            group: the process group that shares it; None: the default one.
+            timeout: how many seconds any exchange with the other ranks may take.
         """
-        peers = Peers(group, timeout)
-        own = slice(peers.rank, None, peers.size)
-        step_mask = None if whole.step_mask is None else whole.step_mask[:, own].contiguous()
-        local = whole._replace(
-            contents=whole.contents[:, own].contiguous(),
-            summaries=whole.summaries[:, own].contiguous(),
-            valid=whole.valid[:, own].contiguous(),
-            step_mask=step_mask,
-            first_steps=whole.first_steps[:, own].contiguous(),
-            episodes=whole.episodes[:, own].contiguous(),
-        )
-        before = _held_before(whole.next_slot, peers.rank, peers.size)
-        sharded = cls(
-            local._replace(next_slot=before % max(local.chunks, 1)), group, timeout=timeout
-        )
+        peers = RankGroup(group, timeout)
+        local = dealing.part_of(whole, peers.rank, peers.size)
+        sharded = cls(local, group, timeout=timeout)
         if sharded._next is not None:
             # Exactly, where the parts do not say.
             sharded._next = whole.next_slot
@@ -117,34 +105,32 @@ class ShardedMemory:
 
     @property
     def batch(self) -> int:
-        """B."""
+        """How many rows there are, B."""
         return self.local.batch
 
     @property
     def chunks(self) -> int:
-        """M, the least number that is above every g with a chunk behind it."""
-        ranks = self.peers.size
-        ends = (rank + 1 + (n - 1) * ranks for rank, n in enumerate(self.sizes) if n)
-        return max(ends, default=0)
+        """How many chunks there are, M: the least number above every g with a chunk behind it."""
+        return dealing.end(self.sizes)
 
     @property
     def chunk_size(self) -> int:
-        """C."""
+        """How many steps a chunk holds at most, C."""
         return self.local.chunk_size
 
     @property
     def dim(self) -> int:
-        """D."""
+        """How many numbers a step has, D."""
         return self.local.dim
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the steps."""
+        """The dtype that steps have, the same on all ranks."""
         return self.local.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of this rank's tensors."""
+        """The device that this rank's tensors are on."""
         return self.local.device
 
     def append(self, steps: Tensor, is_first: Tensor | None = None) -> Self:
@@ -157,9 +143,11 @@ class ShardedMemory:
         not yet a whole chunk are in RAM alone.
 
         Args:
-            steps: as for `ChunkedMemory.append`. Gradients flow to them from the chunks that this
-                rank keeps; their sum over the ranks is the gradient of one process.
-            is_first: [B, T] bool, as for `ChunkedMemory.append`; None where `local` is not one.
+            steps: [B, T, D], which come oldest first and have this memory's dtype and device.
+                Gradients flow to them from the chunks that this rank keeps; their sum over the
+                ranks is the gradient of one process.
+            is_first: [B, T] bool, True where a row starts a new episode; it must be None where
+                `local` is no `ChunkedMemory`.
 
         Raises:
             ValueError: an argument, or parts that are not those of one memory dealt out in turn.
@@ -191,7 +179,7 @@ class ShardedMemory:
         if mine.end.shape[1]:
             new.local = self.local.append(mine.close().contents.detach().flatten(1, 2))
         total = sum(self.sizes) + closed
-        new.sizes = tuple(len(range(r, total, self.peers.size)) for r in range(self.peers.size))
+        new.sizes = dealing.dealt(total, self.peers.size)
         new._next = self._next + closed
         new.appended += steps.shape[1]
         if new.local.chunks != new.sizes[self.peers.rank]:
@@ -234,12 +222,7 @@ class ShardedMemory:
         is_step[:, mine] = part.valid[..., None]
         if part.step_mask is not None:
             is_step[:, mine] &= part.step_mask
-        # Bytes that are 0 on all ranks but one: their sum is exact in every dtype.
-        parts = [whole.view(-1).view(torch.uint8) for whole in (contents, summaries, is_step)]
-        message = torch.cat(parts)
-        self.peers.all_reduce("chunks", message)
-        for to, of_all in zip(parts, message.split([len(x) for x in parts]), strict=True):
-            to.copy_(of_all)
+        self.peers.unite("chunks", contents, summaries, is_step)
         return ChunkedMemory.from_chunks(contents, is_step, summaries=summaries, copy=False)
 
     def spans(self, chunks: Tensor, row: int = 0) -> list[Span]:
@@ -257,13 +240,19 @@ class ShardedMemory:
         with self.peers.refusing(self.device):
             check_numbers("chunks", chunks, self.chunks)
             check_number("row", row, self.batch)
-            own = json.dumps(self._own_spans(chunks.tolist(), row)).encode()
+            known = dealing.own_spans(
+                self.local,
+                chunks.tolist(),
+                row,
+                self.peers.rank,
+                self.peers.size,
+                with_newest=self._open is not None,
+            )
+            own = json.dumps(known).encode()
         same = _same(chunks) | {"row": row}
         lengths = self.peers.agree("spans", same, [len(own)], self.device)
-        # Blanks at the end, which JSON ignores.
-        message = bytearray(own.ljust(max(length for (length,) in lengths)))
-        message = torch.frombuffer(message, dtype=torch.uint8).to(self.device)
-        answers = [json.loads(bytes(x)) for x in self.peers.all_gather("spans", message).tolist()]
+        texts = self.peers.gather_texts("spans", own, [n for (n,) in lengths], self.device)
+        answers = [json.loads(text) for text in texts]
         if missing := sorted(chunk for answer in answers for chunk in answer["missing"]):
             raise no_such_chunks(missing)
         every = [Span(*span[:-1], keys=tuple(span[-1])) for x in answers for span in x["spans"]]
@@ -273,24 +262,6 @@ class ShardedMemory:
             return spans
         before = zip(*(answer["before"] for answer in answers), strict=True)
         return [s._replace(first_step=sum(b)) for s, b in zip(spans, before, strict=True)]
-
-    def _own_spans(self, chunks: list[int], row: int) -> dict[str, list[Any]]:
-        """What this rank knows of the chunks asked for, as JSON can say it."""
-        rank, ranks, local = self.peers.rank, self.peers.size, self.local
-        own = {chunk // ranks for chunk in chunks if chunk % ranks == rank}
-        valid = local.valid[row]
-        held = {number for number in own if number < local.chunks and valid[number]}
-        # The chunks of this rank that come before each.
-        before = [min(len(range(rank, chunk, ranks)), local.chunks) for chunk in chunks]
-        newest = set() if self._open is None else {number - 1 for number in before if number}
-        asked = torch.tensor(sorted(held | newest), dtype=torch.int64)
-        spans = {span.chunk: span for span in local.spans(asked, row)}
-        until = {number + 1: span.first_step + span.count for number, span in spans.items()}
-        return {
-            "missing": [number * ranks + rank for number in own - held],
-            "spans": [spans[number]._replace(chunk=number * ranks + rank) for number in held],
-            "before": [until.get(number, 0) for number in before],
-        }
 
     def reset(self, rows: Tensor) -> Self:
         """Return the memory with the rows [B] bool emptied; nothing is sent.
@@ -322,8 +293,7 @@ class ShardedMemory:
         """
         tensors = {} if self._next is None else {"next": self._next}
         if self._open is not None:
-            opened = self._open
-            tensors |= {"open_steps": opened.open_steps, "open_count": opened.open_count}
+            tensors |= {name: getattr(self._open, name) for name in ("open_steps", "open_count")}
         part = parts.Part(self.local, (self.appended, self.changes), tensors)
         parts.write(path, self.peers.rank, self.peers.size, part)
 
@@ -344,9 +314,9 @@ class ShardedMemory:
 
         Args:
             path: the folder that this rank's part is in.
-            group: as for the class.
-            timeout: as for the class.
-            device: of parts in RAM.
+            group: the process group that shares the memory; None: the default one.
+            timeout: how many seconds any exchange with the other ranks may take.
+            device: where parts in RAM are put; None: on the CPU.
 
         Raises:
             FileNotFoundError: this rank has no part there; the others raise a ValueError.
@@ -354,7 +324,7 @@ class ShardedMemory:
                 to after it was saved.
             ValueError: on all ranks, where parts were saved at different moments.
         """
-        peers = Peers(group, timeout)
+        peers = RankGroup(group, timeout)
         with peers.refusing(torch.device("cpu" if device is None else device)):
             ranks = parts.saved_by(path, peers.rank, peers.size)
             if ranks == peers.size:
@@ -395,29 +365,18 @@ class ShardedMemory:
 
         The number is None where there is no such: then the memory can be read only.
         """
-        ranks, total, local = self.peers.size, sum(self.sizes), self.local
-        dealt = [len(range(rank, total, ranks)) for rank in range(ranks)]
-        in_turn = list(self.sizes) == dealt
+        total, local = sum(self.sizes), self.local
+        dealt = dealing.dealt(total, self.peers.size)
+        in_turn = self.sizes == dealt
         if not isinstance(local, ChunkedMemory):
             kinds = {"dtype": local.dtype, "device": local.device}
-            opened = ChunkedMemory.empty(local.batch, 1, local.chunk_size, local.dim, **kinds)
-            return (opened.next_slot + total if in_turn else None), opened
+            holder = ChunkedMemory.empty(local.batch, 1, local.chunk_size, local.dim, **kinds)
+            return (holder.next_slot + total if in_turn else None), holder
         state = torch.stack([local.next_slot, local.open_count])
         slots, counts = self.peers.all_gather("the rings' positions", state).unbind(1)
         if not in_turn or min(dealt) == 0 or not (counts == counts[0]).all():
             return None, None
-        # The ring stands where every rank has been dealt as many chunks as it says: at one of
-        # the R numbers after the one that was rank 0's last. All full with one chunk each says
-        # nothing; then the first.
-        first = (slots[0] - 1) % dealt[0] * ranks + 1
-        number = (first[:, None] + torch.arange(ranks, device=first.device)) % total
-        every = torch.arange(ranks, device=first.device)[:, None, None]
-        before = _held_before(number, every, ranks)
-        fits = (before % torch.tensor(dealt, device=first.device)[:, None, None]) == slots[
-            ..., None
-        ]
-        number = number.masked_fill(~fits.all(0), total).amin(1)
-        return (number if bool((number < total).all()) else None), None
+        return dealing.next_of_all(slots, dealt), None
 
     def _is_mine(self, plan: Plan) -> Tensor:
         """Return which of the chunks that close [B, M'] this rank keeps."""
@@ -435,11 +394,6 @@ def _same(chunks: Tensor) -> dict[str, int | torch.dtype | None]:
         "chunks: U": len(chunks),
         "chunks (a checksum)": zlib.crc32(repr(chunks.tolist()).encode()),
     }
-
-
-def _held_before(number: Tensor, rank: int | Tensor, ranks: int) -> Tensor:
-    """How many of the chunks below `number` rank `rank` holds."""
-    return (number - rank + ranks - 1).clamp(min=0) // ranks
 
 
 def _spell(sizes: tuple[int, ...]) -> str:

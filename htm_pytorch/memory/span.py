@@ -8,7 +8,7 @@ class Span(NamedTuple):
     """The steps of one chunk of a home, by their place in everything that its row was given."""
 
     chunk: int
-    """The number of the chunk in its home."""
+    """The number that the chunk has in its home."""
     first_step: int
     """The number of its first step, counted from 0 since the row was emptied."""
     count: int  # pyright: ignore[reportIncompatibleMethodOverride]

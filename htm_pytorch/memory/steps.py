@@ -17,9 +17,9 @@ class Steps(NamedTuple):
     """
 
     steps: Tensor
-    """[B, N, D], oldest first."""
+    """[B, N, D], the N steps of each row, which come oldest first."""
     chunk_size: int
-    """C."""
+    """How many steps a chunk holds, C."""
     mask: Tensor | None = None
     """[B, N] bool, False for steps that must never be attended nor averaged."""
     eps: float = 0.0
@@ -35,27 +35,27 @@ class Steps(NamedTuple):
 
     @property
     def batch(self) -> int:
-        """B."""
+        """How many rows there are, B."""
         return self.steps.shape[0]
 
     @property
     def chunks(self) -> int:
-        """M."""
+        """How many chunks there are, M."""
         return -(-self.steps.shape[1] // self.chunk_size)
 
     @property
     def dim(self) -> int:
-        """D."""
+        """How many numbers a step has, D."""
         return self.steps.shape[2]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the steps."""
+        """The dtype that the steps have."""
         return self.steps.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the steps."""
+        """The device that the steps are on."""
         return self.steps.device
 
     def chunked(self) -> ChunkedMemory:

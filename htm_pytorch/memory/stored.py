@@ -11,13 +11,17 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory import answers, entries, log, state
-from htm_pytorch.memory.formats import CPU, Chunks
-from htm_pytorch.memory.known import Pending
+from htm_pytorch.memory import entries, log, searching
+from htm_pytorch.memory.catalog import Unflushed
+from htm_pytorch.memory.following import follow
+from htm_pytorch.memory.formats import CPU
 from htm_pytorch.memory.log import Contents, Head, merged
-from htm_pytorch.memory.reading import Reading, forgetting
-from htm_pytorch.memory.state import Batch, Open, State
-from htm_pytorch.memory.table import FRAGMENT_BYTES, SMALL_BYTES, Table, Versions
+from htm_pytorch.memory.open_chunk import Batch, OpenChunk
+from htm_pytorch.memory.reading import Reading
+from htm_pytorch.memory.state import State
+from htm_pytorch.memory.table import Table
+from htm_pytorch.memory.trimming import left_in_table
+from htm_pytorch.memory.versions import FRAGMENT_BYTES, SMALL_BYTES, Versions
 from htm_pytorch.memory.view import Chosen, ScoredMoment, SearchedMoment
 from htm_pytorch.shapes import (
     check_at_least,
@@ -26,7 +30,7 @@ from htm_pytorch.shapes import (
 )
 
 GROUP_BYTES = 4 * 2**20
-"""Of closed chunks that the log holds, before they become a version of the table."""
+"""How many bytes of closed chunks the log holds before they become a version of the table."""
 
 
 class StoredMemory(Reading):
@@ -54,7 +58,7 @@ class StoredMemory(Reading):
         """Store `steps` [1, T, D], oldest first; when this returns, they are safe.
 
         Args:
-            steps: of this memory's `dtype`, finite, on the CPU.
+            steps: [1, T, D] on the CPU, finite, which have this memory's `dtype`.
             is_first: [1, T] bool, True where an episode begins: the open chunk closes early.
             keys: what leads back to where the steps came from, one for all or T of them; `spans`
                 gives them back.
@@ -98,7 +102,7 @@ class StoredMemory(Reading):
             head = Head.first(before.head.form)
             head = head._replace(sequence=before.head.sequence + 1, purge=True)
             self._log.write(head, [], replace=True)
-            self._state = State.nothing(head, before.known.summaries.shape[1], before.cache.slots)
+            self._state = before.emptied(head)
 
         return self._change(change) if rows.any() else self
 
@@ -228,29 +232,29 @@ class StoredMemory(Reading):
 
     def _write(self, before: State, batch: Batch) -> None:
         now, closed = entries.appended(before, batch)
-        waiting = before.pending.known.stored.nbytes + closed.stored.nbytes
+        waiting = before.unflushed.catalog.stored.nbytes + closed.stored.nbytes
         if self._versions is None or waiting < GROUP_BYTES:
-            now = now._replace(pending=before.pending.extended(closed))
+            now = now._replace(unflushed=before.unflushed.extended(closed))
             self._log.write(now.head, [batch.record()], replace=False)
             self._state = now
             return
-        table = self._versions.append(now.table, now.head, before.pending.chunks + closed)
+        table = self._versions.append(now.table, now.head, before.unflushed.chunks + closed)
         head = now.head._replace(table=table.pinned)
-        self._log.write(head, now.opened.records(), replace=True, pin=table.pin)
-        none = Pending.none(head.form)
-        self._state = now._replace(head=head, table=table.is_kept(), pending=none)
+        self._log.write(head, now.open_chunk.records(), replace=True, pin=table.pin)
+        none = Unflushed.none(head.form)
+        self._state = now._replace(head=head, table=table.is_kept(), unflushed=none)
         self._tidy(self._state)
 
     def _flush(self, before: State) -> State:
         """Move what is closed to the table, and return the state after that."""
-        if self._versions is None or not before.pending.length:
+        if self._versions is None or not before.unflushed.length:
             return before
-        table = self._versions.append(before.table, before.head, before.pending.chunks)
+        table = self._versions.append(before.table, before.head, before.unflushed.chunks)
         head = before.head._replace(sequence=before.head.sequence + 1, table=table.pinned)
-        self._log.write(head, before.opened.records(), replace=True, pin=table.pin)
+        self._log.write(head, before.open_chunk.records(), replace=True, pin=table.pin)
         table = table.is_kept()
-        none = Pending.none(head.form)
-        self._state = before._replace(head=head, table=table, pending=none)
+        none = Unflushed.none(head.form)
+        self._state = before._replace(head=head, table=table, unflushed=none)
         return self._tidy(self._state)
 
     def _tidy(self, now: State) -> State:
@@ -264,17 +268,17 @@ class StoredMemory(Reading):
         except (OSError, MemoryError):
             # What was appended is stored. The next call looks at the disk.
             self._log.reopen()
-            now = self._state = self._followed(forgetting(self._state))
+            now = self._state = self._followed(self._state.unread())
         return now
 
     def _replace_table(self, now: State, table: Table) -> State:
         """Make a version with the same chunks the one that counts."""
         head = now.head._replace(sequence=now.head.sequence + 1, table=table.pinned)
-        records = entries.records_of(now.pending.chunks) + now.opened.records()
+        records = entries.records_of(now.unflushed.chunks) + now.open_chunk.records()
         self._log.write(head, records, replace=True, pin=table.pin)
         table = table.is_kept()
         contents = Contents(head, [], table.pin)
-        self._state = state.follow(now, contents, table, self.holds_summaries)
+        self._state = follow(now, contents, table, self.holds_summaries)
         return self._state
 
     def _rewrite_head(self, now: State, head: Head) -> State:
@@ -291,12 +295,8 @@ class StoredMemory(Reading):
             return now
         table, was_indexed = now.table, versions.is_indexed(now.table)
         if now.head.purge:
-            rest = Chunks.none(now.head.form)
-            for number in state.shortened(now):
-                first = int(now.known.first_steps[number])
-                chunk = state.one(table, now.known, number)
-                rest = rest + state.trimmed(chunk, first, now.head.form)
-            table = versions.without(table, now.head.gaps, rest, now.head.generation)
+            left = left_in_table(now)
+            table = versions.without(table, now.head.gaps, left, now.head.generation)
         table = versions.join(table, FRAGMENT_BYTES)
         if was_indexed and not table.length:
             table = versions.drop_index(table)
@@ -311,27 +311,26 @@ class StoredMemory(Reading):
 
     def _forget(self, before: State, gone: Sequence[log.Range]) -> None:
         now = self._flush(before)
-        opened = now.opened
-        end = max((end for start, end in gone if start <= opened.first_step), default=0)
-        dropped = min(max(end - opened.first_step, 0), len(opened.stored))
-        opened = Open(
-            opened.stored[dropped:],
-            opened.times[dropped:],
-            None if opened.keys is None else opened.keys[dropped:],
-            opened.first_step + dropped,
-            opened.episode,
+        open_chunk = now.open_chunk
+        end = max((end for start, end in gone if start <= open_chunk.first_step), default=0)
+        dropped = min(max(end - open_chunk.first_step, 0), len(open_chunk.stored))
+        open_chunk = OpenChunk(
+            open_chunk.stored[dropped:],
+            open_chunk.times[dropped:],
+            None if open_chunk.keys is None else open_chunk.keys[dropped:],
+            open_chunk.first_step + dropped,
+            open_chunk.episode,
         )
         head = now.head._replace(
             sequence=now.head.sequence + 1,
             forgotten=merged((*now.head.forgotten, *gone)),
             purge=True,
         )
-        pending = entries.without(now.pending.chunks, gone, head)
-        records = entries.records_of(pending) + opened.records()
+        unflushed = entries.without(now.unflushed.chunks, gone, head)
+        records = entries.records_of(unflushed) + open_chunk.records()
         self._log.write(head, records, replace=True)
-        nothing = State.nothing(head, now.known.summaries.shape[1], now.cache.slots)
         contents = Contents(head, records)
-        self._state = state.follow(nothing, contents, now.table, self.holds_summaries)
+        self._state = follow(now.emptied(head), contents, now.table, self.holds_summaries)
 
 
 class ExactMemory(StoredMemory):
@@ -342,19 +341,19 @@ class ExactMemory(StoredMemory):
     @property
     def summaries(self) -> Tensor:
         """[1, M, D] float32, the means of the steps as they are stored."""
-        return self._now().known.summaries[None]
+        return self._now().catalog.summaries[None]
 
     @property
     def valid(self) -> Tensor:
-        """[1, M] bool: all of them."""
-        return torch.ones(1, self._now().known.length, dtype=torch.bool, device=CPU)
+        """[1, M] bool, which chunks can be recalled: all of them."""
+        return torch.ones(1, self._now().catalog.length, dtype=torch.bool, device=CPU)
 
     def moment(self, chosen: Chosen | None = None) -> ScoredMoment:
         """Return the memory as it is now, whatever other threads do: what one recall reads."""
         return ScoredMoment([self._now()], chosen, has_rows=False)
 
-    def _nearest(self, now: State, vectors: Tensor, k: int, chosen: Chosen | None) -> Tensor:
-        return (vectors @ now.known.summaries.T).topk(min(k, now.known.length), 1).indices
+    def _nearest(self, now: State, vectors: Tensor, k: int) -> Tensor:
+        return searching.by_summaries(now, vectors, k)
 
 
 class IndexedMemory(StoredMemory):
@@ -372,26 +371,11 @@ class IndexedMemory(StoredMemory):
 
         Best first; K = min(k, M), and -1 where fewer were found.
         """
-        return self.search_at(self._now(), route, k, None)
+        return self.moment().search(route, k)
 
     def moment(self, chosen: Chosen | None = None) -> SearchedMoment:
         """Return the memory as it is now, whatever other threads do: what one recall reads."""
-        return SearchedMoment(self, self._now(), chosen)
+        return SearchedMoment(self._now(), self._probes, chosen)
 
-    def search_at(self, now: State, route: Tensor, k: int, chosen: Chosen | None) -> Tensor:
-        """Do what `search` does, among the chunks of a moment that are chosen."""
-        check_tensor("route", route, "B Q D", D=self.dim)
-        # A query that is not a number gives none in the end, whatever it finds here.
-        vectors = route.detach().flatten(0, 1).float().nan_to_num()
-        return self._nearest(now, vectors, k, chosen).view(*route.shape[:2], -1)
-
-    def _nearest(self, now: State, vectors: Tensor, k: int, chosen: Chosen | None) -> Tensor:
-        numbers, scores = answers.searched(now, vectors, min(k, now.in_table), self._probes, chosen)
-        pending = torch.arange(now.in_table, now.known.length, device=CPU)
-        products = vectors @ now.pending.known.summaries.T
-        if chosen is not None:
-            products[:, ~chosen.mask(now.known)[now.in_table :]] = -torch.inf
-        numbers = torch.cat([numbers, pending.expand(len(vectors), -1)], 1)
-        scores = torch.cat([scores, products], 1)
-        best = scores.topk(min(k, now.known.length), 1)
-        return numbers.gather(1, best.indices).masked_fill(best.values == -torch.inf, -1)
+    def _nearest(self, now: State, vectors: Tensor, k: int) -> Tensor:
+        return searching.by_index(now, vectors, k, self._probes, None)

@@ -10,19 +10,19 @@ def summarise(contents: Tensor, step_mask: Tensor | None, eps: float = 0.0) -> T
     Zero where no step is valid.
     """
     chunks, chunk_size = contents.shape[1:3]
-    exact = torch.promote_types(contents.dtype, torch.float32)
-    if step_mask is None and exact == contents.dtype:
+    sums = torch.promote_types(contents.dtype, torch.float32)
+    if step_mask is None and sums == contents.dtype:
         return contents.sum(2) / (chunk_size + eps) if eps else contents.mean(2)
     # In pieces: masking and casting copy, and a copy of the whole memory would double it.
     piece = max(64, -(-chunks // 16))
     parts = contents.split(piece, 1)
     if step_mask is None:
-        total = torch.cat([part.sum(2, dtype=exact) for part in parts], 1)
+        total = torch.cat([part.sum(2, dtype=sums) for part in parts], 1)
         return (total / (chunk_size + eps)).to(contents.dtype)
     pairs = zip(parts, step_mask.split(piece, 1), strict=True)
-    masked = (part.masked_fill(~mask[..., None], 0.0).sum(2, dtype=exact) for part, mask in pairs)
+    masked = (part.masked_fill(~mask[..., None], 0.0).sum(2, dtype=sums) for part, mask in pairs)
     count = step_mask.sum(2).clamp(min=1)[..., None]
-    return (torch.cat(list(masked), 1) / (count.to(exact) + eps)).to(contents.dtype)
+    return (torch.cat(list(masked), 1) / (count.to(sums) + eps)).to(contents.dtype)
 
 
 def count_steps(valid: Tensor, step_mask: Tensor | None, chunk_size: int) -> Tensor:

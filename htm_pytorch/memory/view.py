@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -11,13 +11,10 @@ from htm_pytorch.memory.answers import fetched
 from htm_pytorch.memory.choice import Chosen
 from htm_pytorch.memory.chunked import ChunkedMemory
 from htm_pytorch.memory.formats import CPU
+from htm_pytorch.memory.searching import by_index
 from htm_pytorch.memory.span import Span
 from htm_pytorch.memory.state import State
-from htm_pytorch.shapes import check_number, check_numbers
-
-if TYPE_CHECKING:
-    from htm_pytorch.memory.reading import Reading
-    from htm_pytorch.memory.stored import IndexedMemory
+from htm_pytorch.shapes import check_number, check_numbers, check_tensor
 
 
 class Moment:
@@ -34,7 +31,7 @@ class Moment:
         self.states = states
         self._chosen = chosen
         self._has_rows = has_rows
-        lengths = [state.known.length for state in states]
+        lengths = [state.catalog.length for state in states]
         self._starts = [sum(lengths[:number]) for number in range(len(states))]
         self.chunks = sum(lengths)
         form = states[0].head.form
@@ -47,7 +44,7 @@ class Moment:
             return None
         seen = torch.zeros(len(self.states), self.chunks, dtype=torch.bool, device=CPU)
         for row, (start, state) in enumerate(zip(self._starts, self.states, strict=True)):
-            seen[row, start : start + state.known.length] = True
+            seen[row, start : start + state.catalog.length] = True
         return seen
 
     def fetch(self, chunks: Tensor) -> ChunkedMemory:
@@ -85,29 +82,65 @@ class ScoredMoment(Moment):
 
     @property
     def summaries(self) -> Tensor:
-        """[1, M, D] float32."""
+        """[1, M, D] float32, the summary that each chunk is scored by."""
         if len(self.states) == 1:
-            return self.states[0].known.summaries[None]
-        return torch.cat([state.known.summaries for state in self.states])[None]
+            return self.states[0].catalog.summaries[None]
+        return torch.cat([state.catalog.summaries for state in self.states])[None]
 
     @property
     def valid(self) -> Tensor:
         """[1, M] bool, the chunks that can be recalled."""
         if self._chosen is None:
             return torch.ones(1, self.chunks, dtype=torch.bool, device=CPU)
-        return torch.cat([self._chosen.mask(state.known) for state in self.states])[None]
+        return torch.cat([self._chosen.mask(state.catalog) for state in self.states])[None]
 
 
 class SearchedMoment(Moment):
     """A moment of a memory whose summaries are on the disk."""
 
-    def __init__(self, memory: "IndexedMemory", state: State, chosen: Chosen | None):
+    def __init__(self, state: State, probes: int, chosen: Chosen | None):
         super().__init__([state], chosen, has_rows=False)
-        self._memory = memory
+        self._probes = probes
 
     def search(self, route: Tensor, k: int) -> Tensor:
-        """Return the chunks [B, Q, K] int64 of about the largest products with `route`."""
-        return self._memory.search_at(self.states[0], route, k, self._chosen)
+        """Return the chunks that an index finds for `route`; see `IndexedMemory.search`."""
+        check_tensor("route", route, "B Q D", D=self.dim)
+        # A query that is not a number gives none in the end, whatever it finds here.
+        vectors = route.detach().flatten(0, 1).float().nan_to_num()
+        found = by_index(self.states[0], vectors, k, self._probes, self._chosen)
+        return found.view(*route.shape[:2], -1)
+
+
+class Viewed(Protocol):
+    """What a view needs of a stored memory."""
+
+    @property
+    def chunks(self) -> int:
+        """How many closed chunks there are, M."""
+        ...
+
+    @property
+    def chunk_size(self) -> int:
+        """How many steps a chunk holds at most, C."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """How many numbers a step has, D."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that steps have when they are fetched."""
+        ...
+
+    def moment(self, chosen: Chosen | None = None) -> Moment:
+        """Return the memory as it is now, or some of its chunks."""
+        ...
+
+    def spans(self, chunks: Tensor, row: int = 0) -> list[Span]:
+        """Return which steps the chunks numbered [U] int64 hold."""
+        ...
 
 
 class View:
@@ -118,34 +151,34 @@ class View:
 
     device = CPU
 
-    def __init__(self, memories: Sequence["Reading"], chosen: Chosen | None, has_rows: bool):
+    def __init__(self, memories: Sequence[Viewed], chosen: Chosen | None, has_rows: bool):
         self._memories = memories
         self._chosen = chosen
         self._has_rows = has_rows
 
     @property
     def batch(self) -> int:
-        """B: one row of queries for each memory, or 1 where all rows share one."""
+        """How many rows there are, B: one for each memory, or 1 where all queries share one."""
         return len(self._memories) if self._has_rows else 1
 
     @property
     def chunks(self) -> int:
-        """M, those among them that are not to be recalled."""
+        """How many chunks there are, M; those that are not to be recalled count, too."""
         return sum(memory.chunks for memory in self._memories)
 
     @property
     def chunk_size(self) -> int:
-        """C."""
+        """How many steps a chunk holds at most, C."""
         return self._memories[0].chunk_size
 
     @property
     def dim(self) -> int:
-        """D."""
+        """How many numbers a step has, D."""
         return self._memories[0].dim
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the steps, as they are fetched."""
+        """The dtype that steps have when they are fetched."""
         return self._memories[0].dtype
 
     def moment(self) -> Moment:

@@ -14,23 +14,23 @@ class HTMBlock(nn.Module):
     """x + HTMAttention(LayerNorm(x), memory), as in figure 1(c) of arXiv 2105.14039.
 
     Args:
-        dim: width of the queries and of the output.
-        heads: as for `HTMAttention`, like all others but `residual`.
-        topk_mems: see there.
-        mem_chunk_size: see there.
-        dim_head: see there.
-        add_pos_enc: see there.
-        eps: see there.
+        dim: how many numbers a query has, and the output.
+        heads: how many heads attend inside each chunk.
+        topk_mems: how many chunks each query keeps.
+        mem_chunk_size: how many steps a chunk holds, of memories given as a tensor.
+        dim_head: how many numbers a query has in each head.
+        add_pos_enc: whether a fixed sinusoid is added to the steps of a chunk.
+        eps: a summary under a mask is the sum of its steps over (count + eps).
         residual: "input" adds x (the paper), "normed" adds LayerNorm(x) (the package
             `htm-pytorch` 0.0.4, for its checkpoints).
-        dim_memory: see there.
-        dim_features: see there; no other than `dim`, since the queries are added.
-        router_bias: see there.
-        inner_bias: see there.
-        detach_memories: see there.
-        impl: see there.
-        device: see there.
-        dtype: see there.
+        dim_memory: how many numbers a memory step has; default `dim`.
+        dim_features: must be `dim`, since the queries are added to the output; default `dim`.
+        router_bias: whether the projections that score summaries have biases.
+        inner_bias: whether the projections to queries, keys and values have biases.
+        detach_memories: whether gradients stop at the memory, as in the paper.
+        impl: which implementation of `recall` computes it.
+        device: where the parameters are made; default torch's.
+        dtype: which dtype the parameters have; default torch's.
     """
 
     def __init__(

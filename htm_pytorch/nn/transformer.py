@@ -34,24 +34,23 @@ class HTMTransformer(nn.Module):
     them one by one.
 
     Args:
-        dim: width of inputs and outputs.
-        depth: layers.
-        heads: heads of both kinds of attention.
-        dim_head: width of a head.
-        topk_mems: chunks a step recalls in each layer.
-        mem_chunk_size: steps in a chunk.
-        mem_chunks: chunks a layer remembers; then it forgets the oldest. 0: no memory at all, for a
-            baseline with the same window; the two arguments before it and three after then say
-            nothing (`topk_mems`, `mem_chunk_size`, `keep_across_episodes`, `detach_memories`,
-            `impl`).
-        window: steps that local attention covers, the current one included.
-        mlp_ratio: hidden width of the MLP over `dim`.
-        keep_across_episodes: recall earlier episodes too.
-        detach_memories: stop gradients at the memories, as the paper does; False lets them flow
-            through the chunks of the current call.
+        dim: how many numbers an input has, and an output.
+        depth: how many layers there are.
+        heads: how many heads each attention has, the local one and that to the memory.
+        dim_head: how many numbers a query has in each head.
+        topk_mems: how many chunks a step recalls in each layer.
+        mem_chunk_size: how many steps a chunk holds.
+        mem_chunks: how many chunks a layer remembers before it forgets the oldest. With 0 there is
+            no memory at all, for a baseline with the same window; then `topk_mems`,
+            `mem_chunk_size`, `keep_across_episodes`, `detach_memories` and `impl` mean nothing.
+        window: how many steps local attention covers, the current one included.
+        mlp_ratio: how many times as wide as `dim` the hidden layer of an MLP is.
+        keep_across_episodes: whether earlier episodes can be recalled, too.
+        detach_memories: whether gradients stop at the memories, as in the paper; otherwise they
+            flow through the chunks of the current call.
         impl: which implementation of `recall` computes it.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: where the parameters are made; default torch's.
+        dtype: which dtype the parameters have; default torch's.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ class Recall(NamedTuple):
     chunk_weights: Tensor
     """[B, Q, K], the softmax over the kept chunks; they sum to 1, or to 0 where there is none."""
     step_weights: Tensor
-    """[B, Q, H, K, C], the softmax inside each kept chunk; 0 at masked steps."""
+    """[B, Q, H, K, C], the softmax inside each kept chunk; masked steps have 0."""
 
 
 def recall(
@@ -44,14 +44,15 @@ def recall(
     with the projections of the memory moved to the query's side; see `docs/math.md`).
 
     Args:
-        route: [B, Q, D].
-        probe: [B, Q, H, D], of the dtype of `route`.
-        memory: of batch B, or 1 to be shared. Its dtype may differ. From one that lies elsewhere
-            only the chunks that are kept are fetched; no gradient reaches it. A `ShardedMemory` is
-            given on all ranks, beside arguments that are the same on all. A `SearchedHome` may miss
-            some of the k best.
+        route: [B, Q, D], what each query compares with the summaries of chunks.
+        probe: [B, Q, H, D], what each head compares with the steps inside a chunk; it has the
+            dtype of `route`.
+        memory: what is recalled from, of batch B, or 1 to be shared. Its dtype may differ. From one
+            that lies elsewhere only the chunks that are kept are fetched; no gradient reaches it. A
+            `ShardedMemory` is given on all ranks, beside arguments that are the same on all. A
+            `SearchedHome` may miss some of the k best.
         k: how many chunks a query keeps, >= 1; all there are where there are fewer.
-        positions: [C, D], added to the steps of every chunk.
+        positions: [C, D], which are added to the steps of every chunk; None: nothing is.
         chunk_mask: [B, Q, M] bool, the chunks each query may see (of those that are valid); None
             beside a `SearchedHome`.
         impl: "native" (a compiled kernel, on the CPU), "triton" (kernels on the GPU, not in
@@ -136,16 +137,18 @@ def attend(
     projected once. Which is cheaper depends on how many queries share a chunk (`docs/math.md`).
 
     Args:
-        route: [B, Q, D], as for `recall`.
-        queries: [B, Q, H, E].
-        projections: [2, H, E, D], W_k and W_v.
-        memory: as for `recall`, like `k`, `positions` and `chunk_mask`.
-        k: see above.
-        positions: see above.
-        chunk_mask: see above.
-        scale: of the logits; default E^-1/2.
-        impl: as for `recall`, or "projected" (the kept chunks once, by the compiled kernel or, on
-            a GPU, by Triton's; not over a `ShardedMemory`).
+        route: [B, Q, D], what each query compares with the summaries of chunks.
+        queries: [B, Q, H, E], what each head compares with the keys of steps.
+        projections: [2, H, E, D], which are W_k and W_v of each head.
+        memory: what is attended to, as `recall` takes it, of batch B, or 1 to be shared.
+        k: how many chunks a query keeps, >= 1; all there are where there are fewer.
+        positions: [C, D], which are added to the steps of every chunk; None: nothing is.
+        chunk_mask: [B, Q, M] bool, the chunks each query may see (of those that are valid); None
+            beside a `SearchedHome`.
+        scale: what the logits are multiplied by; default E^-1/2.
+        impl: who computes it: one that `recall` names, or "projected", which projects the kept
+            chunks once (by the compiled kernel or, on a GPU, by Triton's; not over a
+            `ShardedMemory`).
 
     Returns:
         attended [B, Q, H, E], and [B, Q] bool, whether a query saw any chunk.

@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from htm_pytorch.memory import ChunkedMemory, ShardedMemory
-from htm_pytorch.memory.peers import HEADER, Peers, Print
+from htm_pytorch.memory.best import where_best
+from htm_pytorch.memory.rank_group import HEADER, Fingerprint, RankGroup
 from htm_pytorch.ops import native, reference
 
 _ROUTE, _PROBE, _POSITIONS, _MEMORY = 1, 2, 4, 8
@@ -26,26 +27,26 @@ class Recalled(NamedTuple):
     """The same on all ranks, in the dtype of sums."""
 
     context: Tensor
-    """[B, Q, H, D]."""
+    """[B, Q, H, D], what each query recalls."""
     chunks: Tensor
     """[B, Q, K] int64, numbers among all ranks' chunks, best first; -1 where there are fewer."""
     chunk_weights: Tensor
-    """[B, Q, K]."""
+    """[B, Q, K], the softmax of their scores."""
     step_weights: Tensor | None
-    """[B, Q, H, K, C]; None where not asked for."""
+    """[B, Q, H, K, C], the softmax inside each chunk; None where it was not asked for."""
 
 
 class Exchanged(NamedTuple):
     """Bytes that one rank hands to the collectives of one call of `recall`."""
 
     header: int
-    """Gathered: what the ranks compare first."""
+    """What the ranks compare first, which is gathered."""
     scores: int
-    """Gathered: k scores and k chunk numbers a query."""
+    """k scores and k chunk numbers a query, which are gathered."""
     contexts: int
-    """Summed: H * D numbers a query."""
+    """H * D numbers a query, which are summed."""
     gradients: int
-    """Summed on the way back: H * D + D + k numbers a query, and C * D for the positions."""
+    """H * D + D + k numbers a query, and C * D for the positions: summed on the way back."""
 
 
 def exchanged_bytes(
@@ -61,13 +62,13 @@ def exchanged_bytes(
     """Return the bytes that one rank hands to the collectives of one call; no chunk is among them.
 
     Args:
-        queries: B * Q.
-        heads: H.
-        dim: D.
-        k: chunks a query keeps; the most that one rank holds, if that is less.
-        word: bytes of a number in the dtype of sums, 4 or 8.
+        queries: how many queries there are, B * Q.
+        heads: how many heads there are, H.
+        dim: how many numbers a step has, D.
+        k: how many chunks a query keeps; the most that one rank holds, if that is less.
+        word: how many bytes a number takes in the dtype of sums, 4 or 8.
         gradients: whether route, probe and positions get gradients.
-        positions: C where positions get gradients, else 0.
+        positions: how many steps a chunk has, C, where positions get gradients; else 0.
     """
     context = heads * dim
     backward = queries * (context + dim + k) + positions * dim if gradients else 0
@@ -93,12 +94,12 @@ def recall(
     """Compute what `reference.recall` computes over the chunks of all ranks.
 
     Args:
-        route: [B, Q, D]; like the other arguments, the same on all ranks.
-        probe: [B, Q, H, D].
-        memory: this rank's.
-        k: chunks a query keeps.
-        positions: [C, D].
-        chunk_mask: [B, Q, M].
+        route: [B, Q, D]; like the other arguments, it must be the same on all ranks.
+        probe: [B, Q, H, D], what is compared with the steps inside the kept chunks.
+        memory: this rank's view of what all ranks hold.
+        k: how many chunks a query keeps.
+        positions: [C, D], which are added to the steps of every chunk; None: nothing is.
+        chunk_mask: [B, Q, M] bool, which chunks each query may see; None: all.
         with_kernel: whether this rank does its part by the compiled kernel.
         with_weights: whether to return the weights inside chunks, which are then summed as well.
 
@@ -106,34 +107,34 @@ def recall(
         ValueError: on all ranks, where their arguments differ.
         ShardError: not all ranks came in time.
     """
-    peers, local = memory.peers, memory.local
+    group, local = memory.peers, memory.local
     needs = _agree(route, probe, memory, k, positions, chunk_mask, with_weights)
-    with peers.exchanging():
+    with group.exchanging():
         dtypes = (memory.dtype, local.summaries.dtype, route.dtype)
         dtype = reduce(torch.promote_types, dtypes, torch.float32)
         route, probe = route.to(dtype), probe.to(dtype)
         positions = None if positions is None else positions.to(dtype)
 
-        (route,) = _to_ranks(peers, (route, needs & _ROUTE))
+        (route,) = _to_ranks(group, (route, needs & _ROUTE))
         picked = _pick(
             route, local, min(k, local.chunks), memory.own_columns(chunk_mask), with_kernel
         )
         scores = _score(route, local, picked)
-        in_order = order(scores.detach(), picked, picked.shape[2])
+        in_order = where_best(scores.detach(), picked.shape[2], picked)
         picked, scores = picked.gather(2, in_order), scores.gather(2, in_order)
         missing = (0, min(k, max(memory.sizes)) - picked.shape[2])
         scores, chunks = _Gather.apply(
-            peers, pad(scores, missing, value=-torch.inf), pad(picked, missing, value=-1)
+            group, pad(scores, missing, value=-torch.inf), pad(picked, missing, value=-1)
         )
         best = choose(scores.detach(), chunks, min(k, memory.chunks))
         chunks = chunks.flatten(2).gather(2, best)
         kept = chunks >= 0
         weights = reference.masked_softmax(scores.flatten(2).gather(2, best), kept)
 
-        mine = kept & (chunks % peers.size == peers.rank)
-        picked = torch.where(mine, chunks // peers.size, -1)
+        mine = kept & (chunks % group.size == group.rank)
+        picked = torch.where(mine, chunks // group.size, -1)
         probe, shares, positions = _to_ranks(
-            peers,
+            group,
             (probe, needs & _PROBE),
             (weights, needs & (_ROUTE | _MEMORY)),
             (positions, needs & _POSITIONS),
@@ -141,40 +142,25 @@ def recall(
         shares = shares.masked_fill(~mine, 0.0)
         with_kernel = with_kernel and not with_weights
         context, step_weights = _attend(probe, local, positions, picked, shares, with_kernel)
-        context = _Sum.apply(peers, "contexts", context)
-        step_weights = _Sum.apply(peers, "step weights", step_weights) if with_weights else None
+        context = _Sum.apply(group, "contexts", context)
+        step_weights = _Sum.apply(group, "step weights", step_weights) if with_weights else None
         return Recalled(context, chunks, weights, step_weights)
 
 
 def choose(scores: Tensor, chunks: Tensor, k: int) -> Tensor:
     """Return where the k best of all ranks' lists [B, Q, R, S] are in [B, Q, R * S], best first.
 
-    Each list is in order itself, as `order` makes it: falling scores, of equals the lower number
+    Each list is in the order of `where_best` itself: falling scores, of equals the lower number
     first, as in one process; last the places with no chunk, of number -1.
     """
     ranks, width = scores.shape[2:]
     if not 0 < k < ranks:
-        return order(scores.flatten(2), chunks.flatten(2), k)
+        return where_best(scores.flatten(2), k, chunks.flatten(2))
     # The best k are with those k ranks whose best one is best: of many ranks few are looked at.
-    first = order(scores[..., 0], chunks[..., 0], k)[..., None] * width
+    first = where_best(scores[..., 0], k, chunks[..., 0])[..., None] * width
     at = (first + torch.arange(width, device=scores.device)).flatten(2)
-    best = order(scores.flatten(2).gather(2, at), chunks.flatten(2).gather(2, at), k)
+    best = where_best(scores.flatten(2).gather(2, at), k, chunks.flatten(2).gather(2, at))
     return at.gather(2, best)
-
-
-def order(scores: Tensor, numbers: Tensor, k: int) -> Tensor:
-    """Return where the k best of [B, Q, X] are, best first; see `choose`."""
-    last = torch.iinfo(numbers.dtype).max
-    numbers = numbers.masked_fill(numbers < 0, last)
-    # NaN counts as best, as in topk.
-    scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    border = scores.topk(k).values[..., -1:] if k else scores[..., :0]
-    # All above the border, then of those on it the lowest numbers.
-    rank = numbers.masked_fill(scores > border, -1).masked_fill(scores < border, last)
-    chosen = rank.topk(k, largest=False).indices
-    chosen = chosen.gather(2, numbers.gather(2, chosen).argsort(dim=-1))
-    by_score = scores.gather(2, chosen).argsort(dim=-1, descending=True, stable=True)
-    return chosen.gather(2, by_score)
 
 
 def _agree(
@@ -211,8 +197,8 @@ def _agree(
         if any(tensor is not None and tensor.requires_grad for tensor in tensors):
             needs |= bit
     operation = "recall_with_weights" if with_weights else "recall"
-    prints = {"route": Print.of(route), "probe": Print.of(probe)}
-    answers = memory.peers.agree(operation, same, [needs, local.chunks], route.device, prints)
+    fingerprints = {"route": Fingerprint.of(route), "probe": Fingerprint.of(probe)}
+    answers = memory.peers.agree(operation, same, [needs, local.chunks], route.device, fingerprints)
     for rank, (_, chunks) in enumerate(answers):
         if chunks != memory.sizes[rank]:
             raise ValueError(
@@ -287,7 +273,7 @@ def _read(local: Any, picked: Tensor) -> tuple[ChunkedMemory, Tensor]:
     return local.fetch(numbers), picked.masked_scatter(kept, place)
 
 
-def _to_ranks(peers: Peers, *wanted: tuple[Tensor | None, int]) -> tuple[Any, ...]:
+def _to_ranks(group: RankGroup, *wanted: tuple[Tensor | None, int]) -> tuple[Any, ...]:
     """Hand what all ranks have alike to each rank's own work; sum gradients where they are wanted.
 
     Wanted on any rank, so that all take part in the way back.
@@ -298,7 +284,7 @@ def _to_ranks(peers: Peers, *wanted: tuple[Tensor | None, int]) -> tuple[Any, ..
         return tensors
     # Gives the results a gradient also on a rank where none of the tensors needs one.
     anchor = torch.zeros((), requires_grad=True)
-    return _ToRanks.apply(peers, summed, anchor, *tensors)
+    return _ToRanks.apply(group, summed, anchor, *tensors)
 
 
 class _ToRanks(torch.autograd.Function):
@@ -306,9 +292,9 @@ class _ToRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, peers: Peers, summed: tuple[bool, ...], _: Tensor, *tensors: Tensor | None
+        ctx: Any, group: RankGroup, summed: tuple[bool, ...], _: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        ctx.peers, ctx.summed = peers, summed
+        ctx.group, ctx.summed = group, summed
         results = tuple(None if x is None else x.view_as(x) for x in tensors)
         others = zip(results, summed, strict=True)
         ctx.mark_non_differentiable(*(x for x, asked in others if x is not None and not asked))
@@ -321,7 +307,7 @@ class _ToRanks(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         wanted = [grad for grad, asked in zip(grads, ctx.summed, strict=True) if asked]
         flat = torch.cat([grad.reshape(-1) for grad in wanted])
-        ctx.peers.all_reduce("gradients", flat)
+        ctx.group.all_reduce("gradients", flat)
         parts = iter(flat.split([grad.numel() for grad in wanted]))
         pairs = zip(grads, ctx.summed, strict=True)
         return (
@@ -340,16 +326,18 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, peers: Peers, scores: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.rank = peers.rank
+    def forward(
+        ctx: Any, group: RankGroup, scores: Tensor, picked: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.rank = group.rank
         # One message: a number takes as many bits as a score.
         bits = torch.int32 if scores.dtype == torch.float32 else torch.int64
         message = torch.stack([scores.contiguous().view(bits), picked.to(bits)])
-        gathered = peers.all_gather("scores", message)
+        gathered = group.all_gather("scores", message)
         # [R, 2, B, Q, S] -> [B, Q, R, S]
         every, chunks = gathered.permute(1, 2, 3, 0, 4).contiguous().unbind()
-        rank = torch.arange(peers.size, device=picked.device)[:, None]
-        chunks = torch.where(chunks >= 0, chunks.long() * peers.size + rank, -1)
+        rank = torch.arange(group.size, device=picked.device)[:, None]
+        chunks = torch.where(chunks >= 0, chunks.long() * group.size + rank, -1)
         ctx.mark_non_differentiable(chunks)
         return every.view(scores.dtype), chunks
 
@@ -368,9 +356,9 @@ class _Sum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, peers: Peers, what: str, part: Tensor) -> Tensor:
+    def forward(ctx: Any, group: RankGroup, what: str, part: Tensor) -> Tensor:
         total = part.clone(memory_format=torch.contiguous_format)
-        peers.all_reduce(what, total)
+        group.all_reduce(what, total)
         return total
 
     @staticmethod

@@ -16,3 +16,20 @@ def s3() -> Iterator[Any]:
     server = S3Server()
     yield server
     server.close()
+
+
+@pytest.fixture
+def place(s3: Any) -> Iterator[str]:
+    """A place in an object store where there is nothing, and whose server fails no longer."""
+    from tests.memory.in_object_store import no_fault
+
+    yield s3.place()
+    s3.fault = no_fault
+
+
+@pytest.fixture
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few chunks become a version of the table."""
+    from tests.memory.in_object_store import GROUP
+
+    monkeypatch.setattr("htm_pytorch.memory.stored.GROUP_BYTES", GROUP)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch import memory
-from htm_pytorch.memory import StoredMemory, stored, table
+from htm_pytorch.memory import StoredMemory, stored, versions
 
 ROOT = Path(__file__).parents[2]
 CALLS = (
@@ -471,7 +471,7 @@ def open_for_writing(place: Path, sync: bool = True) -> StoredMemory:
 
 def write(here: Path, script: int) -> None:
     """Run a script, and say of each call that it has returned."""
-    stored.GROUP_BYTES, table.MOST_SMALL = SMALL["GROUP_BYTES"], SMALL["MOST_SMALL"]
+    stored.GROUP_BYTES, versions.MOST_SMALL = SMALL["GROUP_BYTES"], SMALL["MOST_SMALL"]
     acks = os.open(here / "acks", os.O_CREAT | os.O_WRONLY)
     held, appended = open_for_writing(here / "disk" / "m"), 0
     os.write(acks, b"1 open\n")

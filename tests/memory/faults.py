@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from htm_pytorch import memory
-from htm_pytorch.memory import folder_log, known, table
+from htm_pytorch.memory import catalog, folder_log, table, versions
 
 OURS: tuple[ModuleType, ...] = tuple(
     importlib.import_module(f"htm_pytorch.memory.{found.name}")
@@ -22,14 +22,14 @@ METHODS: dict[str, tuple[type, str]] = {
     "write": (folder_log.FolderLog, "write"),
     "read": (folder_log.FolderLog, "read"),
     "purge": (folder_log.LogFile, "purge"),
-    "append": (table.Versions, "append"),
-    "join": (table.Versions, "join"),
-    "without": (table.Versions, "without"),
-    "build_index": (table.Versions, "build_index"),
-    "extend_index": (table.Versions, "extend_index"),
-    "clean": (table.Versions, "clean"),
-    "empty": (table.Versions, "empty"),
-    "extended": (known.Known, "extended"),
+    "append": (versions.Versions, "append"),
+    "join": (versions.Versions, "join"),
+    "without": (versions.Versions, "without"),
+    "build_index": (versions.Versions, "build_index"),
+    "extend_index": (versions.Versions, "extend_index"),
+    "clean": (versions.Versions, "clean"),
+    "empty": (versions.Versions, "empty"),
+    "extended": (catalog.Catalog, "extended"),
     "rows": (table.Table, "rows"),
     "take": (table.Table, "take"),
 }

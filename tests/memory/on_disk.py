@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch import memory
-from htm_pytorch.memory import StoredMemory, stored, table
+from htm_pytorch.memory import StoredMemory, stored, versions
 
 SIZE, DIM = 4, 6
 
@@ -64,7 +64,7 @@ def write_until_killed(
 ) -> None:
     """Append pieces of any length and say how many steps are stored, until something kills us."""
     stored.GROUP_BYTES = 20 * SIZE * DIM * 4
-    table.MOST_SMALL = 4
+    versions.MOST_SMALL = 4
     draw = random.Random(seed)
     held = make(path, sync=before is not None)
     if before is not None:

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("lance", reason="the extra `store` is not installed")
 
 from htm_pytorch import memory
-from htm_pytorch.memory import StoredMemory, stored, table
+from htm_pytorch.memory import StoredMemory, stored, versions
 from tests.memory.crash_states import (
     SIZE,
     SMALL,
@@ -177,7 +177,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     if reason is not None:
         pytest.skip(reason)
     monkeypatch.setattr(stored, "GROUP_BYTES", SMALL["GROUP_BYTES"])
-    monkeypatch.setattr(table, "MOST_SMALL", SMALL["MOST_SMALL"])
+    monkeypatch.setattr(versions, "MOST_SMALL", SMALL["MOST_SMALL"])
 
 
 @pytest.mark.usefixtures("traced")
@@ -219,7 +219,7 @@ def test_a_loss_of_power_loses_nothing_in_thousands_of_states(script: int) -> No
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    stored.GROUP_BYTES, table.MOST_SMALL = SMALL["GROUP_BYTES"], SMALL["MOST_SMALL"]
+    stored.GROUP_BYTES, versions.MOST_SMALL = SMALL["GROUP_BYTES"], SMALL["MOST_SMALL"]
     script, first, last = (int(argument) for argument in sys.argv[1:])
     opened, told = explore(script, range(first, last))
     print(f"{opened} states opened, {len(told)} wrong", *told, sep="\n")

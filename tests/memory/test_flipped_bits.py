@@ -112,7 +112,7 @@ def said_by(held: StoredMemory, has_times: bool = True) -> Truth:
         found = held.find(query, 5)
         scores = (query @ summaries.T).gather(1, found.chunks.clamp(min=0))
         torch.testing.assert_close(found.scores[found.chunks >= 0], scores[found.chunks >= 0])
-    opened = held._state.opened
+    opened = held._state.open_chunk
     if len(opened.stored):
         read = held.read(opened.first_step, held.next_step)
         assert torch.equal(read, steps_from(opened.first_step, len(opened.stored)))

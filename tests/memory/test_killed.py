@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from htm_pytorch.memory import StoredMemory, stored, table
+from htm_pytorch.memory import StoredMemory, stored, versions
 from tests.memory.on_disk import DIM, SIZE, child, look, make, steps_from
 from tests.memory.plain_memory import Plain, assert_shows, expected_of, shown_by
 
@@ -48,7 +48,7 @@ def plain_past(steps: int, forgotten: int = 0) -> Plain:
 def make_small() -> None:
     """Let the table have many versions, in this process."""
     stored.GROUP_BYTES = 20 * SIZE * DIM * 4
-    table.MOST_SMALL = 4
+    versions.MOST_SMALL = 4
 
 
 # The end of the process.

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from htm_pytorch import HTMAttention
-from htm_pytorch.memory import MemoryFileError, StoredMemory, stored, table
+from htm_pytorch.memory import MemoryFileError, StoredMemory, stored, versions
 from tests.memory.faults import Fault, die_at, everywhere, failing
 from tests.memory.on_disk import (
     SIZE,
@@ -267,7 +267,7 @@ def test_what_could_not_be_purged_is_purged_later(tmp_path: Path) -> None:
     """Where SQLite leaves deleted bytes in its file, as it does by default."""
     path = tmp_path / "m"
     with make(path) as held:
-        held._log.file.opened().execute("PRAGMA secure_delete = OFF")
+        held._log.file.connected().execute("PRAGMA secure_delete = OFF")
         held.append(steps_from(0, 400), keys=[f"secret {n}" for n in range(400)])
         held.append(steps_from(400, 8)).forget(before_step=400)
         with failing(Fault("purge", False, 0, False, OSError)), pytest.raises(OSError):
@@ -473,8 +473,8 @@ def test_files_of_a_careless_writer_are_synced_by_the_next_one(
         careless.append(steps_from(0, 9)).flush()
     data = {path.name for path in (tmp_path / "m/chunks.lance/data").iterdir()}
     synced: list[str] = []
-    real = table.sync_file
-    monkeypatch.setattr(table, "sync_file", lambda path: (synced.append(path.name), real(path)))
+    real = versions.sync_file
+    monkeypatch.setattr(versions, "sync_file", lambda path: (synced.append(path.name), real(path)))
     with make(tmp_path / "m", sync=True) as careful:
         careful.append(steps_from(9, 9)).flush()
     assert data and data <= set(synced)

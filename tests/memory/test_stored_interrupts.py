@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from htm_pytorch import memory
-from htm_pytorch.memory import StoredMemory, stored, table
+from htm_pytorch.memory import StoredMemory, stored, versions
 from htm_pytorch.memory.cache import ChunkCache
 from htm_pytorch.memory.formats import Format
 from htm_pytorch.memory.many import open_many
@@ -143,7 +143,7 @@ def interrupt(folder: Path, name: str, count: int) -> bool:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setattr(stored, "GROUP_BYTES", 3 * SIZE * 6 * 4)
-    monkeypatch.setattr(table, "MOST_SMALL", 2)
+    monkeypatch.setattr(versions, "MOST_SMALL", 2)
     past(tmp_path / "first")
     yield tmp_path
     gc.collect()

@@ -31,7 +31,7 @@ from hypothesis.stateful import (
 )
 
 from htm_pytorch import HTMAttention, memory
-from htm_pytorch.memory import MemoryFileError, StoredMemory, stored, table
+from htm_pytorch.memory import MemoryFileError, StoredMemory, stored, versions
 from htm_pytorch.ops import recall_with_weights
 from tests.helpers import assert_near
 from tests.memory.any_changes import (
@@ -92,7 +92,7 @@ class AnyCalls(RuleBasedStateMachine):
         # So that tables, fragments and batches are many.
         chunk = self.changes.form.chunk_bytes
         self.patch.setattr(stored, "GROUP_BYTES", 3 * chunk)
-        self.patch.setattr(table, "MOST_SMALL", 4)
+        self.patch.setattr(versions, "MOST_SMALL", 4)
         everywhere(self.patch, "SMALL_BYTES", 5 * chunk)
         everywhere(self.patch, "FRAGMENT_BYTES", 8 * chunk)
         everywhere(self.patch, "BATCH_BYTES", 3 * chunk)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from htm_pytorch import ChunkedMemory, HTMAttention, memory
-from htm_pytorch.memory import MemoryFileError, StoredMemory, stored, table
-from htm_pytorch.memory.table import ForkedError
+from htm_pytorch.memory import MemoryFileError, StoredMemory, lance_access, stored, versions
+from htm_pytorch.memory.lance_access import ForkedError
 from tests.memory.on_disk import DIM, SIZE, assert_holds, child, elsewhere, look, make, steps_from
 
 pytest.importorskip("lance", reason="the extra `store` is not installed")
@@ -252,7 +252,7 @@ def read_beside_a_writer(path: Path, seconds: float, threads: int, processes: in
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored, "GROUP_BYTES", 50 * SIZE * DIM * 4)
-    monkeypatch.setattr(table, "MOST_SMALL", 4)
+    monkeypatch.setattr(versions, "MOST_SMALL", 4)
 
 
 @pytest.mark.usefixtures("small")
@@ -412,7 +412,7 @@ def read_stored_in_fork(path: Path, pipe: Connection) -> None:
     """Fork before the engine was used."""
     try:
         # What the server has imported is not used.
-        assert table._process is None
+        assert lance_access._process is None
         pipe.send(in_fork(lambda: look(path).read(0, 40).tolist()))
     except BaseException as error:
         pipe.send(error)

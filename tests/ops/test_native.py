@@ -18,7 +18,7 @@ import htm_pytorch
 from benchmarks.harness import peak_allocation
 from htm_pytorch import ChunkedMemory
 from htm_pytorch.memory import Steps
-from htm_pytorch.ops import attend, kernels, native, recall
+from htm_pytorch.ops import attend, compiled, kernels, recall
 from tests.helpers import assert_near, memory_of, normal
 from tests.ops.native_cases import (
     OPERATORS,
@@ -158,7 +158,7 @@ class TestThreads:
         self, kind: str, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # Blocks of 3 queries on the way back to the memory.
-        monkeypatch.setattr(native, "BLOCK_BYTES", 3 * 2 * 2 * 4 * 4 * 5)
+        monkeypatch.setattr(compiled, "BLOCK_BYTES", 3 * 2 * 2 * 4 * 4 * 5)
         sizes = Sizes(B=2, Q=67, H=2, M=300, C=4, D=10)
         parts = cast(inputs_of(sizes, shared=kind == "shared"), torch.float32)
         if kind == "steps":
@@ -247,7 +247,7 @@ def test_backward_in_blocks(block: int, shared: bool, monkeypatch: pytest.Monkey
     parts["chunk_mask"] = torch.rand(3, 7, 5) < 0.6
     parts["chunk_mask"][1, 2] = False
     whole = with_gradients("native", 2, parts)
-    monkeypatch.setattr(native, "BLOCK_BYTES", block)
+    monkeypatch.setattr(compiled, "BLOCK_BYTES", block)
     pieces = with_gradients("native", 2, parts)
     assert_all_near(pieces, whole, 1e-13)
     assert_all_near(pieces, with_gradients("reference", 2, parts), 1e-10)

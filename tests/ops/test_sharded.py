@@ -13,8 +13,9 @@ from torch import distributed as dist
 
 from htm_pytorch import ChunkedMemory, recall
 from htm_pytorch.memory import ShardedMemory, ShardError
+from htm_pytorch.memory.best import where_best
 from htm_pytorch.ops import kernels
-from htm_pytorch.ops.sharded import choose, order
+from htm_pytorch.ops.sharded import choose
 from tests.ops import shard_cases
 from tests.ops.shard_cases import TIMEOUT, Writing
 from tests.ops.test_recall import Sizes
@@ -263,7 +264,7 @@ def test_the_best_of_many_lists(absent: float) -> None:
         numbers = torch.stack([torch.randperm(ranks * width) for _ in range(6)]).view(scores.shape)
         missing = torch.rand_like(scores) < absent
         scores, numbers = scores.masked_fill(missing, -torch.inf), numbers.masked_fill(missing, -1)
-        places = order(scores.flatten(0, 1), numbers.flatten(0, 1), width).view(scores.shape)
+        places = where_best(scores, width, numbers)
         scores, numbers = scores.gather(3, places), numbers.gather(3, places)
         best = choose(scores, numbers, k).flatten(0, 1).tolist()
         pairs = zip(scores.view(6, -1).tolist(), numbers.view(6, -1).tolist(), best, strict=True)

@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from htm_pytorch.nn import check as module
-from htm_pytorch.nn.check import CheckConfig, Comparison, Report, _Problem, check
+from htm_pytorch.check import CheckConfig, Comparison, Report, check, config, run
+from htm_pytorch.check.problem import Problem
 from htm_pytorch.ops import Impl, blocked, kernels, native, projected, reference
 from tests.helpers import on_cpu
 
@@ -194,36 +194,40 @@ def test_fails_sums_in_less_than_the_dtype(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_reference_that_is_right_by_luck_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = _Problem.plain_output
+    right = Problem.plain_output
 
     # Right for the inputs as they were drawn; as far off as the layer for any near them.
     def lucky(self: Any, inputs: dict[str, Tensor]) -> Tensor:
         as_drawn = all(torch.equal(x, self.inputs[name].to(x)) for name, x in inputs.items())
         return scaled(right(self, inputs), 0.0 if as_drawn else 1e-3)
 
-    monkeypatch.setattr(_Problem, "plain_output", lucky)
+    monkeypatch.setattr(Problem, "plain_output", lucky)
     break_attention(monkeypatch, "blocked", lambda context: scaled(context, 1e-3))
     config = small(impl="blocked")
     report = check(config)
     assert report.ok, f"\n{report}"
     assert report.comparisons[0].reference_error == pytest.approx(1e-3, rel=0.01)
-    monkeypatch.setattr(module, "RUNS", 1)
+    monkeypatch.setattr(run, "RUNS", 1)
     assert "output" in wrong(check(config))
 
 
-@pytest.mark.parametrize("impl", ["blocked", "native", "projected"])
-def test_says_what_auto_took(monkeypatch: pytest.MonkeyPatch, impl: Any) -> None:
-    monkeypatch.setattr(kernels, "IS_AVAILABLE", impl != "blocked")
-    monkeypatch.setattr(projected, "is_cheaper", lambda *_: impl == "projected")
-    assert check(small()).impl == f"auto took {impl}"
+@pytest.mark.parametrize("impl", ["blocked", "native"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_says_what_auto_took(monkeypatch: pytest.MonkeyPatch, chunked: bool, impl: Any) -> None:
+    monkeypatch.setattr(kernels, "IS_AVAILABLE", impl == "native")
+    assert check(small(chunked=chunked)).impl == f"auto took {impl}"
     assert check(small(impl=impl)).impl == impl
+
+
+def test_the_names_of_implementations_are_those_of_the_layer() -> None:
+    assert get_args(config.Impl) == get_args(Impl)
 
 
 def test_near_ties_are_left_out_and_most_of_them_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     def in_doubt(rows: int) -> None:
         # A score of these rows may be off by any amount.
         monkeypatch.setattr(
-            _Problem,
+            Problem,
             "_score_error",
             lambda _, row, queries: queries.new_full(
                 queries.shape[:2], 0.0 if row >= rows else 1e9
@@ -250,7 +254,7 @@ def test_near_ties_are_left_out_and_most_of_them_fail(monkeypatch: pytest.Monkey
 
 def test_clear_queries_are_looked_for() -> None:
     # So near are 64 scores in bfloat16 that most draws are not clear; what is compared is.
-    problem = _Problem(small(steps=512, topk_mems=16, mem_chunk_size=8, dtype="bfloat16"))
+    problem = Problem(small(steps=512, topk_mems=16, mem_chunk_size=8, dtype="bfloat16"))
     assert problem.clear.all()
     for row in (0, 1):
         queries = problem.inputs["queries"][row, None]

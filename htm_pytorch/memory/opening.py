@@ -10,11 +10,12 @@ from htm_pytorch.memory import earlier, index, place
 from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.folder_log import FolderLog, LogFile
 from htm_pytorch.memory.formats import DTYPES, Format
+from htm_pytorch.memory.lance_access import load_engine
 from htm_pytorch.memory.log import REPAIR, Contents, Head, Log
 from htm_pytorch.memory.object_log import ObjectLog
 from htm_pytorch.memory.place import MARKER, Lock, Place
 from htm_pytorch.memory.stored import ExactMemory, IndexedMemory, StoredMemory
-from htm_pytorch.memory.table import Versions, load_engine
+from htm_pytorch.memory.versions import Versions
 from htm_pytorch.shapes import check_at_least
 
 
@@ -34,19 +35,21 @@ def open_memory(
     """Open the memory at `uri`, or make one there. Needs the extra `store`.
 
     Args:
-        uri: a folder, or a place in an object store ("s3://bucket/name").
-        dim: D. With it, a memory is made where there is none; one that exists must agree.
-        chunk_size: C, of a new memory; default 32.
-        dtype: how steps are stored, of a new memory: float32 (default), float16, bfloat16, or int8
+        uri: where the memory is: a folder, or a place in an object store ("s3://bucket/name").
+        dim: how many numbers a step has, D. With it, a memory is made where there is none; one that
+            exists must agree.
+        chunk_size: how many steps a chunk of a new memory holds, C; default 32.
+        dtype: how a new memory stores steps: as float32 (default), float16, bfloat16, or as int8
             with one scale a step, which takes and gives float32.
-        read_only: open one that exists, beside its writer; `refresh` shows what came since.
+        read_only: whether it is only read, beside its writer; it must exist, and `refresh` shows
+            what came since.
         search: "exact" holds the summaries in RAM and scores all of them for every query; "index"
             leaves them on the disk, where the index that `build_index` made finds most of the best.
         probes: how many lists of the index a query reads: more find more, and take longer.
-        cache_bytes: of fetched chunks kept in RAM.
+        cache_bytes: how many bytes of fetched chunks are kept in RAM.
         sync: whether `append` waits until the disk has the steps. Without, they survive the end of
             the process, but not a loss of power.
-        storage_options: of the object store, as Lance takes them.
+        storage_options: what Lance needs to know of the object store, as it takes it.
 
     Raises:
         FileNotFoundError: there is none, and no `dim` to make one.
@@ -78,6 +81,7 @@ def open_memory(
         kind = ExactMemory if search == "exact" else IndexedMemory
         versions = Versions(where, sync)
         memory = kind(where, log, versions, lock, read_only, cache_bytes, probes)
+        memory.reopens_as(_again, where.uri, search, probes, cache_bytes, storage_options)
         undo.pop_all()
     return memory
 
@@ -105,6 +109,23 @@ def checked(dim: int | None, chunk_size: int | None, dtype: torch.dtype | None) 
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {list(DTYPES)}, got {dtype}")
     return Format(dim or 1, chunk_size or 32, dtype or torch.float32)
+
+
+def _again(
+    uri: str,
+    search: Literal["exact", "index"],
+    probes: int,
+    cache_bytes: int,
+    storage_options: dict[str, str] | None,
+) -> StoredMemory:
+    return open_memory(
+        uri,
+        read_only=True,
+        search=search,
+        probes=probes,
+        cache_bytes=cache_bytes,
+        storage_options=storage_options,
+    )
 
 
 def _log(where: Place, form: Format | None, read_only: bool, sync: bool) -> Log:

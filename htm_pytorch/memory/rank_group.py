@@ -1,4 +1,4 @@
-"""The ranks that share a memory, and collectives that end within a set time."""
+"""`RankGroup`: the ranks that share a memory; collectives that end in time, or in an error."""
 
 import math
 import struct
@@ -35,7 +35,7 @@ class _Group:
 _groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, _Group]" = weakref.WeakKeyDictionary()
 
 
-class Print(NamedTuple):
+class Fingerprint(NamedTuple):
     """A few numbers that tell tensors apart, whatever the last bits of their entries are."""
 
     numbers: tuple[float, ...]
@@ -50,7 +50,7 @@ class Print(NamedTuple):
         down, across = (
             torch.arange(1, size + 1, device=rows.device, dtype=rows.dtype) for size in rows.shape
         )
-        shifts = torch.arange(_PRINTS, device=rows.device, dtype=rows.dtype)
+        shifts = torch.arange(_FINGERPRINTS, device=rows.device, dtype=rows.dtype)
         sums = down.sin() @ (rows @ (across[:, None] * (shifts + 1)).cos())
         norm = float(torch.linalg.vector_norm(rows))
         wide = torch.finfo(tensor.dtype).eps > 1e-4
@@ -62,10 +62,10 @@ class Print(NamedTuple):
         return any(abs(a - b) > max(self.least, that.least) for a, b in pairs)
 
 
-_PRINTS = 4
+_FINGERPRINTS = 4
 
 
-class Peers:
+class RankGroup:
     """The ranks of a process group; each collective is waited for at most `timeout` seconds.
 
     After a `ShardError`, or an error of one rank in the middle of an exchange, the group is of no
@@ -73,7 +73,7 @@ class Peers:
 
     Args:
         group: a process group that this process belongs to; None: the default one.
-        timeout: seconds.
+        timeout: how many seconds a collective may take.
 
     Raises:
         ValueError: `group` or `timeout` is not what is expected.
@@ -124,6 +124,19 @@ class Peers:
             self._finish(f"all_gather of {what}", self.group.allgather, parts, own)
         return gathered
 
+    def gather_texts(
+        self, what: str, own: bytes, lengths: Sequence[int], device: torch.device
+    ) -> list[bytes]:
+        """Return the texts of all ranks, by rank; `lengths` are those that they have, by rank.
+
+        Raises:
+            ShardError: not all ranks came in time.
+        """
+        message = bytearray(own.ljust(max(lengths)))
+        gathered = self.all_gather(what, torch.frombuffer(message, dtype=torch.uint8).to(device))
+        pairs = zip(gathered.tolist(), lengths, strict=True)
+        return [bytes(text)[:length] for text, length in pairs]
+
     def all_reduce(self, what: str, tensor: Tensor) -> None:
         """Add the contiguous tensors of all ranks, in place; `what` is for the error.
 
@@ -133,13 +146,26 @@ class Peers:
         if tensor.numel():
             self._finish(f"all_reduce of {what}", self.group.allreduce, tensor)
 
+    def unite(self, what: str, *tensors: Tensor) -> None:
+        """Put into contiguous tensors, in place, what one rank has where all others have zeros.
+
+        Raises:
+            ShardError: not all ranks came in time.
+        """
+        # Bytes that are 0 on all ranks but one: their sum is the same bits in every dtype.
+        parts = [tensor.view(-1).view(torch.uint8) for tensor in tensors]
+        message = torch.cat(parts)
+        self.all_reduce(what, message)
+        for to, of_all in zip(parts, message.split([len(x) for x in parts]), strict=True):
+            to.copy_(of_all)
+
     def agree(
         self,
         operation: str,
         same: Mapping[str, int | torch.dtype | None],
         own: Sequence[int],
         device: torch.device,
-        prints: Mapping[str, Print] | None = None,
+        fingerprints: Mapping[str, Fingerprint] | None = None,
     ) -> list[list[int]]:
         """Compare the arguments of all ranks before any data is exchanged.
 
@@ -147,8 +173,8 @@ class Peers:
             operation: what this rank is about to do.
             same: by argument, what must be the same on all ranks.
             own: numbers that may differ, which every rank shall know.
-            device: where tensors of this group live.
-            prints: by argument, those of tensors that must be the same but for rounding.
+            device: where the tensors lie that this group exchanges.
+            fingerprints: by argument, those of tensors that must be the same but for rounding.
 
         Returns:
             `own` of every rank, by rank.
@@ -158,8 +184,10 @@ class Peers:
             ShardError: not all ranks came in time.
         """
         compared = {"operation": operation, _MEMORY: self._number, **same}
-        prints = prints or {}
-        bits = [bit for one in prints.values() for bit in map(_bits, (*one.numbers, one.least))]
+        fingerprints = fingerprints or {}
+        bits = [
+            bit for one in fingerprints.values() for bit in map(_bits, (*one.numbers, one.least))
+        ]
         headers = self._headers([0, *map(_encode, compared.values()), *own, *bits], device)
         refused = [rank for rank, header in enumerate(headers) if header[0]]
         if refused:
@@ -174,12 +202,12 @@ class Peers:
                     )
         first = 1 + len(compared)
         at = first + len(own)
-        for name in prints:
+        for name in fingerprints:
             every = []
             for header in headers:
-                *numbers, least = map(_float, header[at : at + _PRINTS + 2])
-                every.append(Print(tuple(numbers), least))
-            at += _PRINTS + 2
+                *numbers, least = map(_float, header[at : at + _FINGERPRINTS + 2])
+                every.append(Fingerprint(tuple(numbers), least))
+            at += _FINGERPRINTS + 2
             for rank, one in enumerate(every):
                 if one.is_other(every[0]):
                     raise ValueError(

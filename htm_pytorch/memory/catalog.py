@@ -1,4 +1,4 @@
-"""What a stored memory knows of its chunks without asking the disk."""
+"""`Catalog`: what a stored memory has in RAM of every chunk, so as not to ask the disk."""
 
 import contextlib
 import math
@@ -12,10 +12,10 @@ from torch import Tensor
 from htm_pytorch.memory.formats import CPU, Chunks, Format, Marks
 
 GROWTH = 1.5
-"""Of the room for summaries, when it is full."""
+"""How many times as large the room becomes when it is full."""
 
 
-class Known:
+class Catalog:
     """What is known of every chunk, in RAM; what is not wanted in RAM has a width of 0.
 
     A value: `extended` returns another one. Both share their room, of which each sees its own part.
@@ -27,8 +27,8 @@ class Known:
         self._columns = columns
         self.length = length
         self.cut = cut or {}
-        """Of chunks that lost their oldest steps, by the number of the first that is left: the
-        summaries [D] float32, since rows of the table tell of all steps."""
+        """[D] float32 each, the summaries of chunks that lost their oldest steps, by the number of
+        the first step that is left; rows of the table tell of all steps."""
 
     @classmethod
     def nothing(cls, width: int) -> Self:
@@ -42,32 +42,32 @@ class Known:
 
     @property
     def stored(self) -> Tensor:
-        """[M, C, step_bytes] uint8, or [M, 0, 0]."""
+        """[M, C, step_bytes] uint8, what is stored of the steps; [M, 0, 0] where it is not here."""
         return self._columns[0][: self.length]
 
     @property
     def summaries(self) -> Tensor:
-        """[M, D] float32, or [M, 0]."""
+        """[M, D] float32, the means of the steps; [M, 0] where they are not here."""
         return self._columns[1][: self.length]
 
     @property
     def counts(self) -> Tensor:
-        """[M] int32."""
+        """[M] int32, how many steps each chunk has."""
         return self._columns[2][: self.length]
 
     @property
     def episodes(self) -> Tensor:
-        """[M] int64."""
+        """[M] int64, which episode each chunk is of."""
         return self._columns[3][: self.length]
 
     @property
     def first_steps(self) -> Tensor:
-        """[M] int64, rising."""
+        """[M] int64, the number that the first step of each has; they rise."""
         return self._columns[4][: self.length]
 
     @property
     def times(self) -> Tensor:
-        """[M, 2] float64, of the first and the last step; NaN where none is known."""
+        """[M, 2] float64, when the first and the last step were; NaN where that is not known."""
         return self._columns[5][: self.length]
 
     @property
@@ -77,15 +77,15 @@ class Known:
 
     @property
     def columns(self) -> tuple[Tensor, ...]:
-        """All of these, in the order of `Chunks`."""
+        """All of these columns, which come in the order of `Chunks`."""
         return tuple(column[: self.length] for column in self._columns)
 
     @property
     def nbytes(self) -> int:
-        """Of the part of the room that is used."""
+        """How many bytes of the room are used."""
         return sum(column.nbytes for column in self.columns)
 
-    def extended(self, chunks: Chunks) -> "Known":
+    def extended(self, chunks: Chunks) -> "Catalog":
         """Return what is known of these and `chunks`; only the newest of such values may grow."""
         if not chunks.length:
             return self
@@ -98,63 +98,62 @@ class Known:
             part = column[self.length : length]
             if part.numel():
                 part.copy_(new[:, : part.shape[1]] if part.ndim == 2 else new)
-        return Known(columns, length, self.cut)
+        return Catalog(columns, length, self.cut)
 
-    def with_room(self, room: int) -> "Known":
+    def with_room(self, room: int) -> "Catalog":
         """Return the same, which can grow to so many chunks."""
         if room <= len(self._columns[2]):
             return self
         columns = tuple(_grown(column, self.length, room) for column in self._columns)
-        return Known(columns, self.length, self.cut)
+        return Catalog(columns, self.length, self.cut)
 
-    def part(self, length: int) -> "Known":
+    def part(self, length: int) -> "Catalog":
         """Return what is known of the first `length` chunks."""
-        return Known(self._columns, min(length, self.length), self.cut)
+        return Catalog(self._columns, min(length, self.length), self.cut)
 
-    def chosen(self, order: Tensor) -> "Known":
+    def chosen(self, order: Tensor) -> "Catalog":
         """Return what is known of the chunks `order` [M] int64, in room of its own."""
         columns = tuple(_grown(column, self.length, len(column)) for column in self._columns)
         for column, old in zip(columns, self._columns, strict=True):
             torch.index_select(old[: self.length], 0, order, out=column[: len(order)])
-        return Known(columns, len(order), self.cut)
+        return Catalog(columns, len(order), self.cut)
 
-    def shortened(self, number: int, chunk: Chunks) -> "Known":
+    def shortened(self, number: int, chunk: Chunks) -> "Catalog":
         """Return the same with what is left of a chunk; only the newest of such values may."""
         first = int(chunk.first_steps[0])
         self.first_steps[number] = first
         self.counts[number] = chunk.counts[0]
         self.times[number] = chunk.times[0]
         self.summaries[number] = chunk.summaries[0, : self.summaries.shape[1]]
-        return Known(self._columns, self.length, {**self.cut, first: chunk.summaries[0]})
+        return Catalog(self._columns, self.length, {**self.cut, first: chunk.summaries[0]})
 
 
-class Pending(NamedTuple):
-    """Closed chunks that the table does not hold; like `Known`, a value that shares room."""
+class Unflushed(NamedTuple):
+    """Closed chunks that the table does not hold; like `Catalog`, a value that shares room."""
 
-    known: Known
+    catalog: Catalog
     marks: tuple[Marks | None, ...]
 
     @classmethod
     def none(cls, form: Format) -> Self:
         """Return no chunks."""
-        return cls(Known.whole(form), ())
+        return cls(Catalog.whole(form), ())
 
     @property
     def length(self) -> int:
-        """M."""
-        return self.known.length
+        """How many chunks there are, M."""
+        return self.catalog.length
 
     @property
     def chunks(self) -> Chunks:
-        """Themselves."""
-        known = self.known
-        return Chunks._make((*known.columns, self.marks))
+        """The chunks, with all that is stored of them."""
+        return Chunks._make((*self.catalog.columns, self.marks))
 
-    def extended(self, chunks: Chunks) -> "Pending":
+    def extended(self, chunks: Chunks) -> "Unflushed":
         """Return these and `chunks`; only the newest of such values may grow."""
         if not chunks.length:
             return self
-        return Pending(self.known.extended(chunks), self.marks + chunks.marks)
+        return Unflushed(self.catalog.extended(chunks), self.marks + chunks.marks)
 
 
 def _empty(size: int, step_bytes: int, width: int) -> tuple[Tensor, ...]:

@@ -1,0 +1,256 @@
+"""What can still be read of the rows of a damaged table."""
+
+import functools
+import itertools
+import json
+import math
+import operator
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from htm_pytorch.memory.carved import sealed_lists, windows
+from htm_pytorch.memory.files import MemoryFileError
+from htm_pytorch.memory.formats import CPU, Chunks, Format, Marks
+from htm_pytorch.memory.rows import (
+    BATCH_BYTES,
+    decoded,
+    filled,
+    joined,
+    list_column,
+    odd_factors,
+    schema,
+    sums_of_numbers,
+    sums_of_summaries,
+    unmarked,
+)
+
+TOGETHER_BYTES = 1024
+"""The engine stores chunks of more bytes each by itself; its own bound is lower."""
+
+
+class SalvagedRow(NamedTuple):
+    """A row that can be read."""
+
+    row: int
+    first_step: int
+    length: int
+    episode: int
+    checksum: int
+    times: tuple[float, float]
+    marks: Marks | None
+    is_certain: bool
+    """Whether the numbers are what was stored."""
+    is_whole: bool
+    """Whether the steps are."""
+    most: int
+    """How many steps a chunk holds at most, C."""
+    source: tuple[int, int, tuple[str, ...]]
+    """What was asked for when it could be read: rows from, up to, and columns."""
+
+
+class DamagedRows:
+    """The rows of an engine's table, some of which cannot be read."""
+
+    def __init__(self, dataset: Any, form: Format):
+        self._dataset = dataset
+        self._form = form
+        self._last: tuple[tuple[int, int, tuple[str, ...]], Any] | None = None
+        self._windows: dict[str, dict[int, bytes]] = {}
+        self._marks: dict[str, dict[Any, bytes | None]] = {}
+
+    def rows(self) -> list[SalvagedRow]:
+        """Return those that can be read."""
+        length = self._dataset.count_rows()
+        size = max(1, BATCH_BYTES // self._form.chunk_bytes)
+        there = self._dataset.schema.names
+        names = tuple(name for name in schema(self._form).names if name in there)
+        found: list[SalvagedRow] = []
+        for start in range(0, length, size):
+            found += self._from(start, min(start + size, length), names)
+        return found
+
+    def stored(self, row: SalvagedRow) -> Tensor:
+        """Return the chunk [C, step_bytes] of a row, by the request that could read it."""
+        if self._last is None or self._last[0] != row.source:
+            self._last = row.source, self._read(*row.source)
+        contents = joined(self._last[1].column("contents"), torch.uint8)
+        return contents.view(-1, self._form.chunk_size, self._form.step_bytes)[
+            row.row - row.source[0]
+        ]
+
+    def _read(self, start: int, end: int, names: tuple[str, ...]) -> Any:
+        table = self._dataset.take(list(range(start, end)), columns=list(names))
+        (batch,) = table.combine_chunks().to_batches()
+        if "contents" not in names:
+            checksums = enumerate(batch["checksum"].to_pylist(), start)
+            found = [self._carved(row, checksum) for row, checksum in checksums]
+            contents = torch.frombuffer(bytearray(b"".join(found)), dtype=torch.uint8)
+            column = list_column(contents, self._form.chunk_bytes)
+            batch = batch.append_column("contents", column)
+        if "marks" not in names and "marks" in self._dataset.schema.names:
+            batch = batch.append_column("marks", self._carved_marks(start, batch))
+        return batch
+
+    def _carved_marks(self, start: int, batch: Any) -> Any:
+        """Return what its file holds of times and keys for rows of these times, if it is clear."""
+        import pyarrow as pa
+
+        columns = [batch[name].to_pylist() for name in ("first_time", "last_time", "steps")]
+        found: list[bytes | None] = []
+        for row, times in enumerate(zip(*columns, strict=True), start):
+            path = self._file_of(row)
+            if path not in self._marks:
+                self._marks[path] = {}
+                for sealed_ in sealed_lists(self._body(path)):
+                    marks = json.loads(sealed_[4:])[0]
+                    of = (marks[0], marks[-1], len(marks)) if marks else ()
+                    # Of two with the same times nobody knows which is whose.
+                    is_clear = self._marks[path].setdefault(of, sealed_) == sealed_
+                    self._marks[path][of] = sealed_ if is_clear else None
+            is_marked = batch["marked"][row - start].as_py()
+            found.append(self._marks[path].get(times) if is_marked else None)
+        return pa.array(found, pa.large_binary())
+
+    def _file_of(self, row: int) -> str:
+        for fragment in self._dataset.get_fragments():
+            row -= fragment.count_rows()
+            if row < 0:
+                return fragment.data_files()[0].path
+        raise IndexError(row)
+
+    def _body(self, path: str) -> bytes:
+        return Path(self._dataset.uri, "data", path).read_bytes()
+
+    def _carved(self, row: int, checksum: int) -> bytes:
+        """Return the bytes of its file that have the checksum of a row; zeros where none have.
+
+        Small chunks lie together, behind a few bytes without which the engine reads none of them.
+        """
+        size = self._form.chunk_bytes
+        if size > TOGETHER_BYTES:
+            return bytes(size)
+        path = self._file_of(row)
+        if path not in self._windows:
+            column = self._dataset.to_table(columns=["checksum"])["checksum"]
+            self._windows[path] = windows(self._body(path), size, set(column.to_pylist()))
+        return self._windows[path].get(checksum, bytes(size))
+
+    def _from(self, start: int, end: int, names: tuple[str, ...]) -> list[SalvagedRow]:
+        whole = self._salvaged(start, end, names)
+        if whole is not None:
+            return whole
+        if end - start > 1:
+            middle = (start + end) // 2
+            return self._from(start, middle, names) + self._from(middle, end, names)
+        # None is needed: a summary is made again, and steps may be found otherwise.
+        needless = [name for name in ("marks", "summary", "contents") if name in names]
+        for count in range(1, len(needless) + 1):
+            for missing in itertools.combinations(needless, count):
+                left = tuple(name for name in names if name not in missing)
+                found = self._salvaged(start, end, left)
+                if found is not None:
+                    return found
+        return []
+
+    def _salvaged(self, start: int, end: int, names: tuple[str, ...]) -> list[SalvagedRow] | None:
+        """Return rows; None where these columns of them cannot be read."""
+        try:
+            batch = self._read(start, end, names)
+            return list(_whole_rows(batch, self._form, (start, end, names)))
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+                raise
+        return None
+
+
+def _mended(row: Chunks, place: int, kept: int, right: int) -> Chunks | None:
+    """Return the numbers of a row with the one bit flipped that makes its checksum right."""
+    part = row.part(place, place + 1)
+    total = int(sums_of_numbers(part, torch.tensor([kept], device=CPU)))
+    if (total ^ right) % 2**64 in {1 << bit for bit in range(64)}:
+        return part
+    missing = (right - total) % 2**64
+    columns = [
+        part.counts.long(),
+        part.episodes,
+        part.first_steps,
+        *part.times.contiguous().view(torch.int64).unbind(1),
+    ]
+    # The factor of the checksum of the summary is the first, of which nothing is needed here.
+    for number, factor in enumerate(odd_factors(2**62, 1 + len(columns)).tolist()):
+        if number == 0:
+            continue
+        value = int(columns[number - 1])
+        for bit in range(64):
+            changed = value ^ (1 << bit) if bit < 63 else value ^ -(1 << 63)
+            if factor * (changed - value) % 2**64 == missing:
+                columns[number - 1] = torch.tensor([changed], dtype=torch.int64, device=CPU)
+                counts, episodes, first_steps, *times = columns
+                return part._replace(
+                    counts=counts.int(),
+                    episodes=episodes,
+                    first_steps=first_steps,
+                    times=torch.stack(times, 1).view(torch.float64),
+                )
+    return None
+
+
+def _whole_rows(
+    batch: Any, form: Format, source: tuple[int, int, tuple[str, ...]]
+) -> Iterator[SalvagedRow]:
+    if "summary" not in batch.schema.names:
+        nothing = torch.zeros(batch.num_rows, form.dim, dtype=torch.float32, device=CPU)
+        batch = batch.append_column("summary", list_column(nothing, form.dim))
+    row = decoded(batch, Chunks.none(form), True)
+    chunks = row.chunks
+    is_certain = row.is_right
+    if "numbers" in batch.schema.names:
+        # Where a summary, or its checksum, is all that is wrong, the numbers are right.
+        stored = joined(batch.column("numbers").fill_null(0), torch.int64)
+        kept = joined(filled(batch.column("sum"), 0), torch.int64)
+        for sums in (kept, sums_of_summaries(chunks.summaries)):
+            is_certain = is_certain | (stored == sums_of_numbers(chunks, sums))
+        mended: list[Chunks] = []
+        for place in range(batch.num_rows):
+            part = chunks.part(place, place + 1)
+            if not is_certain[place]:
+                found = _mended(chunks, place, int(kept[place]), int(stored[place]))
+                is_certain[place] = found is not None
+                part = found or part
+            mended.append(part)
+        if mended:
+            chunks = functools.reduce(operator.add, mended)
+    contents = joined(batch.column("contents"), torch.uint8).view(batch.num_rows, -1)
+    checksums = batch.column("checksum").to_pylist()
+    marked = batch.column("marks").to_pylist() if "marks" in batch.schema.names else None
+    decoded_steps = form.decode(contents.view(batch.num_rows, form.chunk_size, form.step_bytes))
+    is_finite = decoded_steps.float().isfinite().flatten(1).all(1)
+    for place in range(batch.num_rows):
+        is_whole = zlib.crc32(contents[place].numpy().data) == checksums[place]
+        count = int(chunks.counts[place])
+        try:
+            marks = unmarked(marked[place], f"row {place}") if marked else None
+        except MemoryFileError:
+            marks = None
+        first, last = chunks.times[place].tolist()
+        if not is_certain[place]:
+            # Rather none than another one.
+            first, last = (marks.times[0], marks.times[-1]) if marks else (math.nan, math.nan)
+        yield SalvagedRow(
+            source[0] + place,
+            int(chunks.first_steps[place]),
+            count,
+            int(chunks.episodes[place]),
+            checksums[place],
+            (first, last),
+            marks,
+            bool(is_certain[place]) and 0 < count <= form.chunk_size,
+            is_whole and bool(is_finite[place]),
+            form.chunk_size,
+            source,
+        )
