@@ -1,65 +1,149 @@
-"""Where the time of training the agent goes: playing and learning, inside recall and outside it."""
+"""Whole training loops, ours and those of others, in frames a second; and what ours takes time for.
+
+One thread, CartPole-v1 (an environment that costs next to nothing), stepped one after another by
+all, of the same sizes: 16 environments, rollouts of 128 steps, 4 passes in 4 parts, width 64. Times
+are the processor's, so that other work on the machine counts for little; loops take turns. Beside
+them Ballet as `htm train ballet` learns it.
+"""
 
 import argparse
+import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import agent_peers
 import torch
 from harness import RESULTS, describe_machine, write
 
+from htm_pytorch import tasks
 from htm_pytorch.rl import TrainConfig
+from htm_pytorch.rl.learner import Learner
+from htm_pytorch.rl.processes import World
 from htm_pytorch.rl.rollout import play
-from htm_pytorch.rl.task import make_agent, make_env
-from htm_pytorch.rl.train import update
+from htm_pytorch.rl.training import Training
 
 OURS = "htm_pytorch::"
+MEMORIES = ("htm", "window", "transformer", "gru", "lstm", "none")
+SIZES = agent_peers.Sizes()
+ROLLOUTS = 3
 
 
-def measure(config: TrainConfig, batches: int) -> dict[str, Any]:
-    """Train for some batches; return seconds by part, and by operator the largest."""
-    torch.manual_seed(config.seed)
-    agent = make_agent(config)
-    optimizer = torch.optim.Adam(agent.parameters(), config.learning_rate, fused=True)
-    generator = torch.Generator().manual_seed(config.seed)
-    env = make_env(config, config.num_envs)
-    env.reset(seed=config.seed)
-    steps = env.unwrapped.choice_step + 1 + config.decisions * config.action_repeat
-    options = {
-        "action_repeat": config.action_repeat,
-        "discount": config.discount,
-        "trace": config.trace,
-        "generator": generator,
+def config_of(memory: str, folder: Path) -> TrainConfig:
+    """Return our training at the shared sizes."""
+    return TrainConfig(env=SIZES.env, run_dir=folder).replace(
+        memory=memory,
+        vectorize="sync",
+        num_envs=SIZES.num_envs,
+        steps=SIZES.steps,
+        dim=SIZES.dim,
+        epochs=SIZES.epochs,
+        minibatches=SIZES.minibatches,
+        reconstruction_weight=0.0,
+        frames=10**9,
+    )
+
+
+def ours(memory: str) -> float:
+    """Train for some rollouts, after one that is not counted; return frames a second."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Training(config_of(memory, Path(folder) / "run"), None, World()) as training,
+    ):
+        training.batch()
+        began = time.process_time()
+        for _ in range(ROLLOUTS):
+            training.batch()
+        return ROLLOUTS * SIZES.num_envs * SIZES.steps / (time.process_time() - began)
+
+
+def loops() -> dict[str, Callable[[], float]]:
+    """Return all loops by name; each returns frames a second."""
+    found: dict[str, Callable[[], float]] = {
+        f"ours, {memory}": lambda memory=memory: ours(memory) for memory in MEMORIES
     }
-    parts = {"playing": 0.0, "learning": 0.0}
+    found["LSTM PPO in one file"] = lambda: agent_peers.in_one_file(SIZES, ROLLOUTS)
+    try:
+        import sb3_contrib  # noqa: F401
+    except ImportError:
+        print("sb3-contrib is not installed: left out")
+    else:
+        found["sb3-contrib RecurrentPPO"] = lambda: agent_peers.stable_baselines(SIZES, 1)
+    return found
 
-    def batch() -> None:
-        start = time.perf_counter()
-        rollout, _ = play(env, agent, steps, **options)
-        middle = time.perf_counter()
-        update(agent, optimizer, rollout, config, generator)
-        parts["playing"] += middle - start
-        parts["learning"] += time.perf_counter() - middle
 
-    batch()
-    parts = dict.fromkeys(parts, 0.0)
-    for _ in range(batches):
-        batch()
-    seconds = dict(parts)
+def compare(turns: int) -> dict[str, Any]:
+    """Return the median frames a second of each loop, and what ours is to those of others."""
+    rates: dict[str, list[float]] = {}
+    for _ in range(turns):
+        for name, loop in loops().items():
+            rates.setdefault(name, []).append(loop())
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+
+    def over(name: str, other: str) -> float:
+        pairs = zip(rates[name], rates[other], strict=True)
+        return round(statistics.median(a / b for a, b in pairs), 2)
+
+    ratios = {
+        f"{name} / {other}": over(name, other)
+        for name, other in (
+            ("ours, lstm", "sb3-contrib RecurrentPPO"),
+            ("ours, htm", "sb3-contrib RecurrentPPO"),
+            ("ours, lstm", "LSTM PPO in one file"),
+            ("ours, htm", "ours, lstm"),
+        )
+        if other in rates
+    }
+    return {"frames a second": {name: round(rate) for name, rate in medians.items()}} | ratios
+
+
+def ballet(batches: int) -> dict[str, Any]:
+    """Return seconds a batch of Ballet by part, and by operator the largest shares."""
+    task = tasks.find("ballet")
+    with tempfile.TemporaryDirectory() as folder:
+        config = task.config.replace(run_dir=Path(folder) / "run")
+        parts = None if task.parts is None else task.parts()
+        with Training(config, parts, World()) as training:
+            return _parts(training, batches)
+
+
+def _parts(training: Training, batches: int) -> dict[str, Any]:
+    config, seconds = training.config, {"playing": 0.0, "learning": 0.0}
+    learner: Learner = training.learner
+    frames = 0
+
+    def batch(number: int) -> None:
+        nonlocal frames
+        generator = torch.Generator().manual_seed(number)
+        training.player.begin(list(range(number, number + config.environments.num_envs)))
+        start = time.process_time()
+        played = play(training.player, config.rollouts, generator, config.learner.discount)
+        middle = time.process_time()
+        learner.learn(played.rollout, generator, 0.0)
+        seconds["playing"] += middle - start
+        seconds["learning"] += time.process_time() - middle
+        frames += played.frames
+
+    batch(0)
+    seconds = dict.fromkeys(seconds, 0.0)
+    frames = 0
+    for number in range(batches):
+        batch(number + 1)
+    means = {name: value / batches for name, value in seconds.items()}
+    rate = frames / sum(seconds.values())
     # Again, watched: shares are of the watched time, since watching costs some.
-    activities = [torch.profiler.ProfilerActivity.CPU]
     start = time.perf_counter()
-    with torch.profiler.profile(activities=activities) as profile:
-        batch()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        batch(batches + 1)
     watched = time.perf_counter() - start
     times = {e.key: e.self_cpu_time_total / 1e6 for e in profile.key_averages()}
-    recall = sum(
-        value for key, value in times.items() if OURS in key or "BackwardFor_htm_pytorch" in key
-    )
+    recall = sum(v for k, v in times.items() if OURS in k or "BackwardFor_htm_pytorch" in k)
     operators = dict(sorted(times.items(), key=lambda item: -item[1])[:12])
     return {
-        "seconds a batch": {name: value / batches for name, value in seconds.items()},
+        "frames a second": round(rate),
+        "seconds a batch": means,
         "share inside recall": recall / watched,
         "share in no operator": 1 - sum(times.values()) / watched,
         "shares of operators": {name: value / watched for name, value in operators.items()},
@@ -67,22 +151,17 @@ def measure(config: TrainConfig, batches: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure the default agent, print the shares and write them as JSON."""
+    """Measure, print and write as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS / "agent.json")
-    parser.add_argument("--batches", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--batches", type=int, default=5, help="of Ballet")
     options = parser.parse_args()
-    machine = describe_machine("torch")
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(TrainConfig(run_dir=Path(folder)), options.batches)
-    for name, value in result.items():
-        if isinstance(value, dict):
-            print(f"{name}:")
-            for key, share in value.items():
-                print(f"  {share:7.3f} {key}")
-        else:
-            print(f"{name}: {value:.3f}")
-    write(options.out, {"machine": machine, "config": "defaults", **result})
+    torch.set_num_threads(1)
+    result = {"loops": compare(options.turns), "ballet": ballet(options.batches)}
+    for name, value in {**result["loops"], **result["ballet"]}.items():
+        print(f"{name}: {value}")
+    write(options.out, {"machine": describe_machine("torch", "gymnasium")} | result)
 
 
 if __name__ == "__main__":

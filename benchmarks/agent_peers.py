@@ -70,10 +70,10 @@ def in_one_file(sizes: Sizes, rollouts: int) -> float:
     log_probs, rewards, dones, values = (torch.zeros(T, B) for _ in range(4))
     observed, done = torch.as_tensor(envs.reset(seed=0)[0]), torch.zeros(B)
     state = (torch.zeros(1, B, sizes.dim), torch.zeros(1, B, sizes.dim))
-    began = time.perf_counter()
+    began = time.process_time()
     for rollout in range(rollouts + 1):
         if rollout == 1:
-            began = time.perf_counter()
+            began = time.process_time()
         start = (state[0].clone(), state[1].clone())
         for t in range(T):
             seen[t], dones[t] = observed, done
@@ -94,7 +94,7 @@ def in_one_file(sizes: Sizes, rollouts: int) -> float:
             advantages[t] = following
         returns = advantages + values
         _learn(agent, optimizer, sizes, start, seen, actions, log_probs, dones, advantages, returns)
-    return rollouts * T * B / (time.perf_counter() - began)
+    return rollouts * T * B / (time.process_time() - began)
 
 
 def _learn(
@@ -150,6 +150,6 @@ def stable_baselines(sizes: Sizes, rollouts: int) -> float:
         device="cpu",
     )
     model.learn(frames)
-    began = time.perf_counter()
+    began = time.process_time()
     model.learn(rollouts * frames, reset_num_timesteps=False)
-    return rollouts * frames / (time.perf_counter() - began)
+    return rollouts * frames / (time.process_time() - began)
