@@ -65,7 +65,8 @@ def where_best(scores: Tensor, k: int, numbers: Tensor | None = None) -> Tensor:
         numbers = numbers.masked_fill(numbers < 0, last)
     largest = torch.finfo(scores.dtype).max
     scores = scores.nan_to_num(nan=torch.inf, posinf=largest, neginf=-torch.inf)
-    if 0 < 2 * k < scores.shape[-1]:
+    # All of a few are sorted; places are not asked how many: a compiler would tell cases apart.
+    if k and (numbers is places or 2 * k < scores.shape[-1]):
         border = scores.topk(k).values[..., -1:]
         # All above the border, then of those on it the lowest numbers.
         rank = numbers.masked_fill(scores > border, -1).masked_fill(scores < border, last)
