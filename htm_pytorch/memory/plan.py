@@ -10,7 +10,7 @@ from htm_pytorch.memory.summaries import summarise
 from htm_pytorch.shapes import is_transformed, may_look_at
 
 
-class Opened(NamedTuple):
+class OpenChunks(NamedTuple):
     """The open chunk of each row, and what its newest step is called."""
 
     steps: Tensor  # [B, C, D]
@@ -121,7 +121,7 @@ def existing(
 
 
 def plan(
-    opened: Opened,
+    opened: OpenChunks,
     steps: Tensor,
     is_first: Tensor | None,
     lengths: Tensor | None,

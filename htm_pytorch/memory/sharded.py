@@ -51,8 +51,8 @@ class ShardedMemory:
         *,
         timeout: float = 60.0,
     ):
-        self.peers = RankGroup(group, timeout)
-        with self.peers.refusing(torch.device(getattr(local, "device", "cpu"))):
+        self.ranks = RankGroup(group, timeout)
+        with self.ranks.refusing(torch.device(getattr(local, "device", "cpu"))):
             if not (is_home(local) and is_scored(local)):
                 kind = type(local).__name__
                 raise ValueError(
@@ -69,9 +69,9 @@ class ShardedMemory:
             "local (a ChunkedMemory)": in_memory,
             "local.keep_across_episodes": in_memory and local.keep_across_episodes,
         }
-        own = [local.chunks, self.peers.next_number]
-        numbers = self.peers.agree("ShardedMemory", same, own, local.device)
-        self.peers.number_memory([number for _, number in numbers])
+        own = [local.chunks, self.ranks.next_number]
+        numbers = self.ranks.agree("ShardedMemory", same, own, local.device)
+        self.ranks.number_memory([number for _, number in numbers])
         self.sizes = tuple(chunks for chunks, _ in numbers)
         """Chunks of every rank, by rank."""
         self.appended = 0
@@ -179,12 +179,12 @@ class ShardedMemory:
         if mine.end.shape[1]:
             new.local = self.local.append(mine.close().contents.detach().flatten(1, 2))
         total = sum(self.sizes) + closed
-        new.sizes = dealing.dealt(total, self.peers.size)
+        new.sizes = dealing.dealt(total, self.ranks.size)
         new._next = self._next + closed
         new.appended += steps.shape[1]
-        if new.local.chunks != new.sizes[self.peers.rank]:
+        if new.local.chunks != new.sizes[self.ranks.rank]:
             raise RuntimeError(
-                f"local.append: expected {new.sizes[self.peers.rank]} chunks after it, "
+                f"local.append: expected {new.sizes[self.ranks.rank]} chunks after it, "
                 f"got {new.local.chunks}"
             )
         return new
@@ -206,12 +206,12 @@ class ShardedMemory:
             ValueError: there can be no chunk of such a number, or ranks ask for others.
             ShardError: not all ranks came in time.
         """
-        with self.peers.refusing(self.device):
+        with self.ranks.refusing(self.device):
             check_numbers("chunks", chunks, self.chunks)
-        self.peers.agree("fetch", _same(chunks), [], self.device)
+        self.ranks.agree("fetch", _same(chunks), [], self.device)
         chunks = chunks.to(self.device)
-        number = chunks // self.peers.size
-        mine = (chunks % self.peers.size == self.peers.rank) & (number < self.local.chunks)
+        number = chunks // self.ranks.size
+        mine = (chunks % self.ranks.size == self.ranks.rank) & (number < self.local.chunks)
         part = self.local.fetch(number[mine])
         shape = (self.batch, len(chunks))
         contents = part.contents.new_zeros(*shape, *part.contents.shape[2:])
@@ -222,7 +222,7 @@ class ShardedMemory:
         is_step[:, mine] = part.valid[..., None]
         if part.step_mask is not None:
             is_step[:, mine] &= part.step_mask
-        self.peers.unite("chunks", contents, summaries, is_step)
+        self.ranks.unite("chunks", contents, summaries, is_step)
         return ChunkedMemory.from_chunks(contents, is_step, summaries=summaries, copy=False)
 
     def spans(self, chunks: Tensor, row: int = 0) -> list[Span]:
@@ -237,21 +237,21 @@ class ShardedMemory:
                 ask for others.
             ShardError: not all ranks came in time.
         """
-        with self.peers.refusing(self.device):
+        with self.ranks.refusing(self.device):
             check_numbers("chunks", chunks, self.chunks)
             check_number("row", row, self.batch)
             known = dealing.own_spans(
                 self.local,
                 chunks.tolist(),
                 row,
-                self.peers.rank,
-                self.peers.size,
+                self.ranks.rank,
+                self.ranks.size,
                 with_newest=self._open is not None,
             )
             own = json.dumps(known).encode()
         same = _same(chunks) | {"row": row}
-        lengths = self.peers.agree("spans", same, [len(own)], self.device)
-        texts = self.peers.gather_texts("spans", own, [n for (n,) in lengths], self.device)
+        lengths = self.ranks.agree("spans", same, [len(own)], self.device)
+        texts = self.ranks.gather_texts("spans", own, [n for (n,) in lengths], self.device)
         answers = [json.loads(text) for text in texts]
         if missing := sorted(chunk for answer in answers for chunk in answer["missing"]):
             raise no_such_chunks(missing)
@@ -281,7 +281,7 @@ class ShardedMemory:
         new.local = self.local.reset(rows)
         if self._open is not None:
             new._open = self._open.reset(rows)
-            new._next, new.sizes = new._open.next_slot, (0,) * self.peers.size
+            new._next, new.sizes = new._open.next_slot, (0,) * self.ranks.size
         elif self._next is not None:
             new._next = self._next.masked_fill(rows, 0)
         return new
@@ -295,7 +295,7 @@ class ShardedMemory:
         if self._open is not None:
             tensors |= {name: getattr(self._open, name) for name in ("open_steps", "open_count")}
         part = parts.Part(self.local, (self.appended, self.changes), tensors)
-        parts.write(path, self.peers.rank, self.peers.size, part)
+        parts.write(path, self.ranks.rank, self.ranks.size, part)
 
     @classmethod
     def load(
@@ -358,7 +358,7 @@ class ShardedMemory:
         """Return the columns of `mask` [B, Q, M] that are this rank's chunks."""
         if mask is None:
             return None
-        return mask[:, :, self.peers.rank :: self.peers.size][:, :, : self.local.chunks]
+        return mask[:, :, self.ranks.rank :: self.ranks.size][:, :, : self.local.chunks]
 
     def _where_to_write(self) -> tuple[Tensor | None, ChunkedMemory | None]:
         """The number of the next chunk [B], and the open chunk where `local` cannot hold it.
@@ -366,14 +366,14 @@ class ShardedMemory:
         The number is None where there is no such: then the memory can be read only.
         """
         total, local = sum(self.sizes), self.local
-        dealt = dealing.dealt(total, self.peers.size)
+        dealt = dealing.dealt(total, self.ranks.size)
         in_turn = self.sizes == dealt
         if not isinstance(local, ChunkedMemory):
             kinds = {"dtype": local.dtype, "device": local.device}
             holder = ChunkedMemory.empty(local.batch, 1, local.chunk_size, local.dim, **kinds)
             return (holder.next_slot + total if in_turn else None), holder
         state = torch.stack([local.next_slot, local.open_count])
-        slots, counts = self.peers.all_gather("the rings' positions", state).unbind(1)
+        slots, counts = self.ranks.all_gather("the rings' positions", state).unbind(1)
         if not in_turn or min(dealt) == 0 or not (counts == counts[0]).all():
             return None, None
         return dealing.next_of_all(slots, dealt), None
@@ -385,7 +385,7 @@ class ShardedMemory:
         slot = self._next[:, None] + order
         if self._open is None:
             slot = slot % self.chunks
-        return (slot % self.peers.size == self.peers.rank) & (order < plan.closings[:, None])
+        return (slot % self.ranks.size == self.ranks.rank) & (order < plan.closings[:, None])
 
 
 def _same(chunks: Tensor) -> dict[str, int | torch.dtype | None]:

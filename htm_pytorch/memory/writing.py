@@ -7,7 +7,7 @@ from typing import Generic, Literal, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory.plan import Opened, Plan, existing, plan
+from htm_pytorch.memory.plan import OpenChunks, Plan, existing, plan
 from htm_pytorch.memory.reach import Reach, reach
 from htm_pytorch.memory.ring import Ring, Slots, copied
 from htm_pytorch.memory.summaries import summarise
@@ -167,7 +167,7 @@ class Written(Value):
 
     def _plan(self, steps: Tensor, is_first: Tensor | None, lengths: Tensor | None = None) -> Plan:
         self._check_steps(steps, is_first, None)
-        opened = Opened(self.open_steps, self.open_count, self.step_count, self.episode)
+        opened = OpenChunks(self.open_steps, self.open_count, self.step_count, self.episode)
         return plan(opened, steps, is_first, lengths, keep=self.keep_across_episodes)
 
     def _append(self, steps: Tensor, is_first: Tensor | None, lengths: Tensor | None) -> Self:

@@ -31,7 +31,7 @@ def at_hand(
 def together(memory: object) -> AbstractContextManager[object]:
     """Where the ranks of a memory tell each other of arguments that they refuse."""
     if isinstance(memory, ShardedMemory):
-        return memory.peers.refusing(memory.device)
+        return memory.ranks.refusing(memory.device)
     return nullcontext()
 
 

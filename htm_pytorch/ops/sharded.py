@@ -107,7 +107,7 @@ def recall(
         ValueError: on all ranks, where their arguments differ.
         ShardError: not all ranks came in time.
     """
-    group, local = memory.peers, memory.local
+    group, local = memory.ranks, memory.local
     needs = _agree(route, probe, memory, k, positions, chunk_mask, with_weights)
     with group.exchanging():
         dtypes = (memory.dtype, local.summaries.dtype, route.dtype)
@@ -198,7 +198,7 @@ def _agree(
             needs |= bit
     operation = "recall_with_weights" if with_weights else "recall"
     fingerprints = {"route": Fingerprint.of(route), "probe": Fingerprint.of(probe)}
-    answers = memory.peers.agree(operation, same, [needs, local.chunks], route.device, fingerprints)
+    answers = memory.ranks.agree(operation, same, [needs, local.chunks], route.device, fingerprints)
     for rank, (_, chunks) in enumerate(answers):
         if chunks != memory.sizes[rank]:
             raise ValueError(

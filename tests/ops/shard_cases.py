@@ -366,7 +366,7 @@ def bytes_are_the_formula(group: Any, chunk_size: int) -> list[list[int]]:
         route, probe, positions, contents, summaries = problem.inputs
         memory = ShardedMemory(part(problem.memory(contents, summaries), group), group)
         counting = Counting(group)
-        memory.peers._group = lambda counting=counting: counting
+        memory.ranks._group = lambda counting=counting: counting
         sizes: dict[str, int] = {"queries": 10, "heads": 3, "dim": 16, "k": 4, "word": word}
         recall(route, probe, memory, 4, positions=positions)
         expected = exchanged_bytes(**sizes)
