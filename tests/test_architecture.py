@@ -103,6 +103,15 @@ def test_no_file_is_imported_by_what_it_imports() -> None:
     assert not left, f"in a circle, or above one: {sorted(left)}"
 
 
+def test_no_file_is_too_long_to_be_read_at_once() -> None:
+    kernels = ("ops/kernels", "ops/triton_kernels")
+    lengths = {
+        path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+        for path in ROOT.rglob("*.py")
+    }
+    assert not {k: n for k, n in lengths.items() if n > 400 and not k.startswith(kernels)}
+
+
 def test_a_relative_import_is_found() -> None:
     with pytest.raises(ValueError, match="line 2: relative import"):
         imported_parts("import torch\nfrom .attention import HTMAttention")

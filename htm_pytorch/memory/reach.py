@@ -13,9 +13,9 @@ class Reach(NamedTuple):
     """The chunks that any step of a call could recall: those held before it, then the new ones."""
 
     slots: Slots
-    """The chunks, M' a row."""
+    """What the M' chunks of each row hold."""
     valid: Tensor
-    """[B, M'] bool, those that there are."""
+    """[B, M'] bool, which of the chunks there are."""
     held: int
     """How many of the M' are slots of the ring."""
     times: tuple[Tensor, Tensor] | None

@@ -39,7 +39,7 @@ class Value:
 
     @property
     def summaries(self) -> Tensor:
-        """[B, M, D] mean of each chunk's valid steps."""
+        """[B, M, D], each the mean of a chunk's valid steps."""
         return self._ring.share().summaries
 
     @property
@@ -59,32 +59,32 @@ class Value:
 
     @property
     def batch(self) -> int:
-        """B."""
+        """B, how many rows the memory has."""
         return self.valid.shape[0]
 
     @property
     def chunks(self) -> int:
-        """M, the closed chunks there is room for."""
+        """M, how many closed chunks a row has room for."""
         return self.valid.shape[1]
 
     @property
     def chunk_size(self) -> int:
-        """C."""
+        """C, how many steps a chunk has room for."""
         return self._ring.read().contents.shape[2]
 
     @property
     def dim(self) -> int:
-        """D."""
+        """D, how many numbers a step has."""
         return self.open_steps.shape[2]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the steps."""
+        """The dtype that steps are stored in."""
         return self.open_steps.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of all parts."""
+        """The device that all parts lie on."""
         return self.valid.device
 
     def __repr__(self) -> str:

@@ -13,12 +13,12 @@ SLACK = 4.0
 
 
 class Affine(NamedTuple):
-    """x -> weight x + bias."""
+    """The map that takes x to weight x + bias."""
 
     weight: Tensor
-    """[F, D]."""
+    """[F, D], the linear part."""
     bias: Tensor | None
-    """[F]; None where there is none."""
+    """[F], what is added; None where nothing is."""
 
 
 def weight_of(module: nn.Module) -> Tensor | None:

@@ -32,21 +32,22 @@ class HTMAttention(nn.Module):
     Parameters and call fit the package `htm-pytorch` 0.0.4, whose checkpoints load.
 
     Args:
-        dim: width of the queries.
-        heads: heads of the attention inside chunks.
-        topk_mems: chunks each query keeps.
-        mem_chunk_size: steps in a chunk, for memories given as a tensor.
-        dim_head: width of a head.
-        add_pos_enc: add a fixed sinusoid to the steps, counted back from the newest of the chunk.
+        dim: how many numbers a query has.
+        heads: how many heads attend inside each chunk.
+        topk_mems: how many chunks each query keeps.
+        mem_chunk_size: how many steps a chunk holds, of memories given as a tensor.
+        dim_head: how many numbers a query has in each head.
+        add_pos_enc: whether a fixed sinusoid is added to the steps of a chunk, counted back from
+            its newest.
         eps: a summary under a mask is the sum of its steps over (count + eps).
-        dim_memory: width of the memory; default `dim`.
-        dim_features: width of the router and of the output; default `dim`.
-        router_bias: biases in the projections that score summaries.
-        inner_bias: biases in the projections to queries, keys and values inside chunks.
-        detach_memories: stop gradients at the memory, as the paper does.
+        dim_memory: how many numbers a memory step has; default `dim`.
+        dim_features: how many numbers the router compares, and the output has; default `dim`.
+        router_bias: whether the projections that score summaries have biases.
+        inner_bias: whether the projections to queries, keys and values have biases.
+        detach_memories: whether gradients stop at the memory, as in the paper.
         impl: which implementation of `recall` computes it.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: where the parameters are made; default torch's.
+        dtype: which dtype the parameters have; default torch's.
     """
 
     def __init__(

@@ -34,9 +34,9 @@ class LayerState(NamedTuple):
     memory: ChunkedMemory | None
     """The far past; None where the model has none (`mem_chunks=0`)."""
     keys: Tensor
-    """[B, window - 1, H, E] keys of the newest steps."""
+    """[B, window - 1, H, E], the keys of the newest steps."""
     values: Tensor
-    """[B, window - 1, H, E] their values."""
+    """[B, window - 1, H, E], the values that belong to the keys."""
     filled: Tensor
     """[B] int64, how many of them the episode has filled."""
 
@@ -89,7 +89,7 @@ class TransformerState:
 
     @property
     def batch(self) -> int:
-        """B."""
+        """B, how many rows the state has."""
         return self.layers[0].filled.shape[0]
 
     def select(self, rows: Tensor) -> Self:
