@@ -104,10 +104,8 @@ bench: .venv-bench/.installed ## run every other benchmark (BENCHMARKS=path for 
 	.venv-bench/bin/python $(INSTALL) -e '.[bench,rl,store]'
 	@touch $@
 
-# On a busy machine, threads that wait by spinning make each other 10 times slower.
-demo: export GOMP_SPINCOUNT ?= 1000
 demo: .venv-demo/.installed ## train a small agent and watch it learn to remember (runs/demo)
-	.venv-demo/bin/htm train --run-dir runs/demo --resume $(DEMO_ARGS)
+	.venv-demo/bin/htm train ballet --run-dir runs/demo --resume $(DEMO_ARGS)
 
 .venv-demo/.installed: $(INSTALLED_FROM)
 	$(PYTHON) -m venv .venv-demo

@@ -24,7 +24,7 @@ TINY = [
     "--heads=2",
     "--num-envs=8",
     "--minibatches=2",
-    "--episodes=16",
+    "--frames=700",
     "--eval-episodes=8",
 ]
 
@@ -59,19 +59,38 @@ def test_help_names_the_commands(
     assert "train" in printed and "eval" in printed and "check" in printed
 
 
-def test_help_of_train_lists_the_config(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("env", [[], ["ballet"], ["CartPole-v1"]], ids=str)
+def test_help_of_train_lists_the_options_in_two_screens(
+    env: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert htm(monkeypatch, "train", "--help") == 0
-    printed = capsys.readouterr().out.split()
-    for field in dataclasses.fields(TrainConfig):
-        assert f"--{field.name.replace('_', '-')}" in printed
+    monkeypatch.setenv("COLUMNS", "100")
+    assert htm(monkeypatch, "train", *env, "--help") == 0
+    printed = capsys.readouterr().out
+    hidden = {"env", "task"}
+    on = {"normalize_advantages"}
+    for name in set(TrainConfig().options()) - hidden:
+        name = f"no_{name}" if name in on else name
+        assert f"--{name.replace('_', '-')}" in printed.split()
+    assert "htm train ballet --run-dir" in printed
+    assert len(printed.splitlines()) < 160
 
 
 def test_help_of_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert htm(monkeypatch, "eval", "--help") == 0
     printed = capsys.readouterr().out.split()
-    assert {"--run-dir", "--episodes", "--seed"} <= set(printed)
+    assert {"PATH", "--episodes", "--seed", "--actions", "--render"} <= set(printed)
+
+
+def test_help_needs_neither_torch_nor_gymnasium() -> None:
+    for arguments in (["--help"], ["train", "--help"], ["train", "ballet", "--help"]):
+        code = (
+            f"import sys; sys.argv = ['htm', *{arguments}]\n"
+            "from htm_pytorch.cli import main\n"
+            "try:\n    main()\nexcept SystemExit:\n"
+            "    print('loaded', {'torch', 'gymnasium'} & set(sys.modules))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == "loaded set()", done.stderr
 
 
 def test_help_of_check_lists_the_config(
@@ -125,25 +144,41 @@ def test_train_then_eval(
 ) -> None:
     """The last line says how well it did and where the picture is; eval repeats it."""
     run_dir = tmp_path / "run"
-    assert htm(monkeypatch, "train", f"--run-dir={run_dir}", *TINY) == 0
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("success 0.") or line.startswith("success 1.")
-    assert "on 8 unseen episodes (chance 0.50)" in line
-    picture = Path(line.split(": ")[-1])
-    assert picture.parent == run_dir and picture.is_file()
+    assert htm(monkeypatch, "train", "ballet", f"--run-dir={run_dir}", *TINY) == 0
+    sizes, line = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"memory htm: [\d,]+ parameters \(1.00 of htm's\)", sizes)
+    assert re.match(r"return [01]\.\d+ \+- .* in 8 unseen episodes of .* steps, greedy; ", line)
+    picture = run_dir / "recall.png"
+    assert line.endswith(f"what it recalled: {picture}") and picture.is_file()
 
     picture.unlink()
-    assert htm(monkeypatch, "eval", "--run-dir", run_dir) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == line
+    assert htm(monkeypatch, "eval", run_dir) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert f"{first}; {second}" == line
     assert picture.is_file()
 
-    wrong = htm(monkeypatch, "train", f"--run-dir={run_dir}", *TINY)
+    wrong = htm(monkeypatch, "train", "ballet", f"--run-dir={run_dir}", *TINY)
     assert_one_line(wrong, "already holds a run")
-    wrong = htm(monkeypatch, "train", f"--run-dir={run_dir}", "--resume", *TINY, "--seed=1")
+    wrong = htm(
+        monkeypatch, "train", "ballet", f"--run-dir={run_dir}", "--resume", *TINY, "--seed=1"
+    )
     assert_one_line(wrong, "different in ['seed']")
     checkpoint = run_dir / "checkpoint.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    assert_one_line(htm(monkeypatch, "eval", "--run-dir", run_dir), "is truncated or not")
+    assert_one_line(htm(monkeypatch, "eval", run_dir), "is truncated or not")
+
+
+def test_several_seeds_have_a_mean_and_a_spread(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = [f"--run-dir={tmp_path}/run", "--seeds=2", "--memory=gru", "--steps=16", *TINY]
+    assert htm(monkeypatch, "train", "CartPole-v1", *options) == 0
+    *_, first, _, second, line = capsys.readouterr().out.splitlines()
+    means = [float(one.split()[1]) for one in (first, second)]
+    mean, spread = float(line.split()[1]), float(line.split()[3].rstrip(","))
+    assert mean == pytest.approx(sum(means) / 2, abs=1e-3)
+    assert spread == pytest.approx(abs(means[0] - means[1]) / 2**0.5, abs=1e-3)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"seed-0", "seed-1"}
 
 
 def assert_one_line(left_with: object, message: str) -> None:
@@ -156,15 +191,19 @@ def assert_one_line(left_with: object, message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--heads=3"], "heads: expected a divisor of dim = 64, got 3"),
-        (
-            ["train", "--run-dir={tmp}/run", "--num-dancers=9"],
-            "num_dancers: expected 1 to 8, got 9",
-        ),
-        (["train", "--run-dir={tmp}/run", "--dance-delay=500", "--num-dancers=8"], "dance_delay: "),
-        (["train", "--run-dir={tmp}/file/run"], "Not a directory"),
-        (["train", "--run-dir={tmp}/file"], "exists"),
-        (["eval", "--run-dir={tmp}/nothing"], "run_dir: expected a run"),
+        (["train"], "env: expected `htm train ENV [options]`"),
+        (["train", "ballet", "--heads=3"], "heads: expected a divisor of dim = 64, got 3"),
+        (["train", "ballet", "--run-dir={tmp}/run", "--seed=99999999999999999999"], "seed: "),
+        (["train", "ballet", "--run-dir={tmp}/run", "--mem-chunks=10000000000"], "mem_chunks: "),
+        (["train", "ballet", "--run-dir={tmp}/run", "--env-args", "num_dancers=9"], "env_args: "),
+        (["train", "Nothing-v0", "--run-dir={tmp}/run"], "env: expected the id"),
+        (["train", "ballet", "--run-dir={tmp}/run", "--observe", "sounds"], "observe: "),
+        (["train", "ballet", "--run-dir={tmp}/run", "--device=abacus"], "device: "),
+        (["train", "ballet", "--run-dir={tmp}/run", "--processes=3"], "processes: "),
+        (["train", "ballet", "--run-dir={tmp}/run", "--seeds=2", "--processes=2"], "seeds: "),
+        (["train", "ballet", "--run-dir={tmp}/file/run"], "Not a directory"),
+        (["train", "ballet", "--run-dir={tmp}/file"], "exists"),
+        (["eval", "{tmp}/nothing"], "run_dir: expected a run"),
         (["check", "--steps=0"], "steps: expected an integer >= 1, got 0"),
         (["check", "--device=abacus"], "device: expected one of this machine that knows float64"),
     ],
@@ -181,7 +220,7 @@ def test_an_error_is_one_line(
 
 
 def test_a_failed_process_prints_one_line_and_no_traceback() -> None:
-    done = htm_process("train", "--num-envs=7")
+    done = htm_process("train", "ballet", "--num-envs=7")
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == "htm: minibatches: expected a divisor of num_envs = 7, got 4\n"
@@ -258,22 +297,25 @@ def test_a_damaged_memory_is_repaired(
 def test_an_unknown_option_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert htm(monkeypatch, "train", "--colour=red") == 2
+    assert htm(monkeypatch, "train", "ballet", "--colour=red") == 2
     assert "--colour" in capsys.readouterr().err
 
 
-def test_stopping_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_stopping_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     import htm_pytorch.rl
 
-    def stopped(config: TrainConfig) -> None:
+    def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(htm_pytorch.rl, "train", stopped)
-    assert_one_line(htm(monkeypatch, "train", f"--run-dir={tmp_path}/run"), "--resume goes on")
+    assert htm(monkeypatch, "train", "ballet", f"--run-dir={tmp_path}/run") == 130
+    assert "--resume goes on" in capsys.readouterr().err
 
 
 def test_without_the_extra_the_message_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "tyro", None)
-    assert_one_line(htm(monkeypatch, "train"), "needs the extra `rl`")
+    assert_one_line(htm(monkeypatch, "train", "ballet"), "needs the extra `rl`")

@@ -1,4 +1,7 @@
-"""Environments. Importing this package registers `htm_pytorch/Ballet-v0` with gymnasium."""
+"""Environments, which importing this package registers with gymnasium.
+
+They are `htm_pytorch/Ballet-v0` and `htm_pytorch/CartPolePositions-v0`.
+"""
 
 import gymnasium
 
@@ -13,6 +16,7 @@ from htm_pytorch.envs.ballet_tables import (
     TILES,
 )
 from htm_pytorch.envs.ballet_vector import BalletVectorEnv
+from htm_pytorch.envs.cartpole_positions import CartPolePositionsEnv
 
 __all__ = [
     "COLOURS",
@@ -24,6 +28,7 @@ __all__ = [
     "TILES",
     "BalletEnv",
     "BalletVectorEnv",
+    "CartPolePositionsEnv",
     "Level",
 ]
 
@@ -31,4 +36,9 @@ gymnasium.register(
     "htm_pytorch/Ballet-v0",
     entry_point="htm_pytorch.envs.ballet:BalletEnv",
     vector_entry_point="htm_pytorch.envs.ballet_vector:BalletVectorEnv",
+)
+gymnasium.register(
+    "htm_pytorch/CartPolePositions-v0",
+    entry_point="htm_pytorch.envs.cartpole_positions:CartPolePositionsEnv",
+    max_episode_steps=500,
 )

@@ -73,7 +73,8 @@ class BalletEnv(gymnasium.Env[dict[str, Any], int | np.integer]):
       truncate.
 
     ## Information
-    `info["instruction"]` is the instruction as text. The attribute `level` shows what is hidden.
+    `info["instruction"]` is the instruction as text, and `info["action_counts"]` says whether the
+    next action does anything: once the dance is named. The attribute `level` shows what is hidden.
 
     ## Arguments
     ```python
@@ -193,7 +194,8 @@ class BalletEnv(gymnasium.Env[dict[str, Any], int | np.integer]):
         return {self._observation_kind: view, "instruction": np.int64(self._instruction())}
 
     def _info(self) -> dict[str, Any]:
-        return {"instruction": INSTRUCTIONS[self._instruction()]}
+        instruction = self._instruction()
+        return {"instruction": INSTRUCTIONS[instruction], "action_counts": instruction > 0}
 
 
 def check_arguments(

@@ -46,7 +46,8 @@ class BalletVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
     returns the present observation again.
 
     ## Information
-    Always empty, texts would cost more than the step: look them up in `INSTRUCTIONS`.
+    `info["action_counts"]`, bool [num_envs], says where the next action does anything: once the
+    dance is named. Texts would cost more than the step: look them up in `INSTRUCTIONS`.
 
     ## Saving
     `state_dict()` holds all that the future depends on; loaded into an environment of the same
@@ -118,7 +119,7 @@ class BalletVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         self._agent[:] = _START
         self._ended[:] = False
         self._started = True
-        return self.observe(), {}
+        return self.observe(), self._info()
 
     def step(
         self, actions: np.ndarray
@@ -144,7 +145,7 @@ class BalletVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         reward = touched.ravel()[self._soloist_rows + self._target].astype(np.float64)
         truncated = (self._frame >= self.max_steps) & ~terminated
         self._ended = terminated | truncated
-        return self.observe(), reward, terminated, truncated, {}
+        return self.observe(), reward, terminated, truncated, self._info()
 
     def observe(self) -> dict[str, np.ndarray]:
         """Return the present observation, in arrays of its own."""
@@ -212,6 +213,9 @@ class BalletVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
             setattr(self, f"_{name}", array)
         self._started = True
         self._derive()
+
+    def _info(self) -> dict[str, Any]:
+        return {"action_counts": self._frame >= self.choice_step}
 
     def _arguments(self) -> np.ndarray:
         return np.array([self.num_envs, self.num_dancers, self.dance_delay, self.max_steps])

@@ -1,141 +1,244 @@
-"""`TrainConfig`: the configuration, the command line and the saved record, one dataclass."""
+"""`TrainConfig`: the configuration, the command line and the saved record; needs no torch."""
 
 import dataclasses
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-Observation = Literal["symbols", "image"]
+from tyro.conf import Fixed, Suppress
+
+from htm_pytorch.rl.ranges import check_choices, check_range
+
+Memory = Literal["htm", "window", "transformer", "gru", "lstm", "none"]
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """How an agent is trained on Ballet. The defaults are the demo, which takes minutes.
+class EnvironmentConfig:
+    """How environments are made."""
 
-    The paper's hyper-parameters were not at hand: all values are our choices.
-    """
+    env_args: tuple[str, ...] = ()
+    """Arguments of the environment: name=value, or a JSON object."""
+    curriculum: tuple[str, ...] = ()
+    """More such arguments, a stage each, as JSON objects."""
+    promote_at: float = 0.9
+    """Mean return at which the next stage begins."""
+    num_envs: int = 64
+    """Environments in all, shared by the processes."""
+    vectorize: Literal["auto", "sync", "async"] = "auto"
+    """auto: the environment's own batch, else one after another; async: a process each."""
+    observe: tuple[str, ...] = ()
+    """Parts of a Dict observation to keep; default all."""
+    frame_stack: int = 1
+    """Newest observations seen at once."""
+    time_limit: int = 0
+    """Steps after which an episode is truncated; 0: as registered."""
+    normalize_observations: bool = False
+    """Vectors less their running mean, over their deviation."""
+    normalize_rewards: bool = False
+    """Rewards over the running deviation of discounted returns."""
+    see_previous: bool = False
+    """Previous action and reward are inputs, too."""
 
-    run_dir: Path = Path("runs/ballet")
-    """Where the run is kept: config, checkpoint, metrics, curve, picture."""
-    resume: bool = False
-    """Go on from the checkpoint in run_dir, if there is one; the run is the same as unbroken."""
-    seed: int = 0
-    """Of weights, episodes and actions."""
 
-    num_dancers: int = 2
-    """Dancers to remember, 1 to 8."""
-    dance_delay: int = 2
-    """Empty steps after each dance, at least 1."""
-    observation: Observation = "symbols"
-    """What the agent sees: what stands on each square, or the picture."""
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What the agent remembers by; parameter counts of all memories are alike."""
 
+    memory: Memory = "htm"
+    """The paper's; its layers without it; attention to as much; others."""
     dim: int = 64
     """Width of the agent."""
     depth: int = 1
-    """Layers of its memory."""
+    """Layers."""
     heads: int = 4
     """Heads of each attention."""
     topk_mems: int = 2
     """Chunks a step recalls in each layer."""
-    mem_chunk_size: int = 17
+    mem_chunk_size: int = 16
     """Steps in a chunk."""
-    mem_chunks: int = 4
+    mem_chunks: int = 8
     """Chunks a layer remembers."""
-    window: int = 8
-    """Steps that local attention covers; shorter than a chunk, as little is open at a choice."""
+    window: int = 16
+    """Steps that local attention covers."""
     detach_memories: bool = False
     """Stop gradients at the memory, as the paper does."""
 
-    num_envs: int = 256
-    """Episodes played at once."""
-    action_repeat: int = 3
-    """Steps that one decision lasts; dancers stand three squares away."""
-    decisions: int = 3
-    """Decisions a training episode may take before it is cut and bootstrapped."""
-    discount: float = 0.9
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """What is played between two updates, and how far gradients reach in it."""
+
+    rollout: Literal["steps", "episodes"] = "steps"
+    """steps: goes on across episodes; episodes: begins new ones each time."""
+    steps: int = 128
+    """Steps of each environment in a rollout; of episodes at most so many."""
+    decisions: int = 0
+    """Of episodes: decisions before one is cut and bootstrapped; 0: until its end."""
+    action_repeat: int = 1
+    """Steps that one decision lasts."""
+    bptt: int = 0
+    """Steps that gradients reach back; 0: the whole rollout."""
+    start: Literal["stored", "refreshed", "zeros"] = "stored"
+    """State that learning starts from: as when acting, of today's weights, or none."""
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """How is learned from a rollout."""
+
+    algorithm: Literal["ppo", "vtrace"] = "ppo"
+    """arXiv 1707.06347, or that of IMPALA, arXiv 1802.01561."""
+    learning_rate: float = 1e-3
+    """Of Adam."""
+    final_learning_rate: float = 1.0
+    """Share of it that is left at the end; linear."""
+    discount: float = 0.99
     """From decision to decision."""
     trace: float = 0.95
-    """Lambda of generalized advantage estimation."""
-
-    episodes: int = 200_000
-    """Training ends after this many."""
-    stop_at: float = 0.93
-    """Or when this share of the last 2,000 training episodes succeeded."""
-    learning_rate: float = 1e-3
+    """Lambda of generalized advantage estimation, and of V-trace."""
     epochs: int = 2
-    """Passes over each batch of episodes."""
+    """Passes over a rollout."""
     minibatches: int = 4
-    """Updates a pass."""
+    """Updates a pass, each on some of the environments."""
     clip: float = 0.2
     """Of the probability ratio in PPO."""
+    normalize_advantages: bool = True
+    """To mean 0 and deviation 1, so that rewards of any size move the policy alike."""
+    value_clip: float = 0.0
+    """How far a value may move in PPO; 0: any, as clipping rarely helps."""
     value_weight: float = 0.5
-    entropy_weight: float = 0.1
+    """Of the value's loss."""
+    entropy_weight: float = 0.01
+    """Against a policy that decides too early."""
+    final_entropy: float = 1.0
+    """Share of it that is left at the end; linear."""
     reconstruction_weight: float = 0.03
-    """Of telling the present input from the memory's output, at one random step an episode."""
+    """Of telling the present input from the memory's output, as in the paper."""
     max_grad_norm: float = 1.0
+    """Longer gradients are shortened, so that one rare batch does not spoil the weights."""
 
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """How long is trained, and how the agent is judged."""
+
+    frames: int = 1_000_000
+    """Training ends after so many steps of all environments."""
+    stop_at: float = math.inf
+    """Or at this mean return of training episodes."""
+    average_over: int = 100
+    """Newest training episodes that means are over."""
     checkpoint_every: int = 50
-    """Batches between checkpoints."""
-    eval_episodes: int = 500
-    """Unseen episodes that the trained agent is judged on."""
+    """Rollouts between checkpoints; of steps, each begins new episodes."""
+    eval_every: int = 0
+    """Rollouts between judgements while training; 0: none."""
+    eval_episodes: int = 100
+    """Unseen episodes that an agent is judged on."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How an agent is trained. All values are our choices; the paper's were not at hand."""
+
+    env: Suppress[Fixed[str]] = "CartPole-v1"
+    """Any Gymnasium id; `module:id` imports the module before."""
+    run_dir: Path = Path("runs/run")
+    """Folder of the run: config, checkpoint, metrics, curve."""
+    resume: bool = False
+    """Go on from the checkpoint in run-dir, if there is one."""
+    init_from: Path | None = None
+    """Folder of a run whose agent is the first one."""
+    seed: int = 0
+    """Of weights, episodes and actions."""
+    seeds: int = 1
+    """Trainings, with seeds one after another, each in a folder of run-dir."""
+    processes: int = 1
+    """Processes that share the environments and learn as one."""
+    device: str = "cpu"
+    """Where the agent computes: cpu, or cuda."""
+    tensorboard: bool = False
+    """Write events for TensorBoard; metrics.csv is the record."""
+    task: Suppress[Fixed[str]] = ""
+    """The task of ours whose encoders the agent has, if any."""
+    environments: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    memories: MemoryConfig = field(default_factory=MemoryConfig)
+    rollouts: RolloutConfig = field(default_factory=RolloutConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, naming the field."""
-        counts = [f.name for f in dataclasses.fields(self) if f.type is int or f.type == "int"]
-        for name in counts:
-            least = 0 if name == "seed" else 1
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        if self.observation not in get_args(Observation):
+        """Refuse what cannot work, naming the option."""
+        for part in (self, *(getattr(self, name) for name in _GROUPS)):
+            check_choices(part)
+        for name, value in self.options().items():
+            check_range(name, value)
+        sizes, count = self.memories, self.environments.num_envs
+        if sizes.dim % sizes.heads:
+            raise ValueError(f"heads: expected a divisor of dim = {sizes.dim}, got {sizes.heads}")
+        for name, parts in (
+            ("minibatches", self.learner.minibatches),
+            ("processes", self.processes),
+        ):
+            if count % parts:
+                raise ValueError(f"{name}: expected a divisor of num_envs = {count}, got {parts}")
+        if self.rollouts.rollout == "episodes" and self.rollouts.start != "stored":
             raise ValueError(
-                f"observation: expected one of {get_args(Observation)}, got {self.observation!r}"
+                f"start: expected 'stored' with rollouts of episodes, which begin with no past, "
+                f"got {self.rollouts.start!r}"
             )
-        if self.num_dancers > 8:
-            raise ValueError(f"num_dancers: expected 1 to 8, got {self.num_dancers}")
-        if self.dim % self.heads:
-            raise ValueError(f"heads: expected a divisor of dim = {self.dim}, got {self.heads}")
-        if self.num_envs % self.minibatches:
-            raise ValueError(
-                f"minibatches: expected a divisor of num_envs = {self.num_envs}, "
-                f"got {self.minibatches}"
-            )
-        for name in ("discount", "trace", "stop_at"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+
+    def options(self) -> dict[str, Any]:
+        """Return all options by name, without their groups."""
+        flat: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            flat |= dict(vars(value)) if name in _GROUPS else {name: value}
+        return flat
+
+    def replace(self, **options: Any) -> "TrainConfig":
+        """Return the config with other options, named without their groups."""
+        groups: dict[str, Any] = {}
+        for name in _GROUPS:
+            group = getattr(self, name)
+            own = {key: options.pop(key) for key in list(options) if hasattr(group, key)}
+            groups[name] = dataclasses.replace(group, **own)
+        return dataclasses.replace(self, **groups, **options)
 
     def to_json(self) -> str:
-        """Return the record of the run, without where it is kept."""
-        record = dataclasses.asdict(self)
-        for name in _ABOUT_THE_CALL:
-            del record[name]
-        return json.dumps(record, indent=2)
+        """Return the record of the run, without where and how it was called."""
+        record = {k: v for k, v in self.options().items() if k not in _ABOUT_THE_CALL}
+        return json.dumps(record, indent=2, default=str)
 
     @classmethod
     def from_json(cls, text: str, **call: Any) -> "TrainConfig":
-        """Read what `to_json` wrote; `call` are the fields it leaves out.
+        """Read what `to_json` wrote; `call` are the options it leaves out.
 
         Raises:
             ValueError: not such a record, or one of another version.
         """
         record = json.loads(text)
-        expected = {field.name for field in dataclasses.fields(cls)} - set(_ABOUT_THE_CALL)
+        expected = set(cls().options()) - set(_ABOUT_THE_CALL)
         found = set(record) if isinstance(record, dict) else set()
         if found != expected:
             others = sorted(found ^ expected)
-            raise ValueError(f"config: expected the fields of this version, differs in {others}")
-        return cls(**record, **call)
+            raise ValueError(f"config: expected the options of this version, differs in {others}")
+        for name, value in record.items():
+            record[name] = tuple(value) if isinstance(value, list) else value
+        if record["init_from"] is not None:
+            record["init_from"] = Path(record["init_from"])
+        return cls().replace(**(record | call))
 
     def differs_in(self, other: "TrainConfig") -> list[str]:
-        """Return the fields that would make the two runs learn differently."""
-        own, others = dataclasses.asdict(self), dataclasses.asdict(other)
-        return [
-            f for f in own if f not in (*_ABOUT_THE_CALL, *_ABOUT_THE_END) and own[f] != others[f]
-        ]
+        """Return the options that would make the two runs learn differently."""
+        own, others = self.options(), other.options()
+        free = {*_ABOUT_THE_CALL, *_ABOUT_THE_END}
+        # The end of a schedule is part of what is learned on the way to it.
+        if min(self.learner.final_learning_rate, self.learner.final_entropy) < 1:
+            free.discard("frames")
+        return [name for name in own if name not in free and own[name] != others[name]]
 
 
-_ABOUT_THE_CALL = ("run_dir", "resume")
-_ABOUT_THE_END = ("episodes", "stop_at", "checkpoint_every", "eval_episodes")
+_GROUPS = ("environments", "memories", "rollouts", "learner", "budget")
+_ABOUT_THE_CALL = ("run_dir", "resume", "seeds", "processes", "tensorboard")
+_ABOUT_THE_END = ("frames", "stop_at", "eval_every", "eval_episodes", "device")

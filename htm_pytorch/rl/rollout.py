@@ -1,144 +1,207 @@
-"""The agent plays: vector environment -> one `Rollout`.
+"""A `Player` plays -> one `Rollout`, that learning starts from."""
 
-A rollout begins new episodes in all environments, so that memories are written from their first
-step on and gradients may flow through them. Dancers ignore the agent while they dance, so it is
-asked only where its action counts. Frames wait until some row has to decide; then all of them enter
-the memory at once, which is the same as one by one and costs less.
-"""
-
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from htm_pytorch.rl.agent import Agent, Observations
-from htm_pytorch.rl.losses import generalized_advantages
+from htm_pytorch.rl.config import RolloutConfig
+from htm_pytorch.rl.cores import State, select_rows
+from htm_pytorch.rl.observations import Steps
+from htm_pytorch.rl.player import Episode, Player, joined
 
 
 class Rollout(NamedTuple):
     """T steps of B environments, and the P points of each row where a value counts.
 
-    A point is a decision, or the last frame of an episode that ran out of time.
+    A point is a decision, the final observation of an episode that was cut, or the end of the
+    rollout. Rewards and discounts are of what came between a point and the next one.
     """
 
-    seen: Observations
+    seen: Steps
+    """[B, T, ...]."""
+    state: State
+    """Of the agent before the first of the steps; None: it had seen nothing."""
     at: Tensor
     """[B, P] int64, the step of each point, in order; rows with fewer repeat 0."""
     actions: Tensor
-    """[B, P] int64."""
+    """[B, P, A]."""
     log_probs: Tensor
     """[B, P] of the actions when they were taken."""
-    advantages: Tensor
+    values: Tensor
+    """[B, P] when they were taken."""
+    rewards: Tensor
     """[B, P]."""
-    returns: Tensor
-    """[B, P]."""
+    goes_on: Tensor
+    """[B, P] bool, the value of the next point counts: the episode did not terminate."""
+    is_followed: Tensor
+    """[B, P] bool, and what came after the next point counts, too: it is of the same episode."""
     counts: Tensor
     """[B, P] bool, the decisions whose outcome is known."""
 
     def rows(self, index: Tensor) -> "Rollout":
-        """Return some rows of it."""
-        seen = Observations(*(part[index] for part in self.seen))
-        return Rollout(seen, *(part[index] for part in self[1:]))
+        """Return some rows [R] int64 of it."""
+        state = None if self.state is None else select_rows(self.state, index)
+        return Rollout(
+            self.seen.map(lambda part: part[index]), state, *(part[index] for part in self[2:])
+        )
+
+
+class Played(NamedTuple):
+    """A rollout, and what happened besides."""
+
+    rollout: Rollout
+    episodes: list[Episode]
+    """That ended; of rollouts of episodes, the first of each row, ended or cut."""
+    frames: int
+    """Steps of all rows that exist."""
+    discounted: Tensor
+    """[X] discounted sums of rewards up to each step, whose deviation is a scale of rewards."""
 
 
 @torch.no_grad()
 def play(
-    env: Any,
-    agent: Agent,
-    steps: int,
-    *,
-    action_repeat: int,
-    discount: float,
-    trace: float,
+    player: Player,
+    config: RolloutConfig,
     generator: torch.Generator | None,
-) -> tuple[Rollout, np.ndarray]:
-    """Play `steps` steps of new episodes; return them and the returns of the rows' first episodes.
+    discount: float = 0.99,
+) -> Played:
+    """Play on from where the player is.
 
-    Args:
-        env: a vector environment, resetting in the step after an end.
-        agent: chooses the actions.
-        steps: T at most. An episode still going on then bootstraps from its last decision. Play
-            ends earlier when every row's first episode has, its last frame included.
-        action_repeat: steps that one decision lasts.
-        discount: from decision to decision.
-        trace: lambda of the advantages.
-        generator: samples the actions; None takes the most probable. Episodes come from the
-            environment's own.
-
-    The returns are NaN for rows whose first episode did not end.
+    Rollouts of steps end after so many; the last observation is the first of the next rollout,
+    where its action is chosen, and its value stands here for what will follow. Rollouts of episodes
+    end when the first of each row has, or was cut because it had its decisions. Without a generator
+    the most probable actions are taken.
     """
-    rows = env.num_envs
-    state = agent.initial_state(rows)
-    observed, _ = env.reset()
-    is_first, (ended, truncated) = np.ones(rows, bool), np.zeros((2, rows), bool)
-    held, held_action = np.zeros((2, rows), np.int64)
-    frames: list[Tensor] = []
-    words: list[Tensor] = []
-    firsts: list[Tensor] = []
-    waiting = 0
-    point, decided, terminated = np.zeros((3, steps, rows), bool)
-    reward, first_return = np.zeros((steps, rows)), np.full(rows, np.nan)
-    value, log_prob = np.zeros((2, steps, rows), np.float32)
-    action = np.zeros((steps, rows), np.int64)
-    for step in range(steps):
-        frame, word = observation_tensors(observed)
-        frames.append(frame)
-        words.append(word)
-        firsts.append(torch.from_numpy(is_first))
-        waiting += 1
-        decided[step] = (held == 0) & (observed["instruction"] > 0) & ~ended
-        point[step] = decided[step] | truncated
-        if point[step].any():
-            recent = [torch.stack(parts[-waiting:], 1) for parts in (frames, words, firsts)]
-            last = torch.full((rows, 1), waiting - 1)
-            output, state = agent(Observations(*recent), state, last)
-            waiting = 0
-            policy = output.logits[:, 0].log_softmax(-1)
-            if generator is None:
-                choice = policy.argmax(1, keepdim=True)
-            else:
-                choice = torch.multinomial(policy.exp(), 1, generator=generator)
-            value[step] = output.values[:, 0].numpy()
-            log_prob[step] = policy.gather(1, choice)[:, 0].numpy()
-            action[step] = choice[:, 0].numpy()
-            held_action = np.where(decided[step], action[step], held_action)
-            held = np.where(decided[step], action_repeat, held)
-        if not np.isnan(first_return).any():
+    history = _History(player, discount)
+    at_episodes = config.rollout == "episodes"
+    # The player goes on with the state, in whose place it may write.
+    state = None
+    if not at_episodes:
+        every = torch.arange(len(player.rows), device=player.agent.device)
+        state = select_rows(player.state, every)
+    while True:
+        step, decides = player.look()
+        points = decides | player.seen.truncated
+        choice = player.ask(decides, generator) if points.any() else None
+        if choice is None and generator is not None:
+            # So that what is drawn for a step depends on nothing that is drawn before.
+            player.agent.policy.noise(player.total, generator)
+        history.add(step, points, decides, choice)
+        if at_episodes and (history.is_over(config.decisions) or len(history) >= config.steps):
             break
-        observed, reward[step], terminated[step], truncated, _ = env.step(held_action)
-        is_first = ended
-        ended = terminated[step] | truncated
-        held = np.where(is_first | ended, 0, np.maximum(held - 1, 0))
-        over = ended & np.isnan(first_return)
-        first_return = np.where(over, reward[: step + 1].sum(0), first_return)
-    played = len(frames)
-    seen = Observations(torch.stack(frames, 1), torch.stack(words, 1), torch.stack(firsts, 1))
-    history = (point, decided, reward, terminated, value, log_prob, action)
-    points = _compress(*(part[:played] for part in history))
-    return _with_advantages(points, seen, discount, trace), first_return
+        history.outcome(player.advance())
+        if not at_episodes and len(history) >= config.steps and player.seen.exists is None:
+            history.end()
+            break
+    return history.played(state, at_episodes)
 
 
-def observation_tensors(observed: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Return frames [B, ...] and instructions [B] of what a vector environment shows."""
-    frames = observed["symbols"].view(np.int16) if "symbols" in observed else observed["image"]
-    return torch.from_numpy(frames), torch.from_numpy(observed["instruction"])
+class _History:
+    """What is noted at each step."""
 
+    def __init__(self, player: Player, discount: float):
+        self.player, self.discount = player, discount
+        self.steps: list[Steps] = []
+        self.points: list[np.ndarray] = []
+        self.decided: list[np.ndarray] = []
+        self.actions: list[np.ndarray] = []
+        self.log_probs: list[np.ndarray] = []
+        self.values: list[np.ndarray] = []
+        self.rewards: list[np.ndarray] = []
+        self.terminated: list[np.ndarray] = []
+        self.discounted: list[np.ndarray] = []
+        self.episodes: list[Episode] = []
+        count = len(player.rows)
+        self.nothing = np.zeros(count)
+        self.over = np.zeros(count, bool)
+        self.decisions = np.zeros(count, np.int64)
+        self.ended: dict[int, Episode] = {}
 
-class _Points(NamedTuple):
-    """[P, B] each."""
+    def __len__(self) -> int:
+        return len(self.steps)
 
-    step: np.ndarray
-    known: np.ndarray  # it is a decision and its outcome fell into the rollout
-    ends: np.ndarray  # the episode terminated before the next point
-    next_known: np.ndarray  # the next point's outcome is known too
-    reward: np.ndarray  # up to the next point
-    value: np.ndarray
-    log_prob: np.ndarray
-    action: np.ndarray
+    def add(
+        self, step: Steps, points: np.ndarray, decides: np.ndarray, choice: "tuple | None"
+    ) -> None:
+        actions, log_probs, values = (
+            (np.zeros_like(self.player.actions), self.nothing, self.nothing)
+            if choice is None
+            else choice
+        )
+        self.steps.append(step)
+        self.points.append(points)
+        self.decided.append(decides)
+        self.actions.append(actions)
+        self.log_probs.append(log_probs)
+        self.values.append(values)
+        self.decisions += decides
+        self.over |= self.player.seen.ended
+
+    def outcome(self, episodes: list[Episode]) -> None:
+        seen = self.player.seen
+        self.rewards.append(seen.reward)
+        self.terminated.append(seen.terminated)
+        before = self.discounted[-1] if self.discounted else self.nothing
+        moved = True if seen.exists is None else seen.exists
+        now = np.where(moved, self.discount * before * ~seen.is_first + seen.reward, before)
+        self.discounted.append(now)
+        for episode in episodes:
+            episode = episode._replace(step=len(self))
+            self.episodes.append(episode)
+            self.ended.setdefault(episode.row, episode)
+
+    def is_over(self, decisions: int) -> bool:
+        enough = self.decisions > decisions if decisions else False
+        return bool((self.over | enough).all())
+
+    def end(self) -> None:
+        """Note the values of what is seen at the end, which stand for what will follow."""
+        player = self.player
+        values = player.values()
+        step, _ = player.look()
+        player.waiting.clear()
+        points = ~player.seen.terminated
+        self.add(step, points, np.zeros_like(points), (player.actions, self.nothing, values))
+
+    def played(self, state: State, at_episodes: bool) -> Played:
+        seen = joined(self.steps)
+        for _ in range(len(self) - len(self.rewards)):
+            self.rewards.append(self.nothing)
+            self.terminated.append(np.zeros_like(self.over))
+        arrays = [
+            np.stack(part)
+            for part in (
+                self.points,
+                self.decided,
+                self.rewards,
+                self.terminated,
+                self.values,
+                self.log_probs,
+                self.actions,
+            )
+        ]
+        frames = seen.is_first.numel() if seen.exists is None else int(seen.exists.sum())
+        episodes = self.episodes
+        if at_episodes:
+            player = self.player
+            episodes = [
+                self.ended.get(row)
+                or Episode(row, float(player.returns[row]), int(player.lengths[row]))
+                for row in range(len(player.rows))
+            ]
+        else:
+            # The last observation is the first of the next rollout.
+            frames -= len(self.over)
+        discounted = np.concatenate(self.discounted) if self.discounted else np.zeros(0)
+        rollout = _compress(seen, state, *arrays)
+        return Played(rollout, episodes, frames, torch.from_numpy(discounted))
 
 
 def _compress(
+    seen: Steps,
+    state: State,
     point: np.ndarray,
     decided: np.ndarray,
     reward: np.ndarray,
@@ -146,16 +209,16 @@ def _compress(
     value: np.ndarray,
     log_prob: np.ndarray,
     action: np.ndarray,
-) -> _Points:
+) -> Rollout:
+    """Keep of arrays [T, B, ...] what belongs to points."""
     steps, rows = point.shape
     most = max(1, int(point.sum(0).max()))
     # Points first, in order of time.
     order = np.argsort(~point, axis=0, kind="stable")[:most]
     exists = np.take_along_axis(point, order, 0)
     step = np.where(exists, order, 0)
-    following = np.concatenate([step[1:], np.full((1, rows), steps)])
     has_next = np.concatenate([exists[1:], np.zeros((1, rows), bool)])
-    following = np.where(has_next, following, steps)
+    following = np.where(has_next, np.concatenate([step[1:], step[:1]]), steps)
 
     def until_next(sequence: np.ndarray) -> np.ndarray:
         total = np.concatenate([np.zeros((1, rows)), sequence.cumsum(0)])
@@ -164,39 +227,23 @@ def _compress(
     def here(sequence: np.ndarray) -> np.ndarray:
         return np.take_along_axis(sequence, step, 0)
 
-    is_decision = exists & here(decided)
     ends = until_next(terminated) > 0
-    known = is_decision & (ends | has_next)
-    return _Points(
-        step=step,
-        known=known,
-        ends=ends,
-        next_known=np.concatenate([known[1:], np.zeros((1, rows), bool)]),
-        reward=until_next(reward),
-        value=here(value),
-        log_prob=here(log_prob),
-        action=here(action),
-    )
+    known = exists & here(decided) & (ends | has_next)
+    next_known = np.concatenate([known[1:], np.zeros((1, rows), bool)])
 
+    def made(array: np.ndarray, kind: type | None = None) -> Tensor:
+        return torch.from_numpy(array.astype(kind or array.dtype).swapaxes(0, 1).copy())
 
-def _with_advantages(points: _Points, seen: Observations, discount: float, trace: float) -> Rollout:
-    value = torch.from_numpy(points.value)
-    known = torch.from_numpy(points.known)
-    goes_on = torch.from_numpy(points.known & ~points.ends)
-    advantages = generalized_advantages(
-        r_t=torch.from_numpy(points.reward).to(value.dtype),
-        discount_t=discount * goes_on.to(value.dtype),
-        # Out of time, or cut: the next value counts, what came after it does not.
-        trace_t=trace * (goes_on & torch.from_numpy(points.next_known)).to(value.dtype),
-        v_tm1=value,
-        v_t=torch.cat([value[1:], torch.zeros_like(value[:1])]),
-    )
     return Rollout(
-        seen=seen,
-        at=torch.from_numpy(points.step).T.contiguous(),
-        actions=torch.from_numpy(points.action).T.contiguous(),
-        log_probs=torch.from_numpy(points.log_prob).T.contiguous(),
-        advantages=advantages.T.contiguous(),
-        returns=(advantages + value).T.contiguous(),
-        counts=known.T.contiguous(),
+        seen,
+        state,
+        at=made(step),
+        actions=made(np.take_along_axis(action, step[..., None], 0)),
+        log_probs=made(here(log_prob), np.float32),
+        values=made(here(value), np.float32),
+        rewards=made(until_next(reward), np.float32),
+        goes_on=made(known & ~ends),
+        # Out of time, or cut: the next value counts, what came after it does not.
+        is_followed=made(known & ~ends & next_known),
+        counts=made(known),
     )

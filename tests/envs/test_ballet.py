@@ -99,6 +99,7 @@ def test_recorded_episode_replays(episode):
         observation, reward, terminated, truncated, info = env.step(action)
         frames.append(observation["image"])
         assert INSTRUCTIONS[observation["instruction"]] == info["instruction"]
+        assert info["action_counts"] is (info["instruction"] != "watch")
         assert reward == recorded["rewards"][step]
         assert 1 - terminated == recorded["discounts"][step]
         assert (terminated or truncated) == (recorded["step_types"][step] == 2)
@@ -226,7 +227,8 @@ def test_batched_equals_single(num_dancers, max_steps, observation):
     endings = set()
     for actions in np.random.default_rng(0).integers(9, size=(4 * max_steps, num_envs)):
         batch, *results, info = vector.step(actions)
-        assert info == {}
+        assert info.keys() == {"action_counts"}
+        np.testing.assert_array_equal(info["action_counts"], batch["instruction"] > 0)
         for index, env in enumerate(singles):
             if ended[index]:
                 alone, _ = env.reset(options={"level": vector.levels()[index]})

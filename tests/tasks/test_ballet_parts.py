@@ -1,4 +1,4 @@
-"""The agent: streaming, what its encoders tell apart, reconstruction, and where gradients flow."""
+"""Ballet's agent: streaming, what encoders tell apart, reconstruction, where gradients flow."""
 
 from typing import Any
 
@@ -8,7 +8,12 @@ import torch
 from torch import nn
 
 from htm_pytorch.envs import COLOURS, TILES, ballet_tables
-from htm_pytorch.rl.agent import Agent, ImageEncoder, Observations, SymbolEncoder
+from htm_pytorch.rl.agent import Agent, make_agent
+from htm_pytorch.rl.config import TrainConfig
+from htm_pytorch.rl.making import make_environments
+from htm_pytorch.rl.observations import Steps
+from htm_pytorch.tasks import find
+from htm_pytorch.tasks.ballet_parts import FrameDecoder, ImageEncoder, SymbolEncoder
 from tests.helpers import assert_near
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -16,19 +21,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = pytest.mark.parametrize("observation", ["symbols", "image"])
 
 
-def make_agent(observation: Any, **changes: Any) -> Agent:
-    arguments: dict[str, Any] = {
-        "actions": 8,
+def make(observation: str, **changes: Any) -> Agent:
+    sizes: dict[str, Any] = {
         "dim": 12,
         "depth": 2,
         "heads": 2,
-        "topk_mems": 2,
         "mem_chunk_size": 3,
         "mem_chunks": 3,
         "window": 2,
-        "detach_memories": False,
+        "env_args": (f"observation={observation}",),
     }
-    return Agent(observation, **arguments | changes)
+    config = TrainConfig(env="htm_pytorch.envs:htm_pytorch/Ballet-v0").replace(**sizes | changes)
+    environments = make_environments(config, 1)
+    parts = find("ballet").parts
+    assert parts is not None
+    return make_agent(config, environments.observation_space, environments.action_space, parts())
 
 
 def symbol(shape: int, colour: int) -> int:
@@ -51,7 +58,7 @@ def as_frames(observation: str, rooms: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(pictures)[None]
 
 
-def make_seen(observation: str, batch: int, length: int) -> Observations:
+def make_seen(observation: str, batch: int, length: int) -> Steps:
     """Two dancers somewhere, a word, and here and there a new episode."""
     draw = np.random.default_rng(0)
     rooms = []
@@ -63,33 +70,30 @@ def make_seen(observation: str, batch: int, length: int) -> Observations:
     frames = as_frames(observation, rooms)[0].unflatten(0, (batch, length))
     is_first = torch.rand(batch, length) < 0.1
     is_first[:, 0] = True
-    return Observations(frames, torch.randint(14, (batch, length)), is_first)
+    return Steps({observation: frames, "instruction": torch.randint(14, (batch, length))}, is_first)
 
 
 @KINDS
 def test_streamed_is_whole(observation: str) -> None:
-    """In pieces of any length, asked about any of their steps, recalling or not."""
-    agent = make_agent(observation).double()
+    """In pieces of any length, asked about any of their steps."""
+    agent = make(observation).double()
     seen = make_seen(observation, 2, 17)
     assert seen.is_first[:, 1:].any()
     every = torch.arange(17).expand(2, 17)
     whole, _ = agent(seen, agent.initial_state(2), every)
     assert whole.features.shape == (2, 17, 12)
-    assert whole.logits.shape == (2, 17, 8)
+    assert whole.policy.shape == (2, 17, 8)
     assert whole.values.shape == (2, 17)
 
     some = torch.tensor([[3, 3, 16], [0, 7, 1]])
-    for got in (
-        agent(seen, agent.initial_state(2), some)[0],
-        agent.recall(seen, agent.initial_state(2), some)[0],
-    ):
-        for name, part, all_parts in zip(got._fields, got, whole, strict=True):
-            expected = torch.stack([all_parts[row, some[row]] for row in range(2)])
-            assert_near(part, expected, 1e-12, name)
+    got = agent(seen, agent.initial_state(2), some)[0]
+    for name, part, all_parts in zip(got._fields, got, whole, strict=True):
+        expected = torch.stack([all_parts[row, some[row]] for row in range(2)])
+        assert_near(part, expected, 1e-12, name)
 
     state, start, pieces = agent.initial_state(2), 0, []
     for length in (1, 5, 1, 2, 8):
-        piece = Observations(*(part[:, start : start + length] for part in seen))
+        piece = seen.map(lambda part, s=start, n=length: part[:, s : s + n])
         output, state = agent(piece, state, every[:, :length])
         pieces.append(output)
         start += length
@@ -136,9 +140,10 @@ def test_a_frame_without_dancers_can_be_encoded() -> None:
 @KINDS
 def test_reconstruction_can_be_learned(observation: str) -> None:
     """To the least there is: 0, or for pictures the entropy of their shades of grey."""
-    agent = make_agent(observation, dim=32)
-    frames, word = as_frames(observation, [BEFORE]), torch.tensor([[5]])
-    seen = Observations(frames, word, torch.ones(1, 1, dtype=torch.bool))
+    agent = make(observation, dim=32)
+    frames = as_frames(observation, [BEFORE])
+    shown = {observation: frames, "instruction": torch.tensor([[5]])}
+    seen = Steps(shown, torch.ones(1, 1, dtype=torch.bool))
     least = 0.0
     if observation == "image":
         shades = frames.float() / 255
@@ -147,7 +152,8 @@ def test_reconstruction_can_be_learned(observation: str) -> None:
     losses = []
     for _ in range(60):
         output, _ = agent(seen, agent.initial_state(1), torch.zeros(1, 1, dtype=torch.int64))
-        loss = agent.reconstruction_loss(output.features[:, 0], frames[:, 0], word[:, 0])
+        present = {name: part[:, 0] for name, part in shown.items()}
+        loss = agent.reconstruction_loss(output.features[:, 0], present)
         losses.append(loss.item() - least)
         optimizer.zero_grad()
         loss.backward()
@@ -158,13 +164,15 @@ def test_reconstruction_can_be_learned(observation: str) -> None:
 
 @KINDS
 def test_reconstruction_loss_is_a_mean_over_frames(observation: str) -> None:
-    agent = make_agent(observation).double()
+    agent = make(observation).double()
     seen = make_seen(observation, 3, 1)
     features = torch.randn(3, 12, dtype=torch.float64)
-    frames, words = seen.frames[:, 0], seen.instructions[:, 0]
-    together = agent.reconstruction_loss(features, frames, words)
+    shown = {name: part[:, 0] for name, part in seen.observation.items()}
+    together = agent.reconstruction_loss(features, shown)
     each = [
-        agent.reconstruction_loss(features[row, None], frames[row, None], words[row, None])
+        agent.reconstruction_loss(
+            features[row, None], {name: part[row, None] for name, part in shown.items()}
+        )
         for row in range(3)
     ]
     assert_near(together, torch.stack(each).mean(), 1e-12)
@@ -176,22 +184,32 @@ def test_gradient_flows_through_the_memory_unless_it_is_cut(
     observation: str, detach_memories: bool
 ) -> None:
     """A window of one step: nothing but the memory leads from an early frame to a late output."""
-    agent = make_agent(observation, depth=1, window=1, detach_memories=detach_memories)
+    agent = make(observation, depth=1, window=1, detach_memories=detach_memories)
     encoded: list[torch.Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
         output.retain_grad()
         encoded.append(output)
 
-    agent.encode_frame.register_forward_hook(keep)
+    agent.encoder.register_forward_hook(keep)
     seen = make_seen(observation, 1, 6)
     seen = seen._replace(is_first=torch.zeros_like(seen.is_first))
     output, _ = agent(seen, agent.initial_state(1), torch.tensor([[5]]))
-    agent.reconstruction_loss(
-        output.features[:, 0], seen.frames[:, 5], seen.instructions[:, 5]
-    ).backward()
-    size = encoded[0].grad[0].abs().amax(-1)
+    present = {name: part[:, 5] for name, part in seen.observation.items()}
+    agent.reconstruction_loss(output.features[:, 0], present).backward()
+    grad = encoded[0].grad
+    assert grad is not None
+    size = grad[0].abs().amax(-1)
     assert size[5] > 0
     # Steps 0 to 2 are the chunk that is recalled; 3 and 4 wait for theirs to close.
     assert ((size[:3] == 0) if detach_memories else (size[:3] > 0)).all()
     assert (size[3:5] == 0).all()
+
+
+def test_only_ballets_observations_are_encoded() -> None:
+    config = TrainConfig(env="htm_pytorch.envs:htm_pytorch/Ballet-v0").replace(
+        observe=("instruction",)
+    )
+    environments = make_environments(config, 1)
+    with pytest.raises(ValueError, match="env: expected Ballet's symbols or image"):
+        FrameDecoder(environments.observation_space, 8)

@@ -1,0 +1,43 @@
+"""`htm eval`: a trained agent on unseen episodes."""
+
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from htm_pytorch import tasks
+
+
+def evaluate(
+    run_dir: tyro.conf.Positional[Path],
+    episodes: int | None = None,
+    seed: int | None = None,
+    actions: Literal["greedy", "sampled"] = "greedy",
+    render: Path | None = None,
+) -> None:
+    """Judge a trained agent on unseen episodes.
+
+    Args:
+        run_dir: folder of the run.
+        episodes: how many; default as the run's config says.
+        seed: of the episodes; default one that the training did not use.
+        actions: the most probable ones, or sampled as in training.
+        render: a file for moving pictures of one episode, .gif or .mp4.
+    """
+    from htm_pytorch.rl import evaluate
+    from htm_pytorch.rl.evaluation import load_agent, read_config
+
+    config = read_config(run_dir)
+    task = tasks.find(config.task) if config.task else None
+    parts = None if task is None or task.parts is None else task.parts()
+    greedy = actions == "greedy"
+    print(evaluate(run_dir, episodes, seed, greedy=greedy, parts=parts, render=render))
+    if task is not None and task.draw is not None:
+        picture = task.draw(load_agent(run_dir, parts)[0], config, run_dir)
+        if picture is not None:
+            print(f"what it recalled: {picture}")
+
+
+def main(arguments: list[str]) -> None:
+    """Parse and judge."""
+    tyro.cli(evaluate, args=arguments, prog="htm eval")

@@ -1,0 +1,131 @@
+"""`htm train`: one training, several seeds, or several processes that learn as one."""
+
+import dataclasses
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from htm_pytorch import tasks
+from htm_pytorch.rl.config import TrainConfig
+
+if TYPE_CHECKING:
+    from htm_pytorch.rl import Agent, Evaluation, Parts
+
+DESCRIPTION = f"""Train an agent that remembers: htm train ENV [options]
+
+ENV is a task of ours ({", ".join(tasks.TASKS)}), whose options are set,
+or the id of any environment of Gymnasium; module:id imports a module before.
+`htm train ENV --help` shows the values it begins with.
+
+  htm train ballet --run-dir runs/demo
+  htm train CartPole-v1 --memory lstm --frames 200000 --seeds 3
+  htm train popgym:popgym-RepeatPreviousEasy-v0 --processes 2 --resume
+"""
+
+
+def main(arguments: list[str]) -> None:
+    """Train, then judge on unseen episodes."""
+    # On a busy machine, threads that wait by spinning make each other 10 times slower.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    config = parse(arguments)
+    if config.processes > 1:
+        _launch(config, arguments)
+    elif config.seeds > 1:
+        _train_seeds(config)
+    else:
+        _train(config)
+
+
+def parse(arguments: list[str]) -> TrainConfig:
+    """Return the config that the arguments say; prints and exits if they ask for help.
+
+    Raises:
+        ValueError: no environment is named, or an option cannot work.
+    """
+    name, rest = "", arguments
+    if arguments and not arguments[0].startswith("-"):
+        name, *rest = arguments
+    if not name and not {"-h", "--help"} & set(rest):
+        raise ValueError(
+            f"env: expected `htm train ENV [options]`, ENV one of {tasks.TASKS} or the id of an "
+            f"environment, got {' '.join(arguments) or 'nothing'}"
+        )
+    if name in tasks.TASKS:
+        default = dataclasses.replace(tasks.find(name).config, task=name)
+    else:
+        default = TrainConfig(env=name)
+
+    # As a function's argument: errors of a class would be drawn in a box of many lines.
+    def chosen(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default) -> TrainConfig:
+        return config
+
+    found = tyro.cli(
+        chosen,
+        args=rest,
+        prog=f"htm train {name or 'ENV'}",
+        description=DESCRIPTION,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+    )
+    given = found.environments.env_args
+    if given == default.environments.env_args:
+        return found
+    # Arguments of a task stay, but for those that are given.
+    return found.replace(env_args=(*default.environments.env_args, *given))
+
+
+def _train(config: TrainConfig) -> "Evaluation | None":
+    from htm_pytorch.rl import evaluate, train
+    from htm_pytorch.rl.preparing import describe_sizes, prepare
+    from htm_pytorch.rl.processes import World
+
+    parts = _parts(config)
+    if World.is_first():
+        prepare(config, parts)
+        print(describe_sizes(config))
+    agent = train(config, parts)
+    if not World.is_first():
+        return None
+    result = evaluate(config.run_dir, parts=parts)
+    print(f"{result}; {_drawn(agent, config)}")
+    return result
+
+
+def _train_seeds(config: TrainConfig) -> None:
+    import numpy as np
+
+    means: list[float] = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        one = config.replace(seed=seed, seeds=1, run_dir=config.run_dir / f"seed-{seed}")
+        result = _train(one)
+        if result is not None:
+            means.append(result.mean)
+    spread = np.std(means, ddof=1)
+    print(f"return {np.mean(means):.3f} +- {spread:.3f}, mean and deviation of {len(means)} seeds")
+
+
+def _launch(config: TrainConfig, arguments: list[str]) -> None:
+    """Run the same command in several processes, if it can be run at all."""
+    from htm_pytorch.rl.preparing import prepare
+    from htm_pytorch.rl.processes import launch
+
+    if config.seeds > 1:
+        raise ValueError(f"seeds: expected 1 with several processes, got {config.seeds}")
+    prepare(config, _parts(config))
+    code = launch(config.processes, ["train", *arguments, "--processes", "1"])
+    if code:
+        sys.exit(code if code == 130 else f"htm: a process ended with {code}; see above")
+
+
+def _parts(config: TrainConfig) -> "Parts | None":
+    make = tasks.find(config.task).parts if config.task else None
+    return None if make is None else make()
+
+
+def _drawn(agent: "Agent", config: TrainConfig) -> str:
+    draw = tasks.find(config.task).draw if config.task else None
+    picture = None if draw is None else draw(agent, config, config.run_dir)
+    if picture is None:
+        return f"the run is in {config.run_dir}"
+    return f"what it recalled: {picture}"

@@ -1,0 +1,224 @@
+"""Any Gymnasium environment, as B rows in lockstep whose episodes are whole, one after another.
+
+Every observation of an episode, the final one included, is one step of its row. Of the three ways
+in which vector environments begin the next episode, NEXT_STEP gives that by itself. In the others
+the first observations of the rows that ended come as a step of their own, at which the other rows
+do not exist.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+from htm_pytorch.rl.observations import Nested, nested
+
+
+class Seen(NamedTuple):
+    """What the rows show at one step, and what the step to it brought."""
+
+    observation: Nested
+    """[B, ...] each."""
+    is_first: np.ndarray
+    """[B] bool, the first observation of an episode."""
+    exists: np.ndarray | None
+    """[B] bool, False where a row waits for others; None: everywhere True."""
+    acts: np.ndarray
+    """[B] bool, where an action counts; never at a final observation."""
+    reward: np.ndarray
+    """[B] float64."""
+    terminated: np.ndarray
+    """[B] bool."""
+    truncated: np.ndarray
+    """[B] bool."""
+
+    @property
+    def ended(self) -> np.ndarray:
+        """[B] bool, the final observation of an episode."""
+        return self.terminated | self.truncated
+
+
+class Environments:
+    """B environments in lockstep.
+
+    Where an action counts, `info["action_counts"]` of the environment says, [B] bool or one bool
+    an environment; without it, everywhere.
+
+    Args:
+        vector: the environments, in one of Gymnasium's three autoreset modes.
+        observe: parts of a Dict observation to keep; default all.
+        see_previous: observations are a Dict of `observation`, `previous_action`, one-hot where it
+            is a choice and zeros at the first step, and `previous_reward`.
+
+    Raises:
+        ValueError: another autoreset mode, or a part that is not there.
+    """
+
+    def __init__(
+        self, vector: VectorEnv, observe: tuple[str, ...] = (), see_previous: bool = False
+    ):
+        mode = vector.metadata.get("autoreset_mode")
+        if mode not in tuple(AutoresetMode):
+            raise ValueError(
+                f"env: expected one of the autoreset modes {[m.name for m in AutoresetMode]} in "
+                f"the metadata of the vector environment, got {mode!r}"
+            )
+        self.vector = vector
+        self.mode: AutoresetMode = mode
+        self.num_envs: int = vector.num_envs
+        self.action_space: spaces.Space[Any] = vector.single_action_space
+        self._observe, self._sees_previous = observe, see_previous
+        self.observation_space = self._space(vector.single_observation_space)
+        self._none = np.zeros(self.num_envs, bool)
+        self._last: Seen | None = None
+        self._following: Seen | None = None
+        self._actions: Any = None
+
+    def reset(self, seeds: list[int]) -> Seen:
+        """Begin new episodes in all rows, from a seed a row."""
+        rows = _rows_of(self.vector)
+        observed, info = self.vector.reset(seed=seeds if rows else seeds[0])  # pyright: ignore[reportArgumentType]
+        self._actions, self._following = None, None
+        nothing = np.zeros(self.num_envs)
+        every = ~self._none
+        return self._seen(observed, every, None, info, nothing, self._none, self._none)
+
+    def step(self, actions: Any) -> Seen:
+        """Do the actions [B, ...] of the rows that exist, and return what is seen next."""
+        last, following = self._last, self._following
+        if last is None:
+            raise gymnasium.error.ResetNeeded("Call reset() first: there are no episodes yet.")
+        if last.exists is None or self._actions is None:
+            self._actions = actions
+        else:
+            rows = last.exists.reshape(-1, *(1,) * (np.ndim(actions) - 1))
+            self._actions = np.where(rows, actions, self._actions)
+        if following is not None:
+            self._following, self._last = None, following
+            return following
+        observed, reward, terminated, truncated, info = self.vector.step(self._actions)
+        began, ended = self._none, terminated | truncated
+        if self.mode == AutoresetMode.NEXT_STEP:
+            began = last.ended
+        elif ended.any():
+            observed, first, first_info = self._apart(observed, ended, info)
+            following = self._seen(
+                first, ended, ended, first_info, np.zeros_like(reward), self._none, self._none
+            )
+        # A terminated episode is not cut, too.
+        truncated = truncated & ~terminated
+        seen = self._seen(observed, began, None, info, reward, terminated, truncated)
+        self._following = following
+        return seen
+
+    def close(self) -> None:
+        """Give back what the environments hold."""
+        self.vector.close()
+
+    def _apart(
+        self, observed: Nested, ended: np.ndarray, info: dict[str, Any]
+    ) -> tuple[Nested, Nested, dict[str, Any]]:
+        """Return the final and the first observations of the rows that ended, and their info."""
+        if self.mode == AutoresetMode.DISABLED:
+            first, info = self.vector.reset(options={"reset_mask": ended.copy()})
+            return observed, first, info
+        if "final_obs" not in info:
+            raise ValueError(
+                "env: expected info['final_obs'] of an environment that resets in the step of the "
+                f"end, got {sorted(info)}"
+            )
+        final = nested(np.array, observed)
+        for row in np.flatnonzero(ended):
+
+            def place(part: np.ndarray, value: Any, row: int = int(row)) -> None:
+                part[row] = value
+
+            nested(place, final, _as_nested(info["final_obs"][row], final))
+        return final, observed, info
+
+    def _seen(
+        self,
+        observed: Nested,
+        is_first: np.ndarray,
+        exists: np.ndarray | None,
+        info: dict[str, Any],
+        reward: np.ndarray,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+    ) -> Seen:
+        if self._observe:
+            observed = {name: observed[name] for name in self._observe}
+        if self._sees_previous:
+            observed = {
+                "observation": observed,
+                "previous_action": self._previous_action(is_first),
+                "previous_reward": np.where(is_first, 0, reward).astype(np.float32)[:, None],
+            }
+        acts = _action_counts(info, self.num_envs) & ~(terminated | truncated)
+        acts = acts if exists is None else acts & exists
+        reward = np.asarray(reward, np.float64)
+        seen = Seen(observed, is_first, exists, acts, reward, terminated, truncated)
+        self._last = seen
+        return seen
+
+    def _space(self, space: spaces.Space[Any]) -> spaces.Space[Any]:
+        if self._observe:
+            parts = dict(space) if isinstance(space, spaces.Dict) else {}
+            missing = [name for name in self._observe if name not in parts]
+            if missing:
+                raise ValueError(f"observe: expected some of {sorted(parts)}, got {missing}")
+            space = spaces.Dict({name: parts[name] for name in self._observe})
+        if self._sees_previous:
+            size = spaces.flatdim(self.action_space)
+            space = spaces.Dict(
+                {
+                    "observation": space,
+                    "previous_action": spaces.Box(-np.inf, np.inf, (size,), np.float32),
+                    "previous_reward": spaces.Box(-np.inf, np.inf, (1,), np.float32),
+                }
+            )
+        return space
+
+    def _previous_action(self, is_first: np.ndarray) -> np.ndarray:
+        """Return the actions [B, N] that led here, choices one-hot."""
+        size = spaces.flatdim(self.action_space)
+        if self._actions is None:
+            return np.zeros((self.num_envs, size), np.float32)
+        flat = np.asarray(self._actions).reshape(self.num_envs, -1)
+        space = self.action_space
+        if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+            nvec = np.atleast_1d(space.n if isinstance(space, spaces.Discrete) else space.nvec)
+            offsets = np.concatenate([[0], np.cumsum(nvec.ravel())[:-1]])
+            made = np.zeros((self.num_envs, size), np.float32)
+            np.put_along_axis(made, flat - np.ravel(space.start) + offsets, 1, axis=1)
+            flat = made
+        return np.where(is_first[:, None], 0, flat).astype(np.float32)
+
+
+def _action_counts(info: dict[str, Any], rows: int) -> np.ndarray:
+    counts = info.get("action_counts")
+    if counts is None:
+        return np.ones(rows, bool)
+    said = info.get("_action_counts", True)
+    return np.where(said, np.asarray(counts).astype(bool), True)
+
+
+def _as_nested(value: Any, like: Nested) -> Nested:
+    """Return one row's observation nested as the batch is: its arrays may be objects."""
+    if isinstance(like, dict):
+        return {key: _as_nested(value[key], like[key]) for key in like}
+    if isinstance(like, tuple):
+        return tuple(_as_nested(v, part) for v, part in zip(value, like, strict=True))
+    return value
+
+
+def _rows_of(vector: VectorEnv) -> bool:
+    """Say whether it is made of single environments, each with a generator of its own."""
+    made_of_single = gymnasium.vector.SyncVectorEnv | gymnasium.vector.AsyncVectorEnv
+    return isinstance(vector.unwrapped, made_of_single)
+
+
+Make = Callable[[int], Environments]

@@ -1,0 +1,173 @@
+"""How well an agent plays episodes that it never saw."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from htm_pytorch.rl.agent import Agent, Parts, make_agent
+from htm_pytorch.rl.config import TrainConfig
+from htm_pytorch.rl.making import make_environments, seeds_of
+from htm_pytorch.rl.player import Player
+from htm_pytorch.rl.rollout import Rollout, play
+from htm_pytorch.rl.run import CHECKPOINT, Checkpoint
+
+UNSEEN = 2**62
+"""Stands in seeds where trainings have the number of a batch, which never is as large."""
+MOST_ROWS = 500
+"""Episodes that are played at once."""
+
+
+class Evaluation(NamedTuple):
+    """The judgement on an agent."""
+
+    mean: float
+    """Mean return."""
+    interval: float
+    """Half the width of its 95 % confidence interval."""
+    length: float
+    """Mean steps of an episode."""
+    episodes: int
+    greedy: bool
+    """Whether the most probable actions were taken; else they were sampled."""
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        how = "greedy" if self.greedy else "sampled"
+        return (
+            f"return {self.mean:.3f} +- {self.interval:.3f} (95 %) in {self.episodes} unseen "
+            f"episodes of {self.length:.1f} steps, {how}"
+        )
+
+
+def evaluate(
+    run_dir: Path | str,
+    episodes: int | None = None,
+    seed: int | None = None,
+    *,
+    greedy: bool = True,
+    parts: Parts | None = None,
+    render: Path | None = None,
+) -> Evaluation:
+    """Play unseen episodes with the run's agent.
+
+    Args:
+        run_dir: of a run that has a checkpoint.
+        episodes: how many; default the config's `eval_episodes`.
+        seed: of the episodes; default one that no training of this config uses.
+        greedy: take the most probable actions; else sample them.
+        parts: those that the agent was trained with.
+        render: a file for moving pictures of one episode, .gif or .mp4.
+
+    Raises:
+        ValueError: no run there, or a broken one.
+    """
+    if episodes is not None and episodes < 1:
+        raise ValueError(f"episodes: expected at least 1, got {episodes}")
+    agent, config, stage = load_agent(run_dir, parts)
+    count = config.budget.eval_episodes if episodes is None else episodes
+    if seed is not None:
+        config = config.replace(seed=seed)
+    result = judge(agent, config, count, greedy=greedy, stage=stage)
+    if render is not None:
+        from htm_pytorch.rl.plots import write_film
+
+        write_film(film(agent, config, greedy, stage), render)
+    return result
+
+
+def load_agent(run_dir: Path | str, parts: Parts | None = None) -> tuple[Agent, TrainConfig, int]:
+    """Return the run's agent, its config, and the stage of the curriculum that it had reached.
+
+    Raises:
+        ValueError: no run there, or a broken one.
+    """
+    checkpoint = _checkpoint(run_dir)
+    config, stage = checkpoint.config, int(checkpoint.progress["stage"])
+    environments = make_environments(config, 1, stage)
+    agent = make_agent(config, environments.observation_space, environments.action_space, parts)
+    environments.close()
+    checkpoint.restore_agent(agent)
+    return agent, config, stage
+
+
+def read_config(run_dir: Path | str) -> TrainConfig:
+    """Return the config of a run.
+
+    Raises:
+        ValueError: no run there, or a broken one.
+    """
+    return _checkpoint(run_dir).config
+
+
+@torch.no_grad()
+def judge(
+    agent: Agent, config: TrainConfig, episodes: int, *, greedy: bool = True, stage: int = 0
+) -> Evaluation:
+    """Play so many unseen episodes, as many in each row, so that short ones are not preferred."""
+    count = min(episodes, MOST_ROWS)
+    player = _player(agent, config, count, stage)
+    quota = episodes // count + (np.arange(count) < episodes % count)
+    generator = None if greedy else torch.Generator().manual_seed(config.seed)
+    returns: list[float] = []
+    lengths: list[int] = []
+    while len(returns) < episodes:
+        _, decides = player.look()
+        if decides.any():
+            player.ask(decides, generator)
+        for episode in player.advance():
+            if quota[episode.row]:
+                quota[episode.row] -= 1
+                returns.append(episode.total)
+                lengths.append(episode.length)
+    player.environments.close()
+    deviation = float(np.std(returns, ddof=1)) if episodes > 1 else math.nan
+    interval = 1.96 * deviation / math.sqrt(episodes)
+    return Evaluation(float(np.mean(returns)), interval, float(np.mean(lengths)), episodes, greedy)
+
+
+@torch.no_grad()
+def film(agent: Agent, config: TrainConfig, greedy: bool = True, stage: int = 0) -> list[Any]:
+    """Play one unseen episode and return its pictures."""
+    player = _player(agent, config, 1, stage, "rgb_array")
+    generator = None if greedy else torch.Generator().manual_seed(config.seed)
+    pictures: list[Any] = []
+    while not pictures or not player.seen.ended.all():
+        shown = player.environments.vector.render()
+        if shown is None or shown[0] is None:
+            raise ValueError(f"render: expected an environment that draws itself, got {config.env}")
+        pictures.append(np.array(shown[0]))
+        _, decides = player.look()
+        if decides.any():
+            player.ask(decides, generator)
+        player.advance()
+    player.environments.close()
+    return pictures
+
+
+def watch(agent: Agent, config: TrainConfig, stage: int = 0) -> tuple[Rollout, float]:
+    """Play one unseen episode by the most probable actions; return it and its return."""
+    player = _player(agent, config, 1, stage)
+    rollouts = replace(config.rollouts, rollout="episodes", steps=2**40, decisions=0)
+    played = play(player, rollouts, None)
+    player.environments.close()
+    return played.rollout, played.episodes[0].total
+
+
+def _checkpoint(run_dir: Path | str) -> Checkpoint:
+    path = Path(run_dir) / CHECKPOINT
+    if not path.exists():
+        raise ValueError(f"run_dir: expected a run with a {CHECKPOINT}, found none in {run_dir}")
+    return Checkpoint(path)
+
+
+def _player(
+    agent: Agent, config: TrainConfig, rows: int, stage: int, render_mode: str | None = None
+) -> Player:
+    environments = make_environments(config, rows, stage, render_mode)
+    player = Player(environments, agent, config.rollouts.action_repeat)
+    player.begin(seeds_of(config, UNSEEN, range(rows)))
+    return player

@@ -1,0 +1,100 @@
+"""From a config to its environments."""
+
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.wrappers import FrameStackObservation, TimeLimit
+
+from htm_pytorch.rl.config import TrainConfig
+from htm_pytorch.rl.environments import Environments
+
+
+def make_environments(
+    config: TrainConfig, num_envs: int, stage: int = 0, render_mode: str | None = None
+) -> Environments:
+    """Return environments of the config.
+
+    Args:
+        config: which, and how.
+        num_envs: how many.
+        stage: of the curriculum.
+        render_mode: of the environments.
+
+    Raises:
+        ValueError: there is no such environment, or it does not take its arguments.
+    """
+    options = config.environments
+    spec = _find(config.env)
+    arguments = parse_arguments("env_args", options.env_args)
+    if options.curriculum:
+        arguments |= parse_arguments("curriculum", [options.curriculum[stage]])
+    if render_mode is not None:
+        arguments["render_mode"] = render_mode
+    wrappers: list[Callable[[gymnasium.Env], gymnasium.Wrapper]] = []
+    if options.frame_stack > 1:
+        wrappers.append(lambda env: FrameStackObservation(env, options.frame_stack))
+    mode = options.vectorize
+    if mode == "auto":
+        own = spec.vector_entry_point is not None and not wrappers and not options.time_limit
+        mode = "vector_entry_point" if own and render_mode is None else "sync"
+    if options.time_limit:
+        wrappers.append(lambda env: TimeLimit(env, options.time_limit))
+    more = {} if mode == "vector_entry_point" else {"disable_env_checker": True}
+    try:
+        vector = gymnasium.make_vec(
+            config.env,
+            num_envs=num_envs,
+            vectorization_mode=mode,
+            wrappers=wrappers,
+            **more,
+            **arguments,
+        )
+    except (TypeError, ValueError, gymnasium.error.Error) as error:
+        raise ValueError(f"env_args: {config.env} is not made with {arguments}: {error}") from error
+    return Environments(vector, options.observe, options.see_previous)
+
+
+def seeds_of(config: TrainConfig, batch: int, rows: range) -> list[int]:
+    """Return a seed for each row, the same in whichever process it is."""
+    return [
+        int(np.random.SeedSequence((config.seed, batch, row)).generate_state(1)[0]) for row in rows
+    ]
+
+
+def parse_arguments(name: str, given: Sequence[str]) -> dict[str, Any]:
+    """Return arguments given as `name=value` or as JSON objects."""
+    arguments: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if text.lstrip().startswith("{"):
+            try:
+                arguments |= json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{name}: expected a JSON object, got {text!r}: {error}"
+                ) from error
+        elif equals and key.isidentifier():
+            try:
+                arguments[key] = json.loads(value)
+            except json.JSONDecodeError:
+                arguments[key] = value
+        else:
+            raise ValueError(f"{name}: expected name=value or a JSON object, got {text!r}")
+    return arguments
+
+
+def _find(name: str) -> Any:
+    module, _, bare = name.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+        return gymnasium.spec(bare)
+    except (ImportError, gymnasium.error.Error) as error:
+        raise ValueError(
+            f"env: expected the id of an environment, or module:id of one that the module "
+            f"registers, got {name!r}: {error}"
+        ) from error

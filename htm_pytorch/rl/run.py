@@ -1,0 +1,203 @@
+"""The folder of a run: who may write there, its config, metrics, and checkpoint; never pickle."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from htm_pytorch.memory import MemoryFileError
+from htm_pytorch.memory.files import load_tensors, save_tensors
+from htm_pytorch.rl.config import TrainConfig
+
+KIND = "htm-agent"
+CHECKPOINT, CONFIG, METRICS, CURVE, LOCK = (
+    "checkpoint.safetensors",
+    "config.json",
+    "metrics.csv",
+    "curve.png",
+    ".lock",
+)
+Path_ = str | os.PathLike[str]
+
+
+def check_free(config: TrainConfig) -> None:
+    """Raise unless a training of the config may go on, or begin, in its folder.
+
+    Raises:
+        ValueError: the folder holds a run and `resume` is not set, or a run of another config.
+    """
+    place = config.run_dir
+    if not ((place / CONFIG).exists() or (place / CHECKPOINT).exists()):
+        return
+    if not config.resume:
+        raise ValueError(
+            f"run_dir: {str(place)!r} already holds a run; "
+            "pass --resume to go on with it, or another --run-dir"
+        )
+    if (place / CHECKPOINT).exists():
+        differing = config.differs_in(Checkpoint(place / CHECKPOINT).config)
+        if differing:
+            raise ValueError(
+                f"run_dir: {str(place)!r} holds a run of another config, "
+                f"different in {differing}; see its {CONFIG}, or pass another --run-dir"
+            )
+
+
+class Run:
+    """The right to write to a run's folder, and its metrics.
+
+    Raises:
+        ValueError: another training has that right, or see `check_free`.
+    """
+
+    def __init__(self, config: TrainConfig):
+        import filelock
+
+        self.config, self.place = config, config.run_dir
+        self.place.mkdir(parents=True, exist_ok=True)
+        self._lock = filelock.FileLock(self.place / LOCK, timeout=0)
+        try:
+            self._lock.acquire()
+        except filelock.Timeout as error:
+            raise ValueError(
+                f"run_dir: another training writes to {str(self.place)!r}; "
+                "wait for it, or pass another --run-dir"
+            ) from error
+        self._file: Any = None
+        try:
+            check_free(config)
+            path = self.place / CHECKPOINT
+            self.checkpoint = Checkpoint(path) if path.exists() else None
+            (self.place / CONFIG).write_text(config.to_json() + "\n")
+            # Rows after the checkpoint are played again; those before it are as it holds them.
+            known = b"" if self.checkpoint is None else self.checkpoint.metrics
+            kept = self.place / f"{METRICS}.tmp"
+            kept.write_bytes(known)
+            kept.replace(self.place / METRICS)
+            self._metrics = known
+            self._file = (self.place / METRICS).open("ab")
+        except BaseException:
+            self.close()
+            raise
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write one row of metrics."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(row))
+        if not self._metrics:
+            writer.writeheader()
+        writer.writerow(row)
+        made = text.getvalue().encode()
+        self._metrics += made
+        self._file.write(made)
+        self._file.flush()
+
+    def save(
+        self, agent: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
+    ) -> None:
+        """Write all that the rest of the training depends on; `progress` must fit JSON."""
+        tensors = {f"agent.{name}": tensor for name, tensor in agent.state_dict().items()}
+        for number, parts in optimizer.state_dict()["state"].items():
+            for name, tensor in parts.items():
+                tensors[f"optimizer.{number}.{name}"] = tensor
+        tensors["metrics"] = torch.frombuffer(bytearray(self._metrics or b"\n"), dtype=torch.uint8)
+        record = {"config": self.config.to_json(), "progress": json.dumps(progress)}
+        names = json.dumps(sorted(tensors))
+        checksum = _checksum(tensors, record)
+        path = self.place / CHECKPOINT
+        save_tensors(path, KIND, tensors, names=names, checksum=checksum, **record)
+
+    def close(self) -> None:
+        """Give the folder free."""
+        if self._file is not None:
+            self._file.close()
+        self._lock.release()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+class Checkpoint:
+    """What `Run.save` wrote, read and checked.
+
+    Raises:
+        FileNotFoundError: no such file.
+        MemoryFileError: a ValueError; truncated, damaged, or not a checkpoint of this format.
+    """
+
+    def __init__(self, path: Path_):
+        self.path = Path(path)
+        self._tensors, record = load_tensors(path, KIND)
+        wanted = {"config", "progress", "names", "checksum"}
+        if missing := sorted(wanted - set(record)):
+            raise MemoryFileError(f"path: {str(path)!r} lacks its record of {missing}")
+        checksum = record.pop("checksum")
+        try:
+            missing = sorted(set(json.loads(record.pop("names"))) ^ set(self._tensors))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise MemoryFileError(f"path: {str(path)!r} is damaged ({error})") from error
+        if missing:
+            raise MemoryFileError(f"path: {str(path)!r} is damaged: it differs in {missing[:4]}")
+        if checksum != _checksum(self._tensors, record):
+            raise MemoryFileError(
+                f"path: {str(path)!r} is damaged: it is not what its checksum is of"
+            )
+        self.config = TrainConfig.from_json(record["config"], run_dir=self.path.parent)
+        self.progress: dict[str, Any] = json.loads(record["progress"])
+
+    @property
+    def metrics(self) -> bytes:
+        """The rows of metrics.csv up to here."""
+        return self._tensors["metrics"].numpy().tobytes().lstrip(b"\n")
+
+    def restore_agent(self, agent: nn.Module, strict: bool = True) -> None:
+        """Load the weights; not `strict`: those that fit by name and shape.
+
+        Raises:
+            MemoryFileError: they are another model's.
+        """
+        weights = self._under("agent.")
+        if not strict:
+            own = agent.state_dict()
+            fits = {n: t for n, t in weights.items() if n in own and own[n].shape == t.shape}
+            weights = own | fits
+        try:
+            agent.load_state_dict(weights)
+        except RuntimeError as error:
+            what = " ".join(str(error).split())
+            raise MemoryFileError(
+                f"path: {str(self.path)!r} holds another model: {what}"
+            ) from error
+
+    def restore_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Load the optimizer's state."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in self._under("optimizer.").items():
+            number, _, part = name.partition(".")
+            state.setdefault(int(number), {})[part] = tensor
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+    def _under(self, prefix: str) -> dict[str, Tensor]:
+        return {
+            name.removeprefix(prefix): tensor
+            for name, tensor in self._tensors.items()
+            if name.startswith(prefix)
+        }
+
+
+def _checksum(tensors: dict[str, Tensor], record: dict[str, str]) -> str:
+    found = hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -1,0 +1,242 @@
+"""Training: one loop, read from top to bottom."""
+
+import collections
+import contextlib
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from htm_pytorch.rl.agent import Agent, Parts
+from htm_pytorch.rl.config import TrainConfig
+from htm_pytorch.rl.evaluation import judge
+from htm_pytorch.rl.learner import Learner, Losses
+from htm_pytorch.rl.making import make_environments, seeds_of
+from htm_pytorch.rl.player import Player
+from htm_pytorch.rl.plots import plot_curve
+from htm_pytorch.rl.preparing import prepare
+from htm_pytorch.rl.processes import World, restarted
+from htm_pytorch.rl.rollout import Played, play
+from htm_pytorch.rl.run import CHECKPOINT, CURVE, METRICS, Checkpoint, Run
+
+
+def train(config: TrainConfig, parts: Parts | None = None) -> Agent:
+    """Train an agent, leave the run in `config.run_dir`, and return it.
+
+    Args:
+        config: everything.
+        parts: of the agent, of the user's own.
+
+    Raises:
+        ValueError: names the option that cannot work; nothing was written. Or a loss was not
+            finite; the checkpoint is the last good one.
+    """
+    if restarted():
+        config = config.replace(resume=True)
+    world = World.join(config.device)
+    with Training(config, parts, world) as training:
+        while not training.is_done():
+            training.batch()
+        training.finish()
+    return training.agent
+
+
+class Training:
+    """A training under way: everything that a batch changes.
+
+    Args:
+        config: everything.
+        parts: of the agent, of the user's own.
+        world: the processes that learn as one.
+    """
+
+    def __init__(self, config: TrainConfig, parts: Parts | None, world: World):
+        self.config, self.world = config, world
+        self.rows = world.rows(config.environments.num_envs)
+        self.stage = 0
+        self._opened = contextlib.ExitStack()
+        self.run: Run | None = None
+        if world.rank == 0:
+            self.agent = prepare(config, parts)
+            self.run = self._opened.enter_context(Run(config))
+        world.wait()
+        if world.rank:
+            self.agent = prepare(config.replace(resume=True), parts)
+        self.learner = Learner(self.agent, config, world)
+        self.batches, self.frames, self.episodes, self.seconds = 0, 0, 0, 0.0
+        self.recent: collections.deque[float] = collections.deque(maxlen=config.budget.average_over)
+        self.lengths: collections.deque[int] = collections.deque(maxlen=config.budget.average_over)
+        path = config.run_dir / CHECKPOINT
+        if config.resume and path.exists():
+            self._restore(Checkpoint(path))
+        self._enter_stage()
+        if world.rank == 0:
+            self.board = self._make_board()
+            self.bar = self._make_bar()
+
+    def is_done(self) -> bool:
+        """Say whether the budget is used, or the agent good enough."""
+        budget = self.config.budget
+        enough = len(self.recent) == budget.average_over and self.mean() >= budget.stop_at
+        last = max(1, len(self.config.environments.curriculum)) - 1
+        return self.frames >= budget.frames or (enough and self.stage == last)
+
+    def mean(self) -> float:
+        """Return the mean return of the newest training episodes; NaN before any ended."""
+        return float(np.mean(self.recent)) if self.recent else float("nan")
+
+    def batch(self) -> None:
+        """Play one rollout, learn from it, and write down how it went."""
+        config, began = self.config, time.perf_counter()
+        if config.rollouts.rollout == "episodes":
+            self.player.begin(seeds_of(config, self.batches, self.rows))
+        generator = _generator(config.seed, self.batches)
+        discount = config.learner.discount
+        played = play(self.player, config.rollouts, generator, discount)
+        progress = min(1.0, self.frames / config.budget.frames)
+        losses = self.learner.learn(
+            played.rollout, _generator(config.seed, self.batches, 1), progress
+        )
+        self._observe(played)
+        self.batches += 1
+        found = self.world.gather([*played.episodes, played.frames])
+        frames = sum(one for one in found if isinstance(one, int))
+        episodes = [one for one in found if not isinstance(one, int)]
+        for episode in sorted(episodes, key=lambda e: (e.step, e.row)):
+            self.recent.append(episode.total)
+            self.lengths.append(episode.length)
+        self.frames += frames
+        self.episodes += len(episodes)
+        self.seconds += time.perf_counter() - began
+        if self.world.rank == 0:
+            self._write(losses, frames, time.perf_counter() - began)
+        self._promote()
+        if self.is_done() or self.batches % config.budget.checkpoint_every == 0:
+            self._save()
+
+    def finish(self) -> None:
+        """Draw the curve."""
+        if self.run is not None:
+            plot_curve(self.config.run_dir / METRICS, self.config.run_dir / CURVE)
+
+    def _observe(self, played: Played) -> None:
+        """Add what was played to the running statistics."""
+        if self.agent.normalizer is not None:
+            self.agent.normalizer.observe(played.rollout.seen, self.world.sum)  # pyright: ignore[reportCallIssue]
+        if self.config.environments.normalize_rewards:
+            self.agent.returns.moments.add(played.discounted[:, None], self.world.sum)
+
+    def _promote(self) -> None:
+        options = self.config.environments
+        full = len(self.recent) == self.config.budget.average_over
+        if self.stage + 1 < len(options.curriculum) and full and self.mean() >= options.promote_at:
+            self.stage += 1
+            self.recent.clear()
+            self.lengths.clear()
+            self.player.environments.close()
+            self._enter_stage()
+
+    def _enter_stage(self) -> None:
+        config = self.config
+        environments = make_environments(config, len(self.rows), self.stage)
+        self.player = Player(
+            environments,
+            self.agent,
+            config.rollouts.action_repeat,
+            self.rows,
+            config.environments.num_envs,
+        )
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin new episodes, with seeds that the batch decides, in a resumed run as in this."""
+        self.learner.before = None
+        self.player.begin(seeds_of(self.config, self.batches, self.rows))
+
+    def _save(self) -> None:
+        if self.run is not None:
+            progress = {
+                "batches": self.batches,
+                "frames": self.frames,
+                "episodes": self.episodes,
+                "seconds": self.seconds,
+                "stage": self.stage,
+                "recent": list(self.recent),
+                "lengths": list(self.lengths),
+            }
+            self.run.save(self.agent, self.learner.optimizer, progress)
+        self.world.wait()
+        self._begin()
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        checkpoint.restore_agent(self.agent)
+        checkpoint.restore_optimizer(self.learner.optimizer)
+        progress = checkpoint.progress
+        self.batches, self.frames = progress["batches"], progress["frames"]
+        self.episodes, self.seconds = progress["episodes"], progress["seconds"]
+        self.stage = progress["stage"]
+        self.recent.extend(progress["recent"])
+        self.lengths.extend(progress["lengths"])
+
+    def _write(self, losses: Losses, frames: int, seconds: float) -> None:
+        budget = self.config.budget
+        judged: float | str = ""
+        if budget.eval_every and self.batches % budget.eval_every == 0:
+            judged = judge(self.agent, self.config, budget.eval_episodes, stage=self.stage).mean
+        row: dict[str, Any] = {
+            "batch": self.batches,
+            "frames": self.frames,
+            "episodes": self.episodes,
+            "return": self.mean(),
+            "length": float(np.mean(self.lengths)) if self.lengths else float("nan"),
+            **losses._asdict(),
+            "stage": self.stage,
+            "unseen_return": judged,
+            "seconds": round(self.seconds, 3),
+        }
+        if self.run is not None:
+            self.run.add(row)
+        if self.board is not None:
+            for name, value in row.items():
+                if value != "":
+                    self.board.add_scalar(name, value, self.frames)
+        self.bar.set_postfix_str(f"return {self.mean():.3f}, {frames / seconds:,.0f} frames/s")
+        self.bar.update(frames)
+
+    def _make_board(self) -> Any:
+        if not self.config.tensorboard:
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(self.config.run_dir, purge_step=self.frames + 1)
+        return self._opened.enter_context(board)
+
+    def _make_bar(self) -> Any:
+        from tqdm import tqdm
+
+        return self._opened.enter_context(
+            tqdm(
+                total=self.config.budget.frames,
+                initial=self.frames,
+                unit=" frames",
+                unit_scale=True,
+                desc="training",
+                smoothing=0.05,
+                disable=not sys.stderr.isatty(),
+            )
+        )
+
+    def __enter__(self) -> "Training":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.player.environments.close()
+        self._opened.close()
+
+
+def _generator(seed: int, *what: int) -> torch.Generator:
+    """Return a generator that a resumed run, and another process, makes again."""
+    (state,) = np.random.SeedSequence((seed, *what)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))

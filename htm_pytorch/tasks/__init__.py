@@ -1,0 +1,38 @@
+"""Tasks with a name of their own: a preset of the training and, where it helps, own encoders."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from htm_pytorch.rl.config import TrainConfig
+
+if TYPE_CHECKING:
+    from htm_pytorch.rl import Agent, Parts
+
+TASKS = ("ballet", "cartpole-positions", "memory-s7", "repeat-previous")
+"""Each is a file here, which has a `TASK`."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What `htm train NAME` stands for."""
+
+    config: TrainConfig
+    """The preset."""
+    parts: "Callable[[], Parts] | None" = None
+    """Of the agent's own parts; None: what fits the spaces."""
+    draw: "Callable[[Agent, TrainConfig, Path], Path | None] | None" = None
+    """Draws what the agent recalled in an unseen episode, into the folder of its run."""
+
+
+def find(name: str) -> Task:
+    """Return the task of a name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in TASKS:
+        raise ValueError(f"task: expected one of {TASKS}, got {name!r}")
+    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}").TASK

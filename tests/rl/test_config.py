@@ -1,0 +1,127 @@
+"""Options: their names, ranges and record."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from htm_pytorch.rl import TrainConfig
+
+WRONG = [
+    ("dim", 0),
+    ("depth", -1),
+    ("heads", 3),
+    ("memory", "cards"),
+    ("topk_mems", 0),
+    ("mem_chunk_size", 0),
+    ("mem_chunks", 0),
+    ("window", 0),
+    ("num_envs", 0),
+    ("vectorize", "magic"),
+    ("frame_stack", 0),
+    ("time_limit", -1),
+    ("promote_at", math.nan),
+    ("rollout", "years"),
+    ("steps", 0),
+    ("decisions", -1),
+    ("action_repeat", 0),
+    ("bptt", -1),
+    ("start", "tomorrow"),
+    ("algorithm", "dqn"),
+    ("minibatches", 3),
+    ("processes", 3),
+    ("epochs", 0),
+    ("discount", 1.5),
+    ("trace", -0.1),
+    ("final_learning_rate", 1.1),
+    ("final_entropy", math.nan),
+    ("learning_rate", 0.0),
+    ("learning_rate", math.inf),
+    ("clip", -0.2),
+    ("value_clip", -0.1),
+    ("value_weight", math.inf),
+    ("entropy_weight", math.nan),
+    ("reconstruction_weight", -1.0),
+    ("max_grad_norm", math.nan),
+    ("frames", 0),
+    ("stop_at", math.nan),
+    ("average_over", 0),
+    ("checkpoint_every", 0),
+    ("eval_every", -1),
+    ("eval_episodes", 0),
+    ("seed", -1),
+    ("seed", 99999999999999999999),
+    ("seeds", 0),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda value: str(value))
+def test_a_wrong_value_is_refused_by_its_name(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: expected .*, got ") as refused:
+        TrainConfig().replace(**{name: value})
+    assert "\n" not in str(refused.value)
+
+
+def test_every_number_has_a_range() -> None:
+    """NaN is in none of them."""
+    for name, value in TrainConfig().options().items():
+        if isinstance(value, float):
+            with pytest.raises(ValueError, match=f"^{name}: expected "):
+                TrainConfig().replace(**{name: math.nan})
+
+
+def test_rollouts_of_episodes_begin_with_nothing() -> None:
+    with pytest.raises(ValueError, match=r"^start: expected 'stored' .*, got 'refreshed'"):
+        TrainConfig().replace(rollout="episodes", start="refreshed")
+
+
+def test_an_unknown_option_is_refused() -> None:
+    with pytest.raises(TypeError, match="colour"):
+        TrainConfig().replace(colour=3)
+
+
+def test_config_survives_its_record(tmp_path: Path) -> None:
+    config = TrainConfig(run_dir=tmp_path, init_from=tmp_path / "other").replace(
+        seed=3, env_args=("a=1", '{"b": 2}'), stop_at=math.inf, detach_memories=True
+    )
+    assert TrainConfig.from_json(config.to_json(), run_dir=tmp_path) == config
+    record = json.loads(config.to_json())
+    same = TrainConfig.from_json(config.to_json())
+    assert config.differs_in(same) == []
+    assert config.differs_in(config.replace(resume=True, frames=1, processes=2)) == []
+    assert config.differs_in(config.replace(seed=4, dim=32)) == ["seed", "dim"]
+    falling = config.replace(final_learning_rate=0.0)
+    assert falling.differs_in(falling.replace(frames=1)) == ["frames"]
+    for other in ({**record, "colour": 1}, {k: v for k, v in record.items() if k != "dim"}, []):
+        with pytest.raises(ValueError, match="expected the options of this version"):
+            TrainConfig.from_json(json.dumps(other))
+
+
+def test_options_have_one_name_each_and_a_sentence() -> None:
+    names: list[str] = []
+    for field in dataclasses.fields(TrainConfig):
+        group = getattr(TrainConfig(), field.name)
+        names += (
+            [f.name for f in dataclasses.fields(group)]
+            if dataclasses.is_dataclass(group)
+            else [field.name]
+        )
+    assert len(names) == len(set(names))
+    assert set(names) == set(TrainConfig().options())
+
+
+def test_config_needs_neither_torch_nor_gymnasium() -> None:
+    code = (
+        "import sys; from htm_pytorch.rl import TrainConfig; from htm_pytorch import tasks;"
+        "tasks.find('ballet'); print({'torch', 'gymnasium', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "set()", done.stderr
