@@ -9,6 +9,7 @@ import tyro
 
 from htm_pytorch import tasks
 from htm_pytorch.rl.config import TrainConfig
+from htm_pytorch.rl.launching import launch, restarted
 
 if TYPE_CHECKING:
     from htm_pytorch.rl import Agent, Evaluation, Parts
@@ -30,6 +31,8 @@ def main(arguments: list[str]) -> None:
     # On a busy machine, threads that wait by spinning make each other 10 times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     config = parse(arguments)
+    if restarted():
+        config = config.replace(resume=True)
     if config.processes > 1:
         _launch(config, arguments)
     elif config.seeds > 1:
@@ -77,15 +80,15 @@ def parse(arguments: list[str]) -> TrainConfig:
 
 def _train(config: TrainConfig) -> "Evaluation | None":
     from htm_pytorch.rl import evaluate, train
+    from htm_pytorch.rl.launching import is_first
     from htm_pytorch.rl.preparing import describe_sizes, prepare
-    from htm_pytorch.rl.processes import World
 
     parts = _parts(config)
-    if World.is_first():
+    if is_first():
         prepare(config, parts)
         print(describe_sizes(config))
     agent = train(config, parts)
-    if not World.is_first():
+    if not is_first():
         return None
     result = evaluate(config.run_dir, parts=parts)
     print(f"{result}; {_drawn(agent, config)}")
@@ -108,7 +111,6 @@ def _train_seeds(config: TrainConfig) -> None:
 def _launch(config: TrainConfig, arguments: list[str]) -> None:
     """Run the same command in several processes, if it can be run at all."""
     from htm_pytorch.rl.preparing import prepare
-    from htm_pytorch.rl.processes import launch
 
     if config.seeds > 1:
         raise ValueError(f"seeds: expected 1 with several processes, got {config.seeds}")

@@ -128,8 +128,8 @@ class BalletEnv(gymnasium.Env[dict[str, Any], int | np.integer]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Begin an episode, drawn from the Generator or given as `options["level"]`."""
+        given = check_options(options, "level").get("level")
         super().reset(seed=seed)
-        given = (options or {}).get("level")
         self._level = self._draw_level() if given is None else check_level(given, self.num_dancers)
         self._frame = 0
         self._agent = tables.AGENT_START
@@ -224,6 +224,14 @@ def check_arguments(
             stacklevel=3,
         )
     return int(max_steps)
+
+
+def check_options(options: dict[str, Any] | None, *known: str) -> dict[str, Any]:
+    """Refuse options of a reset that would be ignored; return the others."""
+    unknown = sorted(set(options or {}) - set(known))
+    if unknown:
+        raise ValueError(f"options of reset must be some of {sorted(known)}, got {unknown}")
+    return options or {}
 
 
 def check_level(level: Level, num_dancers: int) -> Level:

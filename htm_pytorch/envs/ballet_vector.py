@@ -16,6 +16,7 @@ from htm_pytorch.envs.ballet import (
     ObservationKind,
     check_arguments,
     check_level,
+    check_options,
     make_observation_space,
     solo_period,
 )
@@ -108,16 +109,20 @@ class BalletVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Begin all episodes anew, drawn from the Generator or given as `options["levels"]`."""
+        """Begin episodes anew, drawn from the Generator or given as `options["levels"]`.
+
+        All of them, or those that `options["reset_mask"]`, bool [num_envs], marks.
+        """
+        given = check_options(options, "levels", "reset_mask")
+        rows = self._marked(given.get("reset_mask"))
         super().reset(seed=seed)
-        given = (options or {}).get("levels")
-        if given is None:
-            self._draw_levels(self._rows)
+        if given.get("levels") is None:
+            self._draw_levels(rows)
         else:
-            self._take_levels(given)
-        self._frame[:] = 0
-        self._agent[:] = _START
-        self._ended[:] = False
+            self._take_levels(given["levels"], rows)
+        self._frame[rows] = 0
+        self._agent[rows] = _START
+        self._ended[rows] = False
         self._started = True
         return self.observe(), self._info()
 
@@ -242,18 +247,32 @@ class BalletVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
     def _draw_distinct(self, count: int, size: int) -> np.ndarray:
         return self.np_random.random((count, size)).argsort(axis=1)[:, : self.num_dancers]
 
-    def _take_levels(self, levels: Sequence[Level]) -> None:
+    def _marked(self, mask: np.ndarray | None) -> np.ndarray:
+        if mask is None:
+            return self._rows
+        mask = np.asarray(mask)
+        if mask.shape != (self.num_envs,) or mask.dtype != bool:
+            raise ValueError(
+                f"options['reset_mask'] must be bool of shape ({self.num_envs},), "
+                f"got {mask.dtype} of {mask.shape}"
+            )
+        if not self._started and not mask.all():
+            raise gymnasium.error.ResetNeeded("Call reset() of all rows first.")
+        return np.flatnonzero(mask)
+
+    def _take_levels(self, levels: Sequence[Level], rows: np.ndarray) -> None:
         if len(levels) != self.num_envs:
             raise ValueError(
                 f"levels must be {self.num_envs}, one an environment, got {len(levels)}"
             )
         levels = [check_level(level, self.num_dancers) for level in levels]
-        self._home[:] = np.array([level.positions for level in levels]) @ (tables.BOARD, 1)
-        self._dance[:] = [level.dances for level in levels]
-        self._colour[:] = [level.colours for level in levels]
-        self._shape[:] = [level.shapes for level in levels]
-        self._target[:] = [level.target for level in levels]
-        self._derive()
+        chosen = [levels[row] for row in rows]
+        self._home[rows] = np.array([level.positions for level in chosen]) @ (tables.BOARD, 1)
+        self._dance[rows] = [level.dances for level in chosen]
+        self._colour[rows] = [level.colours for level in chosen]
+        self._shape[rows] = [level.shapes for level in chosen]
+        self._target[rows] = [level.target for level in chosen]
+        self._derive(rows)
 
     def _derive(self, which: np.ndarray | None = None) -> None:
         """Recompute what follows from the levels: the dancers' symbols and the words."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 BOARD = 20
 """Squares along the longer side, up to which a grid of small integers is a board."""
-SYMBOLS = 16
+SYMBOLS = 8
 """Width of a symbol of a board."""
 
 
@@ -71,26 +71,21 @@ class PictureDecoder(nn.Module):
 
 
 class BoardEncoder(nn.Module):
-    """A symbol's embedding by layer of the board, two convolutions, then all squares at once."""
+    """A symbol's embedding by layer of the board, then all squares at once: boards are small."""
 
     def __init__(self, space: spaces.Box, dim: int):
         super().__init__()
-        height, width = space.shape[:2]
         self.symbols, self.layers = _symbols_and_layers(space)
         self.embedding = nn.Embedding(self.symbols * self.layers, SYMBOLS)
-        self.convolutions = nn.Sequential(
-            nn.Conv2d(SYMBOLS, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)
-        )
-        self.out = nn.Linear(32 * height * width, dim)
+        places = int(np.prod(space.shape)) * SYMBOLS
+        self.out = nn.Sequential(nn.Linear(places, dim), nn.GELU(), nn.Linear(dim, dim))
 
     def forward(self, observation: Tensor) -> Tensor:
         """Encode boards [B, T, H, W] or [B, T, H, W, C]: [B, T, D]."""
         flat = observation.flatten(0, 1).long()
         flat = flat if flat.ndim == 4 else flat[..., None]
         layer = torch.arange(self.layers, device=flat.device) * self.symbols
-        x = self.embedding(flat + layer).sum(3).permute(0, 3, 1, 2)
-        hidden = nn.functional.relu(self.convolutions(x)).flatten(1)
-        return self.out(hidden).unflatten(0, observation.shape[:2])
+        return self.out(self.embedding(flat + layer).flatten(1)).unflatten(0, observation.shape[:2])
 
 
 class BoardDecoder(nn.Module):

@@ -4,17 +4,14 @@ Only sums travel: of gradients, and of numbers that means are over.
 """
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-RESTARTS = 3
-"""How often a group whose process was killed goes on from its checkpoint by itself."""
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 
 class World:
@@ -29,13 +26,13 @@ class World:
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return cls()
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+            backend = "nccl" if device.startswith("cuda") else "gloo"
+            store, rank, size = next(rendezvous("env://"))
+            # A group that is made again finds in the store the addresses of those that are gone.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = PrefixStore(f"attempt-{attempt}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         return cls(dist.get_rank(), dist.get_world_size())
-
-    @staticmethod
-    def is_first() -> bool:
-        """Say whether this process is the one that speaks and writes."""
-        return os.environ.get("RANK", "0") == "0"
 
     def rows(self, total: int) -> range:
         """Return which of all environments are here."""
@@ -51,7 +48,10 @@ class World:
         if self.size == 1:
             return tensor
         tensor = tensor.clone()
-        dist.all_reduce(tensor)
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            raise ConnectionError(f"another process of the training is gone ({error})") from error
         return tensor
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -76,20 +76,3 @@ class World:
         """Wait until all processes are here."""
         if self.size > 1:
             dist.barrier()
-
-
-def restarted() -> bool:
-    """Say whether the launcher has made the group again after one of it was gone."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def launch(processes: int, arguments: list[str]) -> int:
-    """Run `htm` with these arguments in so many processes; return what they exit with."""
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(processes), "--max-restarts", str(RESTARTS)),
-        *("-m", "htm_pytorch", *arguments),
-    ]
-    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-    return subprocess.run(command, env=environment, check=False).returncode

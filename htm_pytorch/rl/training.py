@@ -12,12 +12,13 @@ import torch
 from htm_pytorch.rl.agent import Agent, Parts
 from htm_pytorch.rl.config import TrainConfig
 from htm_pytorch.rl.evaluation import judge
+from htm_pytorch.rl.launching import restarted
 from htm_pytorch.rl.learner import Learner, Losses
 from htm_pytorch.rl.making import make_environments, seeds_of
 from htm_pytorch.rl.player import Player
 from htm_pytorch.rl.plots import plot_curve
 from htm_pytorch.rl.preparing import prepare
-from htm_pytorch.rl.processes import World, restarted
+from htm_pytorch.rl.processes import World
 from htm_pytorch.rl.rollout import Played, play
 from htm_pytorch.rl.run import CHECKPOINT, CURVE, METRICS, Checkpoint, Run
 
@@ -101,7 +102,9 @@ class Training:
         )
         self._observe(played)
         self.batches += 1
-        found = self.world.gather([*played.episodes, played.frames])
+        start = self.rows.start
+        here = [episode._replace(row=episode.row + start) for episode in played.episodes]
+        found = self.world.gather([*here, played.frames])
         frames = sum(one for one in found if isinstance(one, int))
         episodes = [one for one in found if not isinstance(one, int)]
         for episode in sorted(episodes, key=lambda e: (e.step, e.row)):

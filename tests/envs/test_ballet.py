@@ -409,3 +409,32 @@ def test_bad_actions_and_missing_resets_are_refused():
             vector.step(actions)
     with pytest.raises(ValueError, match="levels must be 5"):
         vector.reset(options={"levels": [LEVEL]})
+
+
+def test_some_rows_of_a_batch_begin_anew():
+    env = BalletVectorEnv(4, num_dancers=1, dance_delay=1, observation="symbols", max_steps=30)
+    env.reset(seed=0)
+    for _ in range(20):
+        env.step(np.zeros(4, int))
+    before, levels = env.observe(), env.levels()
+    mask = np.array([True, False, True, False])
+    seen, info = env.reset(options={"reset_mask": mask})
+    np.testing.assert_array_equal(seen["symbols"][~mask], before["symbols"][~mask])
+    np.testing.assert_array_equal(info["action_counts"], seen["instruction"] > 0)
+    assert not seen["instruction"][mask].any()
+    assert [a == b for a, b in zip(env.levels(), levels, strict=True)] == (~mask).tolist()
+    given = env.levels()[::-1]
+    env.reset(options={"levels": given, "reset_mask": mask})
+    assert env.levels()[0] == given[0] and env.levels()[2] == given[2]
+    for wrong in (np.ones(3, bool), np.ones(4, int)):
+        with pytest.raises(ValueError, match="reset_mask"):
+            env.reset(options={"reset_mask": wrong})
+
+
+def test_options_that_would_be_ignored_are_refused():
+    one = BalletEnv(observation="symbols")
+    with pytest.raises(ValueError, match=r"must be some of \['level'\], got \['levels'\]"):
+        one.reset(options={"levels": []})
+    batch = BalletVectorEnv(2, observation="symbols")
+    with pytest.raises(ValueError, match=r"some of \['levels', 'reset_mask'\], got \['level'\]"):
+        batch.reset(options={"level": None})
