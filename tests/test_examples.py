@@ -32,6 +32,7 @@ def test_every_example_has_a_test() -> None:
         "03_train_ballet.py",
         "04_sharded.py",
         "05_library.py",
+        "ppo_htm.py",
     }
 
 
@@ -85,3 +86,13 @@ def test_a_reader_with_a_library_is_better(tmp_path: Path) -> None:
     losses = re.findall(r"^(without|with) memory +([\d.]+) nats", printed, re.MULTILINE)
     without, with_memory = (float(loss) for _, loss in losses)
     assert with_memory < without
+
+
+def test_one_file_trains_on_any_environment() -> None:
+    pytest.importorskip("gymnasium")
+    assert len((EXAMPLES / "ppo_htm.py").read_text().splitlines()) <= 250
+    arguments = ("--frames", "2048", "--num-envs", "8", "--steps", "64")
+    printed = run("ppo_htm.py", arguments=("CartPole-v1", *arguments))
+    frames = re.findall(r"^ *([\d,]+) frames  return +([\d.]+)  [\d,]+ frames/s$", printed, re.M)
+    assert [row[0] for row in frames] == ["512", "1,024", "1,536", "2,048"]
+    assert all(float(row[1]) > 8 for row in frames)

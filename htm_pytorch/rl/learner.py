@@ -90,7 +90,7 @@ class Learner:
         """Take one step by some rows; return the losses and the length of the gradient."""
         options = self.config.learner
         total = self.world.sum(rollout.counts.sum().float())
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad()
         losses = torch.zeros(4, dtype=torch.float64)
         if len(rollout.at):
             policy, retold = self._losses(rollout, advantages, targets, where, total)

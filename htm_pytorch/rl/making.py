@@ -60,9 +60,8 @@ def make_environments(
 
 def seeds_of(config: TrainConfig, batch: int, rows: range) -> list[int]:
     """Return a seed for each row, the same in whichever process it is."""
-    return [
-        int(np.random.SeedSequence((config.seed, batch, row)).generate_state(1)[0]) for row in rows
-    ]
+    drawn = np.random.SeedSequence((config.seed, batch)).generate_state(rows.stop)
+    return drawn[rows.start :].tolist()
 
 
 def parse_arguments(name: str, given: Sequence[str]) -> dict[str, Any]:
