@@ -4,11 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import pack_padded_sequence
 
 
 class RecurrentCore(nn.Module):
     """GRU or LSTM of any width between a projection and a skip: y = LayerNorm(x + W h).
+
+    The state carries no gradient from call to call.
 
     Args:
         kind: nn.GRU or nn.LSTM.
@@ -62,53 +64,70 @@ class RecurrentCore(nn.Module):
             y = y.masked_fill(~exists[..., None], 0.0)
         return y, after
 
-    def _run(
-        self, x: Tensor | PackedSequence, state: tuple[Tensor, ...]
-    ) -> tuple[Any, tuple[Tensor, ...]]:
+    def _run(self, x: Any, state: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
         before = tuple(part.transpose(0, 1).contiguous() for part in state)
         hidden, after = self.rnn(x, before if self.parts == 2 else before[0])
         after = after if self.parts == 2 else (after,)
-        return hidden, tuple(part.transpose(0, 1) for part in after)
+        return hidden, tuple(part.detach().transpose(0, 1) for part in after)
 
     def _run_segments(
         self, x: Tensor, state: tuple[Tensor, ...], is_first: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Run what rows have of each episode as sequences of their own, all at once.
+        """Run what rows have of each episode as sequences of their own, alike ones at once.
 
-        One by one they would take as many calls as there are steps at which some row begins.
+        One by one they would take as many calls as there are steps at which some row begins, and
+        packed sequences take a call of the library for each step.
         """
         batch, length, _ = x.shape
         exists = torch.ones_like(is_first) if mask is None else mask
-        first = is_first & exists
-        number = first.cumsum(1)
-        count = exists.cumsum(1)
-        place = count - torch.where(first, count, 1).cummax(1).values
+        number = (is_first & exists).cumsum(1)
         step = exists.flatten().nonzero()[:, 0]
         if not len(step):
             return x.new_zeros(batch, length, self.width), state
         keys = torch.arange(batch, device=x.device)[:, None] * (length + 1) + number
-        segments, segment, sizes = keys.flatten()[step].unique(
-            return_inverse=True, return_counts=True
-        )
-        place = place.flatten()[step]
-        # In a packed sequence the longest come first, and all first steps before all second ones.
-        rank = sizes.argsort(descending=True, stable=True).argsort()
-        together = torch.bincount(place)
-        packed = (together.cumsum(0) - together)[place] + rank[segment]
-        data = x.flatten(0, 1)[step[packed.argsort()]]
+        segments, sizes = keys.flatten()[step].unique_consecutive(return_counts=True)
+        offsets = sizes.cumsum(0) - sizes
         row = segments.div(length + 1, rounding_mode="floor")
         goes_on = (segments % (length + 1) == 0)[:, None, None]
-        order = rank.argsort()
-        before = tuple((part[row] * goes_on)[order] for part in state)
-        ran, after = self._run(PackedSequence(data, together.cpu()), before)
-        hidden = x.new_zeros(batch * length, self.width).to(ran.data.dtype)
-        hidden = hidden.index_copy(0, step, ran.data[packed])
-        newest = torch.searchsorted(segments, keys[:, -1].contiguous()).clamp(max=len(segments) - 1)
-        seen = exists.any(1)[:, None, None]
+        before = tuple(part[row] * goes_on for part in state)
+        flat, found, where = x.flatten(0, 1), [], []
+        for chosen in _alike(sizes):
+            inside, steps = _places(sizes[chosen], offsets[chosen], step)
+            hidden, _ = self._run(flat[steps], tuple(part[chosen] for part in before))
+            found.append(hidden[inside])
+            where.append(steps[inside])
+        hidden = x.new_zeros(batch * length, self.width).to(found[0].dtype)
+        hidden = hidden.index_copy(0, torch.cat(where), torch.cat(found))
+        last = torch.cat([row[1:] != row[:-1], row.new_ones(1).bool()]).nonzero()[:, 0]
+        with torch.no_grad():
+            _, steps = _places(sizes[last], offsets[last], step)
+            packed = pack_padded_sequence(flat[steps], sizes[last].cpu(), True, False)
+            _, after = self._run(packed, tuple(part[last] for part in before))
         state = tuple(
-            torch.where(seen, new[rank[newest]], old) for new, old in zip(after, state, strict=True)
+            old.detach().index_copy(0, row[last], new.to(old.dtype))
+            for old, new in zip(state, after, strict=True)
         )
         return hidden.view(batch, length, self.width), state
+
+
+def _alike(sizes: Tensor) -> list[Tensor]:
+    """Return groups [S'] of sequences, in none of which one is over twice as long as another."""
+    order = sizes.argsort(descending=True, stable=True)
+    sorted_sizes = sizes[order].tolist()
+    groups: list[Tensor] = []
+    start = 0
+    for place, size in enumerate([*sorted_sizes, 0]):
+        if place > start and 2 * size < sorted_sizes[start]:
+            groups.append(order[start:place])
+            start = place
+    return groups
+
+
+def _places(sizes: Tensor, offsets: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which of [S, L] are steps of the sequences, and what they are in `step`."""
+    time = torch.arange(int(sizes.max()), device=sizes.device)
+    inside = time < sizes[:, None]
+    return inside, step[(offsets[:, None] + time).clamp(max=len(step) - 1)]
 
 
 class NoMemory(nn.Module):
