@@ -46,7 +46,7 @@ cases = pytest.mark.parametrize(("first", "exists"), CASES.values(), ids=CASES)
 
 
 @cases
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_streamed_is_whole(core: Any, first: float, exists: float, seed: int) -> None:
     x, is_first, mask = made(seed, first, exists)
     given = None if exists == 1 else mask

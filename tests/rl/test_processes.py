@@ -81,6 +81,7 @@ def test_two_processes_learn_what_one_does(alone: Path, tmp_path: Path) -> None:
     assert_learned_the_same(tmp_path / "run", alone)
 
 
+@pytest.mark.slow
 def test_the_group_goes_on_when_one_is_killed(alone: Path, tmp_path: Path) -> None:
     """The second of two processes ends itself once, without a word, in the middle."""
     code = """

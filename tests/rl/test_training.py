@@ -204,6 +204,7 @@ def test_a_run_broken_off_again_and_again(
     assert_same_run(config.run_dir, whole)
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on(tmp_path: Path, finished: Path) -> None:
     """SIGKILL, which no process can answer, at moments that nobody chose."""
     run_dir = tmp_path / "run"
