@@ -53,7 +53,7 @@ class BalletEnv(gymnasium.Env[dict[str, Any], int | np.integer]):
 
     - `"image"`: `uint8 [99, 99, 3]`, the 11 x 11 squares around the agent, 9 pixels each. Walls
       are grey, the agent is white, floor and outside are black.
-      With `observation="symbols"` instead `"symbols"`: `uint16 [11, 11]`, the same squares as 0
+      With `observation="symbols"` instead `"symbols"`: `int16 [11, 11]`, the same squares as 0
       for floor or outside, 1 wall, 2 agent, and `3 + shape * 19 + colour` for a dancer. A dancer
       hides an agent on its square. `TILES[symbols]` is the picture.
     - `"instruction"`: `Discrete(14)`, index into `INSTRUCTIONS`: "watch", then the dances.
@@ -274,7 +274,7 @@ def make_observation_space(observation: ObservationKind) -> spaces.Dict:
     side = tables.BOARD
     views: Mapping[str, spaces.Box] = {
         "image": spaces.Box(0, 255, (side * tables.TILE, side * tables.TILE, 3), np.uint8),
-        "symbols": spaces.Box(0, tables.NUM_SYMBOLS - 1, (side, side), np.uint16),
+        "symbols": spaces.Box(0, tables.NUM_SYMBOLS - 1, (side, side), np.int16),
     }
     return spaces.Dict(
         {observation: views[observation], "instruction": spaces.Discrete(len(INSTRUCTIONS))}

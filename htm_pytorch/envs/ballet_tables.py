@@ -144,7 +144,7 @@ def _rooms() -> np.ndarray:
     board = np.full((BOARD, BOARD), WALL)
     board[1:-1, 1:-1] = EMPTY
     views = np.lib.stride_tricks.sliding_window_view(np.pad(board, margin), (BOARD, BOARD))
-    rooms = views.astype(np.uint16)
+    rooms = views.astype(np.int16)
     rooms[:, :, margin, margin] = AGENT
     return rooms
 

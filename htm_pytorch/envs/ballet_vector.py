@@ -83,6 +83,8 @@ class BalletVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
             num_dancers, dance_delay, max_steps, observation, render_mode
         )
         self.num_envs = int(num_envs)
+        # Where Gymnasium's own batches have it, which others read.
+        self.autoreset_mode = AutoresetMode.NEXT_STEP
         self.num_dancers = num_dancers
         self.dance_delay = dance_delay
         self.render_mode = render_mode
@@ -278,7 +280,7 @@ class BalletVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         """Recompute what follows from the levels: the dancers' symbols and the words."""
         if which is None:
             which = self._rows
-            self._looks = np.empty((self.num_envs, self.num_dancers), np.uint16)
+            self._looks = np.empty((self.num_envs, self.num_dancers), np.int16)
             self._words = np.empty(self.num_envs, np.int64)
         look = self._shape[which] * len(tables.COLOURS) + self._colour[which]
         self._looks[which] = tables.FIRST_DANCER + look
@@ -296,7 +298,7 @@ class BalletVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
     def _symbols(self) -> np.ndarray:
         # One square more than needed: dancers out of view are written there.
         size = self.num_envs * _SQUARES
-        flat = np.empty(size + 1, np.uint16)
+        flat = np.empty(size + 1, np.int16)
         symbols = flat[:-1].reshape(self.num_envs, _SQUARES)
         np.take(_rooms(), self._agent, axis=0, out=symbols, mode="clip")
         where = _view_squares().take(self._agent[:, None] * _SQUARES + self._dancers())

@@ -1,5 +1,7 @@
 """How well an agent plays episodes that it never saw."""
 
+import contextlib
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from htm_pytorch.rl.config import TrainConfig
 from htm_pytorch.rl.making import make_environments, seeds_of
 from htm_pytorch.rl.player import Player
 from htm_pytorch.rl.rollout import Rollout, play
-from htm_pytorch.rl.run import CHECKPOINT, Checkpoint
+from htm_pytorch.rl.run import CHECKPOINT, EVALUATIONS, Checkpoint
 
 UNSEEN = 2**62
 """Stands in seeds where trainings have the number of a batch, which never is as large."""
@@ -52,7 +54,7 @@ def evaluate(
     parts: Parts | None = None,
     render: Path | None = None,
 ) -> Evaluation:
-    """Play unseen episodes with the run's agent.
+    """Play unseen episodes with the run's agent, and note the result in its folder.
 
     Args:
         run_dir: of a run that has a checkpoint.
@@ -72,11 +74,19 @@ def evaluate(
     if seed is not None:
         config = config.replace(seed=seed)
     result = judge(agent, config, count, greedy=greedy, stage=stage)
+    _note(Path(run_dir), result, config.seed if seed is None else seed)
     if render is not None:
         from htm_pytorch.rl.plots import write_film
 
         write_film(film(agent, config, greedy, stage), render)
     return result
+
+
+def _note(run_dir: Path, result: Evaluation, seed: int) -> None:
+    """Add a line to the run's record of evaluations, if its folder can be written to."""
+    line = json.dumps({"seed": seed} | result._asdict())
+    with contextlib.suppress(PermissionError), (run_dir / EVALUATIONS).open("a") as file:
+        file.write(line + "\n")
 
 
 def load_agent(run_dir: Path | str, parts: Parts | None = None) -> tuple[Agent, TrainConfig, int]:

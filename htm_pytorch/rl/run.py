@@ -1,10 +1,13 @@
 """The folder of a run: who may write there, its config, metrics, and checkpoint; never pickle."""
 
+import contextlib
 import csv
 import hashlib
+import importlib.metadata
 import io
 import json
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ CHECKPOINT, CONFIG, METRICS, CURVE, LOCK = (
     "curve.png",
     ".lock",
 )
+VERSIONS, EVALUATIONS = "versions.json", "evaluations.jsonl"
+_PACKAGES = ("htm-pytorch", "torch", "gymnasium", "numpy", "popgym", "minigrid")
 Path_ = str | os.PathLike[str]
 
 
@@ -75,6 +80,7 @@ class Run:
             path = self.place / CHECKPOINT
             self.checkpoint = Checkpoint(path) if path.exists() else None
             (self.place / CONFIG).write_text(config.to_json() + "\n")
+            (self.place / VERSIONS).write_text(json.dumps(_versions(), indent=2) + "\n")
             # Rows after the checkpoint are played again; those before it are as it holds them.
             known = b"" if self.checkpoint is None else self.checkpoint.metrics
             kept = self.place / f"{METRICS}.tmp"
@@ -192,6 +198,15 @@ class Checkpoint:
             for name, tensor in self._tensors.items()
             if name.startswith(prefix)
         }
+
+
+def _versions() -> dict[str, str]:
+    """Return what the run was made with."""
+    found = {"python": platform.python_version(), "processor": platform.machine()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def _checksum(tensors: dict[str, Tensor], record: dict[str, str]) -> str:

@@ -135,6 +135,7 @@ def test_a_run_leaves_its_files(unbroken: tuple[str, Path]) -> None:
     assert {path.name for path in run_dir.iterdir()} - {".lock"} == {
         "checkpoint.safetensors",
         "config.json",
+        "versions.json",
         "curve.png",
         "metrics.csv",
     }
@@ -479,6 +480,9 @@ def test_evaluation_is_the_same_each_time(finished: Path) -> None:
     assert evaluate(finished, 50, greedy=False) != evaluate(finished, 50)
     assert evaluate(finished, seed=7) != result
     assert evaluate(finished, 3).episodes == 3
+    lines = (finished / "evaluations.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1]) == {"seed": 0} | evaluate(finished, 3)._asdict()
+    assert "torch" in json.loads((finished / "versions.json").read_text())
 
 
 def test_an_episode_can_be_watched(finished: Path, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def room(*dancers: tuple[tuple[int, int], int]) -> np.ndarray:
 def as_frames(observation: str, rooms: list[np.ndarray]) -> torch.Tensor:
     """[1, T, ...], as the environment shows them."""
     if observation == "symbols":
-        return torch.from_numpy(np.stack(rooms).view(np.int16))[None]
+        return torch.from_numpy(np.stack(rooms))[None]
     pictures = TILES[np.stack(rooms)].swapaxes(2, 3).reshape(-1, 99, 99, 3)
     return torch.from_numpy(pictures)[None]
 
