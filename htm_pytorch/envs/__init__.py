@@ -1,6 +1,6 @@
-"""Environments, which importing this package registers with gymnasium.
+"""Environments, which importing this package registers with gymnasium under `htm_pytorch/`.
 
-They are `htm_pytorch/Ballet-v0` and `htm_pytorch/CartPolePositions-v0`.
+Tasks of memory: `Ballet-v0`, `TMaze-v0`. And `CartPolePositions-v0`.
 """
 
 import gymnasium
@@ -17,6 +17,9 @@ from htm_pytorch.envs.ballet_tables import (
 )
 from htm_pytorch.envs.ballet_vector import BalletVectorEnv
 from htm_pytorch.envs.cartpole_positions import CartPolePositionsEnv
+from htm_pytorch.envs.levels import LevelEnv
+from htm_pytorch.envs.levels_vector import LevelVectorEnv
+from htm_pytorch.envs.t_maze import TMazeEnv, TMazeLevel, TMazeVectorEnv
 
 __all__ = [
     "COLOURS",
@@ -30,7 +33,16 @@ __all__ = [
     "BalletVectorEnv",
     "CartPolePositionsEnv",
     "Level",
+    "LevelEnv",
+    "LevelVectorEnv",
+    "TMazeEnv",
+    "TMazeLevel",
+    "TMazeVectorEnv",
 ]
+
+_OF_LEVELS = {
+    "TMaze": "t_maze:TMaze",
+}
 
 gymnasium.register(
     "htm_pytorch/Ballet-v0",
@@ -42,3 +54,9 @@ gymnasium.register(
     entry_point="htm_pytorch.envs.cartpole_positions:CartPolePositionsEnv",
     max_episode_steps=500,
 )
+for _name, _classes in _OF_LEVELS.items():
+    gymnasium.register(
+        f"htm_pytorch/{_name}-v0",
+        entry_point=f"htm_pytorch.envs.{_classes}Env",
+        vector_entry_point=f"htm_pytorch.envs.{_classes}VectorEnv",
+    )

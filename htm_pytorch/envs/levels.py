@@ -1,0 +1,157 @@
+"""What the tasks of memory share: rules, and one environment; `levels_vector` has the batch.
+
+A level is everything that is drawn for an episode, drawn at its beginning. So an episode is the
+same whenever its level and its actions are, alone or in a batch.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+L = TypeVar("L", bound=tuple[np.ndarray, ...])
+R = TypeVar("R", bound="Rules[Any]")
+
+
+class Limits(NamedTuple):
+    """The shape of a field of a level, and its least and its greatest value."""
+
+    shape: tuple[int, ...]
+    low: int
+    high: int
+
+
+class Rules(ABC, Generic[L]):
+    """What a task is under its arguments, which are the attributes."""
+
+    level: type[L]
+    """The NamedTuple of arrays that says all of an episode."""
+
+    @abstractmethod
+    def observations(self) -> spaces.Space[Any]:
+        """Return the space of one environment's observations."""
+
+    @abstractmethod
+    def actions(self) -> spaces.Discrete:
+        """Return the space of one environment's actions."""
+
+    @abstractmethod
+    def limits(self) -> dict[str, Limits]:
+        """Return what the fields of a level may hold, in their order."""
+
+    @abstractmethod
+    def draw(self, generator: np.random.Generator, count: int) -> L:
+        """Draw levels: one whose fields have an axis of `count` in front."""
+
+    def check_level(self, level: L) -> L:
+        """Refuse a level that cannot be played under these arguments; return arrays of its own."""
+        if not isinstance(level, self.level):
+            raise ValueError(f"level must be a {self.level.__name__}, got {level!r}")
+        fields = []
+        for value, (name, (shape, low, high)) in zip(level, self.limits().items(), strict=True):
+            field = np.array(value)
+            if field.dtype.kind not in "biu" or field.shape != shape:
+                raise ValueError(
+                    f"level.{name} must be integers of shape {shape}, "
+                    f"got {field.dtype} of shape {field.shape}"
+                )
+            if field.size and not low <= field.min() <= field.max() <= high:
+                raise ValueError(f"level.{name} must be from {low} to {high}, got {value}")
+            fields.append(field)
+        return self.level(*fields)
+
+
+class LevelEnv(gymnasium.Env[Any, int | np.integer], Generic[L, R]):
+    """One environment that plays levels; tasks say how it begins, acts, and what it shows."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]
+
+    def __init__(self, rules: R) -> None:
+        self.rules = rules
+        self.observation_space = rules.observations()
+        self.action_space = rules.actions()
+        self._level: L | None = None
+        self._ended = True
+
+    @property
+    def level(self) -> L:
+        """The level being played."""
+        if self._level is None:
+            raise gymnasium.error.ResetNeeded("Call reset() first: there is no level yet.")
+        return self._level
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode, drawn from the Generator or given as `options["level"]`."""
+        super().reset(seed=seed)
+        given = (options or {}).get("level")
+        if given is None:
+            self._level = row_of(self.rules.draw(self.np_random, 1), 0)
+        else:
+            self._level = self.rules.check_level(given)
+        self._ended = False
+        self._begin()
+        return self._observe(), self._info()
+
+    def step(self, action: int | np.integer) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Do an action."""
+        if self._ended:
+            raise gymnasium.error.ResetNeeded("The episode has ended: call reset() before step().")
+        if not self.action_space.contains(np.int64(action)):
+            raise ValueError(f"action must be in {self.action_space}, got {action!r}")
+        reward, terminated, truncated = self._act(int(action))
+        self._ended = terminated or truncated
+        return self._observe(), reward, terminated, truncated, self._info()
+
+    @abstractmethod
+    def _begin(self) -> None:
+        """Set what changes to what it is at the beginning of the level."""
+
+    @abstractmethod
+    def _act(self, action: int) -> tuple[float, bool, bool]:
+        """Do an action; return its reward, and whether it terminated or truncated the episode."""
+
+    @abstractmethod
+    def _observe(self) -> Any:
+        """Return the present observation, in arrays of its own."""
+
+    def _info(self) -> dict[str, Any]:
+        return {}
+
+
+def check_integer(name: str, value: object, low: int, high: int | None = None) -> int:
+    """Refuse what is not an integer in the range; return it as `int`."""
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        number = int(value)
+        if low <= number and (high is None or number <= high):
+            return number
+    wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
+    raise ValueError(f"{name} must be an integer {wanted}, got {value!r}")
+
+
+def check_range(name: str, value: int | Sequence[int], low: int) -> tuple[int, int]:
+    """Refuse what is neither an integer of at least `low` nor two, the first no greater."""
+    ends = (value, value) if isinstance(value, int | np.integer) else tuple(value)
+    if len(ends) != 2 or not all(isinstance(end, int | np.integer) for end in ends):
+        raise ValueError(f"{name} must be an integer or [least, greatest], got {value!r}")
+    first, last = int(ends[0]), int(ends[1])
+    if not low <= first <= last:
+        raise ValueError(f"{name} must be at least {low}, the least first, got {value!r}")
+    return first, last
+
+
+def check_number(name: str, value: float, low: float, high: float | None = None) -> float:
+    """Refuse what is not a number in the range; return it as `float`."""
+    if not low <= float(value) <= (np.inf if high is None else high):
+        wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} must be a number {wanted}, got {value!r}")
+    return float(value)
+
+
+def row_of(level: L, index: int) -> L:
+    """Return the level of one environment of a batch, in arrays of its own."""
+    return type(level)(*(np.array(field[index]) for field in level))  # type: ignore[call-arg]
