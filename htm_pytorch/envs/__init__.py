@@ -1,6 +1,6 @@
 """Environments, which importing this package registers with gymnasium under `htm_pytorch/`.
 
-Tasks of memory: `Ballet-v0`, `TMaze-v0`. And `CartPolePositions-v0`.
+Tasks of memory: `Ballet-v0`, `TMaze-v0`, `EndlessTMaze-v0`. And `CartPolePositions-v0`.
 """
 
 import gymnasium
@@ -17,6 +17,12 @@ from htm_pytorch.envs.ballet_tables import (
 )
 from htm_pytorch.envs.ballet_vector import BalletVectorEnv
 from htm_pytorch.envs.cartpole_positions import CartPolePositionsEnv
+from htm_pytorch.envs.endless_t_maze import (
+    ENDLESS_SETTINGS,
+    EndlessTMazeEnv,
+    EndlessTMazeLevel,
+    EndlessTMazeVectorEnv,
+)
 from htm_pytorch.envs.levels import LevelEnv
 from htm_pytorch.envs.levels_vector import LevelVectorEnv
 from htm_pytorch.envs.t_maze import TMazeEnv, TMazeLevel, TMazeVectorEnv
@@ -25,6 +31,7 @@ __all__ = [
     "COLOURS",
     "DANCER_SQUARES",
     "DANCES",
+    "ENDLESS_SETTINGS",
     "INSTRUCTIONS",
     "SHAPES",
     "STAY",
@@ -32,6 +39,9 @@ __all__ = [
     "BalletEnv",
     "BalletVectorEnv",
     "CartPolePositionsEnv",
+    "EndlessTMazeEnv",
+    "EndlessTMazeLevel",
+    "EndlessTMazeVectorEnv",
     "Level",
     "LevelEnv",
     "LevelVectorEnv",
@@ -41,6 +51,7 @@ __all__ = [
 ]
 
 _OF_LEVELS = {
+    "EndlessTMaze": "endless_t_maze:EndlessTMaze",
     "TMaze": "t_maze:TMaze",
 }
 

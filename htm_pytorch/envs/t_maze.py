@@ -164,7 +164,7 @@ class TMazeVectorEnv(LevelVectorEnv[TMazeLevel, TMazeRules]):
     """A batch of T-Mazes.
 
     Each plays the task of `TMazeEnv`, where spaces, rewards and arguments are described; seeds,
-    autoreset and saving are those of `LevelVectorEnv`. `info["action_counts"]` is bool [num_envs].
+    autoreset and saving are those of `LevelVectorEnv`.
 
     ## Arguments
     ```python

@@ -17,6 +17,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ballet": ("Ballet-v0", {"dance_delay": 2, "max_steps": 60, "observation": "symbols"}),
     "t-maze": ("TMaze-v0", {"length": [1, 6]}),
     "t-maze-free": ("TMaze-v0", {"length": [1, 6], "free": True, "extra_steps": 20}),
+    "endless-t-maze": ("EndlessTMaze-v0", {"length": [1, 3], "num_corridors": 3}),
 }
 ALONE: dict[str, tuple[str, dict[str, Any]]] = {"cart-pole": ("CartPolePositions-v0", {})}
 HEADINGS = (
@@ -112,7 +113,8 @@ def test_a_seed_determines_what_is_seen(case: str) -> None:
         for env in (first, second, other):
             result = env.step(action)
             assert result[0] in env.observation_space
-            results.append(env.reset() if result[2] or result[3] else result)
+            seen = env.reset()[0] if result[2] or result[3] else result[0]
+            results.append((seen, *result[1:4]))
         assert_same(results[0], results[1])
         try:
             assert_same(results[0], results[2])
