@@ -1,6 +1,7 @@
-"""Environments, which importing this package registers with gymnasium under `htm_pytorch/`.
+"""Environments, which importing this package registers with gymnasium.
 
-Tasks of memory: `Ballet-v0`, `TMaze-v0`, `EndlessTMaze-v0`. And `CartPolePositions-v0`.
+Tasks of memory, each alone and as a batch: `htm_pytorch/Ballet-v0` and those of levels, which
+`_OF_LEVELS` lists. And `htm_pytorch/CartPolePositions-v0`.
 """
 
 import gymnasium
@@ -25,6 +26,11 @@ from htm_pytorch.envs.endless_t_maze import (
 )
 from htm_pytorch.envs.levels import LevelEnv
 from htm_pytorch.envs.levels_vector import LevelVectorEnv
+from htm_pytorch.envs.proof_of_memory import (
+    ProofofMemoryEnv,
+    ProofofMemoryLevel,
+    ProofofMemoryVectorEnv,
+)
 from htm_pytorch.envs.t_maze import TMazeEnv, TMazeLevel, TMazeVectorEnv
 
 __all__ = [
@@ -45,12 +51,16 @@ __all__ = [
     "Level",
     "LevelEnv",
     "LevelVectorEnv",
+    "ProofofMemoryEnv",
+    "ProofofMemoryLevel",
+    "ProofofMemoryVectorEnv",
     "TMazeEnv",
     "TMazeLevel",
     "TMazeVectorEnv",
 ]
 
 _OF_LEVELS = {
+    "ProofofMemory": "proof_of_memory:ProofofMemory",
     "EndlessTMaze": "endless_t_maze:EndlessTMaze",
     "TMaze": "t_maze:TMaze",
 }

@@ -18,6 +18,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "t-maze": ("TMaze-v0", {"length": [1, 6]}),
     "t-maze-free": ("TMaze-v0", {"length": [1, 6], "free": True, "extra_steps": 20}),
     "endless-t-maze": ("EndlessTMaze-v0", {"length": [1, 3], "num_corridors": 3}),
+    "proof-of-memory": ("ProofofMemory-v0", {}),
 }
 ALONE: dict[str, tuple[str, dict[str, Any]]] = {"cart-pole": ("CartPolePositions-v0", {})}
 HEADINGS = (
