@@ -32,6 +32,7 @@ from htm_pytorch.envs.proof_of_memory import (
     ProofofMemoryVectorEnv,
 )
 from htm_pytorch.envs.t_maze import TMazeEnv, TMazeLevel, TMazeVectorEnv
+from htm_pytorch.envs.visual_match import VisualMatchEnv, VisualMatchLevel, VisualMatchVectorEnv
 
 __all__ = [
     "COLOURS",
@@ -57,9 +58,13 @@ __all__ = [
     "TMazeEnv",
     "TMazeLevel",
     "TMazeVectorEnv",
+    "VisualMatchEnv",
+    "VisualMatchLevel",
+    "VisualMatchVectorEnv",
 ]
 
 _OF_LEVELS = {
+    "VisualMatch": "visual_match:VisualMatch",
     "ProofofMemory": "proof_of_memory:ProofofMemory",
     "EndlessTMaze": "endless_t_maze:EndlessTMaze",
     "TMaze": "t_maze:TMaze",

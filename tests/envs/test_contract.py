@@ -19,6 +19,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "t-maze-free": ("TMaze-v0", {"length": [1, 6], "free": True, "extra_steps": 20}),
     "endless-t-maze": ("EndlessTMaze-v0", {"length": [1, 3], "num_corridors": 3}),
     "proof-of-memory": ("ProofofMemory-v0", {}),
+    "visual-match": (
+        "VisualMatch-v0",
+        {"explore": 2, "distraction": 60, "apple_reward": 0.25},
+    ),
 }
 ALONE: dict[str, tuple[str, dict[str, Any]]] = {"cart-pole": ("CartPolePositions-v0", {})}
 HEADINGS = (
