@@ -26,6 +26,11 @@ from htm_pytorch.envs.endless_t_maze import (
 )
 from htm_pytorch.envs.levels import LevelEnv
 from htm_pytorch.envs.levels_vector import LevelVectorEnv
+from htm_pytorch.envs.paired_inference import (
+    PairedAssociativeInferenceEnv,
+    PairedAssociativeInferenceLevel,
+    PairedAssociativeInferenceVectorEnv,
+)
 from htm_pytorch.envs.proof_of_memory import (
     ProofofMemoryEnv,
     ProofofMemoryLevel,
@@ -52,6 +57,9 @@ __all__ = [
     "Level",
     "LevelEnv",
     "LevelVectorEnv",
+    "PairedAssociativeInferenceEnv",
+    "PairedAssociativeInferenceLevel",
+    "PairedAssociativeInferenceVectorEnv",
     "ProofofMemoryEnv",
     "ProofofMemoryLevel",
     "ProofofMemoryVectorEnv",
@@ -64,6 +72,7 @@ __all__ = [
 ]
 
 _OF_LEVELS = {
+    "PairedAssociativeInference": "paired_inference:PairedAssociativeInference",
     "VisualMatch": "visual_match:VisualMatch",
     "ProofofMemory": "proof_of_memory:ProofofMemory",
     "EndlessTMaze": "endless_t_maze:EndlessTMaze",

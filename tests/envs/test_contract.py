@@ -23,6 +23,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "VisualMatch-v0",
         {"explore": 2, "distraction": 60, "apple_reward": 0.25},
     ),
+    "paired-inference": (
+        "PairedAssociativeInference-v0",
+        {"num_chains": 3, "length": 4, "symbol_size": 12},
+    ),
 }
 ALONE: dict[str, tuple[str, dict[str, Any]]] = {"cart-pole": ("CartPolePositions-v0", {})}
 HEADINGS = (
