@@ -36,6 +36,8 @@ from htm_pytorch.envs.proof_of_memory import (
     ProofofMemoryLevel,
     ProofofMemoryVectorEnv,
 )
+from htm_pytorch.envs.rapid_binding import RapidBindingEnv, RapidBindingLevel
+from htm_pytorch.envs.rapid_binding_vector import RapidBindingVectorEnv
 from htm_pytorch.envs.t_maze import TMazeEnv, TMazeLevel, TMazeVectorEnv
 from htm_pytorch.envs.visual_match import VisualMatchEnv, VisualMatchLevel, VisualMatchVectorEnv
 
@@ -63,6 +65,9 @@ __all__ = [
     "ProofofMemoryEnv",
     "ProofofMemoryLevel",
     "ProofofMemoryVectorEnv",
+    "RapidBindingEnv",
+    "RapidBindingLevel",
+    "RapidBindingVectorEnv",
     "TMazeEnv",
     "TMazeLevel",
     "TMazeVectorEnv",
@@ -71,13 +76,14 @@ __all__ = [
     "VisualMatchVectorEnv",
 ]
 
-_OF_LEVELS = {
-    "PairedAssociativeInference": "paired_inference:PairedAssociativeInference",
-    "VisualMatch": "visual_match:VisualMatch",
-    "ProofofMemory": "proof_of_memory:ProofofMemory",
-    "EndlessTMaze": "endless_t_maze:EndlessTMaze",
-    "TMaze": "t_maze:TMaze",
-}
+_OF_LEVELS = (
+    "EndlessTMaze",
+    "PairedAssociativeInference",
+    "ProofofMemory",
+    "RapidBinding",
+    "TMaze",
+    "VisualMatch",
+)
 
 gymnasium.register(
     "htm_pytorch/Ballet-v0",
@@ -89,9 +95,9 @@ gymnasium.register(
     entry_point="htm_pytorch.envs.cartpole_positions:CartPolePositionsEnv",
     max_episode_steps=500,
 )
-for _name, _classes in _OF_LEVELS.items():
+for _name in _OF_LEVELS:
     gymnasium.register(
         f"htm_pytorch/{_name}-v0",
-        entry_point=f"htm_pytorch.envs.{_classes}Env",
-        vector_entry_point=f"htm_pytorch.envs.{_classes}VectorEnv",
+        entry_point=f"htm_pytorch.envs:{_name}Env",
+        vector_entry_point=f"htm_pytorch.envs:{_name}VectorEnv",
     )

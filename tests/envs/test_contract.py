@@ -27,6 +27,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "PairedAssociativeInference-v0",
         {"num_chains": 3, "length": 4, "symbol_size": 12},
     ),
+    "rapid-binding": (
+        "RapidBinding-v0",
+        {"num_words": 2, "distractions": [0, 2], "rounds": 3, "distraction_questions": 1},
+    ),
 }
 ALONE: dict[str, tuple[str, dict[str, Any]]] = {"cart-pole": ("CartPolePositions-v0", {})}
 HEADINGS = (
