@@ -26,6 +26,11 @@ from htm_pytorch.envs.endless_t_maze import (
 )
 from htm_pytorch.envs.levels import LevelEnv
 from htm_pytorch.envs.levels_vector import LevelVectorEnv
+from htm_pytorch.envs.one_shot_navigation import (
+    OneShotNavigationEnv,
+    OneShotNavigationLevel,
+    OneShotNavigationVectorEnv,
+)
 from htm_pytorch.envs.paired_inference import (
     PairedAssociativeInferenceEnv,
     PairedAssociativeInferenceLevel,
@@ -59,6 +64,9 @@ __all__ = [
     "Level",
     "LevelEnv",
     "LevelVectorEnv",
+    "OneShotNavigationEnv",
+    "OneShotNavigationLevel",
+    "OneShotNavigationVectorEnv",
     "PairedAssociativeInferenceEnv",
     "PairedAssociativeInferenceLevel",
     "PairedAssociativeInferenceVectorEnv",
@@ -77,6 +85,7 @@ __all__ = [
 ]
 
 _OF_LEVELS = (
+    "OneShotNavigation",
     "EndlessTMaze",
     "PairedAssociativeInference",
     "ProofofMemory",

@@ -31,6 +31,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "RapidBinding-v0",
         {"num_words": 2, "distractions": [0, 2], "rounds": 3, "distraction_questions": 1},
     ),
+    "one-shot-navigation": ("OneShotNavigation-v0", {"size": 3, "max_steps": 60}),
 }
 ALONE: dict[str, tuple[str, dict[str, Any]]] = {"cart-pole": ("CartPolePositions-v0", {})}
 HEADINGS = (
