@@ -17,11 +17,15 @@ R = TypeVar("R", bound="Rules[Any]")
 
 
 class Limits(NamedTuple):
-    """The shape of a field of a level, and its least and its greatest value."""
+    """What a field of a level may hold."""
 
     shape: tuple[int, ...]
     low: int
+    """The least value."""
     high: int
+    """The greatest value."""
+    distinct: bool = False
+    """Whether no two values of a vector may be the same."""
 
 
 class Rules(ABC, Generic[L]):
@@ -51,7 +55,8 @@ class Rules(ABC, Generic[L]):
         if not isinstance(level, self.level):
             raise ValueError(f"level must be a {self.level.__name__}, got {level!r}")
         fields = []
-        for value, (name, (shape, low, high)) in zip(level, self.limits().items(), strict=True):
+        for value, (name, limits) in zip(level, self.limits().items(), strict=True):
+            shape, low, high, distinct = limits
             field = np.array(value)
             if field.dtype.kind not in "biu" or field.shape != shape:
                 raise ValueError(
@@ -60,6 +65,8 @@ class Rules(ABC, Generic[L]):
                 )
             if field.size and not low <= field.min() <= field.max() <= high:
                 raise ValueError(f"level.{name} must be from {low} to {high}, got {value}")
+            if distinct and len(np.unique(field)) < field.size:
+                raise ValueError(f"level.{name} must be distinct, got {value}")
             fields.append(field)
         return self.level(*fields)
 

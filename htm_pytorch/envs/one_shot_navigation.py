@@ -54,7 +54,7 @@ class OneShotNavigationRules(Rules[OneShotNavigationLevel]):
         last = self.num_places - 1
         return {
             "moves": Limits((self.num_places, 4), 0, last),
-            "codes": Limits((self.num_places,), 0, self.num_codes - 1),
+            "codes": Limits((self.num_places,), 0, self.num_codes - 1, distinct=True),
             "start": Limits((), 0, last),
             "goals": Limits((self.max_steps + 1,), 0, last),
         }

@@ -66,9 +66,9 @@ class PairRules(Rules[PairedAssociativeInferenceLevel]):
         pairs, questions = (self.num_pairs,), (self.num_questions,)
         return {
             "symbols": Limits((self.num_chains, self.length, self.symbol_size), -1, 1),
-            "pairs": Limits(pairs, 0, self.num_pairs - 1),
+            "pairs": Limits(pairs, 0, self.num_pairs - 1, distinct=True),
             "swapped": Limits(pairs, 0, 1),
-            "questions": Limits(questions, 0, self.num_questions - 1),
+            "questions": Limits(questions, 0, self.num_questions - 1, distinct=True),
             "reversed": Limits(questions, 0, 1),
             "lures": Limits(questions, 1, self.num_chains - 1),
             "answers": Limits(questions, 0, 1),

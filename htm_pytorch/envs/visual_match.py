@@ -61,7 +61,7 @@ class VisualMatchRules(Rules[VisualMatchLevel]):
             "colour": Limits((), 0, rooms.NUM_COLOURS - 1),
             "place": Limits((), 0, len(rooms.PLACES) - 1),
             "apples": Limits((len(rooms.SPOTS),), 0, 1),
-            "doors": Limits((rooms.NUM_COLOURS,), 0, rooms.NUM_COLOURS - 1),
+            "doors": Limits((rooms.NUM_COLOURS,), 0, rooms.NUM_COLOURS - 1, distinct=True),
         }
 
     def draw(self, generator: np.random.Generator, count: int) -> VisualMatchLevel:

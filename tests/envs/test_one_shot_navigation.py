@@ -154,3 +154,5 @@ def test_bad_levels_are_refused():
     env.reset(seed=0)
     with pytest.raises(ValueError, match="level.start must be from 0 to 24, got 25"):
         env.reset(options={"level": env.level._replace(start=np.array(25))})
+    with pytest.raises(ValueError, match="level.codes must be distinct"):
+        env.reset(options={"level": env.level._replace(codes=np.zeros(25, int))})

@@ -119,3 +119,5 @@ def test_bad_levels_are_refused():
     env.reset(seed=0)
     with pytest.raises(ValueError, match="level.lures must be from 1 to 15"):
         env.reset(options={"level": env.level._replace(lures=0 * env.level.lures)})
+    with pytest.raises(ValueError, match="level.pairs must be distinct"):
+        env.reset(options={"level": env.level._replace(pairs=0 * env.level.pairs)})

@@ -138,3 +138,5 @@ def test_bad_levels_are_refused():
         VisualMatchEnv().reset(options={"level": level(colour=3)})
     with pytest.raises(ValueError, match="level.doors must be from 0 to 2"):
         VisualMatchEnv().reset(options={"level": level(doors=(0, 1, 3))})
+    with pytest.raises(ValueError, match="level.doors must be distinct"):
+        VisualMatchEnv().reset(options={"level": level(doors=(0, 1, 1))})
