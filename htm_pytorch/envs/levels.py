@@ -6,7 +6,7 @@ same whenever its level and its actions are, alone or in a batch.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeGuard, TypeVar
 
 import gymnasium
 import numpy as np
@@ -132,31 +132,33 @@ class LevelEnv(gymnasium.Env[Any, int | np.integer], Generic[L, R]):
 
 def check_integer(name: str, value: object, low: int, high: int | None = None) -> int:
     """Refuse what is not an integer in the range; return it as `int`."""
-    if isinstance(value, int | np.integer) and not isinstance(value, bool):
-        number = int(value)
-        if low <= number and (high is None or number <= high):
-            return number
+    if _is_integer(value) and low <= value and (high is None or value <= high):
+        return int(value)
     wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
     raise ValueError(f"{name} must be an integer {wanted}, got {value!r}")
 
 
 def check_range(name: str, value: int | Sequence[int], low: int) -> tuple[int, int]:
     """Refuse what is neither an integer of at least `low` nor two, the first no greater."""
-    ends = (value, value) if isinstance(value, int | np.integer) else tuple(value)
-    if len(ends) != 2 or not all(isinstance(end, int | np.integer) for end in ends):
+    ends = tuple(value) if isinstance(value, Sequence | np.ndarray) else (value, value)
+    if len(ends) != 2 or not all(map(_is_integer, ends)):
         raise ValueError(f"{name} must be an integer or [least, greatest], got {value!r}")
-    first, last = int(ends[0]), int(ends[1])
+    first, last = map(int, ends)
     if not low <= first <= last:
         raise ValueError(f"{name} must be at least {low}, the least first, got {value!r}")
     return first, last
 
 
-def check_number(name: str, value: float, low: float, high: float | None = None) -> float:
+def check_number(name: str, value: object, low: float, high: float = np.inf) -> float:
     """Refuse what is not a number in the range; return it as `float`."""
-    if not low <= float(value) <= (np.inf if high is None else high):
-        wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{name} must be a number {wanted}, got {value!r}")
-    return float(value)
+    if isinstance(value, int | float | np.number) and low <= value <= high:
+        return float(value)
+    wanted = f"of at least {low}" if high == np.inf else f"from {low} to {high}"
+    raise ValueError(f"{name} must be a number {wanted}, got {value!r}")
+
+
+def _is_integer(value: object) -> TypeGuard[int | np.integer]:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def row_of(level: L, index: int) -> L:
