@@ -1,7 +1,8 @@
-"""Environments, which importing this package registers with gymnasium.
+"""Environments, which importing this package registers with gymnasium under `htm_pytorch/`.
 
-Tasks of memory, each alone and as a batch: `htm_pytorch/Ballet-v0` and those of levels, which
-`_OF_LEVELS` lists. And `htm_pytorch/CartPolePositions-v0`.
+Tasks of memory, each alone and as a batch: `Ballet-v0`, `TMaze-v0`, `EndlessTMaze-v0`,
+`ProofofMemory-v0`, `VisualMatch-v0`, `PairedAssociativeInference-v0`, `RapidBinding-v0` and
+`OneShotNavigation-v0`. And `CartPolePositions-v0`.
 """
 
 import gymnasium
@@ -85,8 +86,8 @@ __all__ = [
 ]
 
 _OF_LEVELS = (
-    "OneShotNavigation",
     "EndlessTMaze",
+    "OneShotNavigation",
     "PairedAssociativeInference",
     "ProofofMemory",
     "RapidBinding",

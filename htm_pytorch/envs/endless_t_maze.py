@@ -16,7 +16,8 @@ from htm_pytorch.envs.levels import (
 )
 from htm_pytorch.envs.levels_vector import LevelVectorEnv
 
-LEFT, RIGHT, FORWARD = 0, 1, 2
+LEFT, RIGHT, FORWARD = range(3)
+"""The actions."""
 
 ENDLESS_SETTINGS: dict[str, dict[str, Any]] = {
     f"{kind}-{length}-{corridors}": {

@@ -108,8 +108,9 @@ class LevelEnv(gymnasium.Env[Any, int | np.integer], Generic[L, R]):
         """Do an action."""
         if self._ended:
             raise gymnasium.error.ResetNeeded("The episode has ended: call reset() before step().")
-        if not self.action_space.contains(np.int64(action)):
-            raise ValueError(f"action must be in {self.action_space}, got {action!r}")
+        if not self.action_space.contains(action):
+            last = int(self.rules.actions().n) - 1
+            raise ValueError(f"action must be 0 to {last}, got {action!r}")
         reward, terminated, truncated = self._act(int(action))
         self._ended = terminated or truncated
         return self._observe(), reward, terminated, truncated, self._info()

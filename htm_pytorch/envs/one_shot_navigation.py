@@ -9,6 +9,7 @@ from htm_pytorch.envs.levels import LevelEnv, Limits, Rules, check_integer, chec
 from htm_pytorch.envs.levels_vector import LevelVectorEnv
 
 NORTH, EAST, SOUTH, WEST = range(4)
+"""The actions."""
 
 
 class OneShotNavigationLevel(NamedTuple):

@@ -9,6 +9,7 @@ from gymnasium import spaces
 from htm_pytorch.envs.levels import LevelEnv, Limits, Rules, check_integer, check_range
 
 NOTHING, OF_DISTRACTION, OF_THIS_ROUND, OF_EARLIER_ROUND = range(4)
+"""What a question is about."""
 
 
 class RapidBindingLevel(NamedTuple):
@@ -196,20 +197,18 @@ class RapidBindingEnv(LevelEnv[RapidBindingLevel, RapidBindingRules]):
         return float(right), self._time == len(self._moments), False
 
     def _observe(self) -> dict[str, Any]:
-        seen = {
-            name: np.zeros(space.shape or (), np.float32)
-            for name, space in self.rules.observations().items()
-        }
-        if self._time == len(self._moments):
-            return seen | {"asks": np.int64(0)}
-        about, _, of_round, phase, word, shift = self._moments[self._time]
-        objects = self.level.objects[of_round, phase]
-        seen["name"][:] = self.level.names[of_round, phase, word]
-        if about == NOTHING:
-            seen["objects"][0] = objects[word]
-        else:
-            seen["objects"][:] = np.roll(objects, -shift, axis=0)
-        return seen | {"asks": np.int64(about != NOTHING)}
+        name = np.zeros(self.rules.symbol_size, np.float32)
+        objects = np.zeros((self.rules.num_words, self.rules.symbol_size), np.float32)
+        about = NOTHING
+        if self._time < len(self._moments):
+            about, _, of_round, phase, word, shift = self._moments[self._time]
+            name[:] = self.level.names[of_round, phase, word]
+            there = self.level.objects[of_round, phase]
+            if about == NOTHING:
+                objects[0] = there[word]
+            else:
+                objects[:] = np.roll(there, -shift, axis=0)
+        return {"asks": np.int64(about != NOTHING), "name": name, "objects": objects}
 
     def _info(self) -> dict[str, Any]:
         over = self._time == len(self._moments)

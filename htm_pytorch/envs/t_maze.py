@@ -10,6 +10,7 @@ from htm_pytorch.envs.levels import LevelEnv, Limits, Rules, check_integer, chec
 from htm_pytorch.envs.levels_vector import LevelVectorEnv
 
 DOWN, UP = -1, 1
+"""The sides of the junction, as hints."""
 
 _FREE_MOVES = np.array([(1, 0), (0, 1), (-1, 0), (0, -1)])
 _ADD, _MIX = (

@@ -80,7 +80,8 @@ class VisualMatchEnv(LevelEnv[VisualMatchLevel, VisualMatchRules]):
     The task of Hung et al., 2018 (arXiv 1810.06721), in two dimensions as in Ni et al., 2023 (arXiv
     2307.03864), with its rooms of 7 x 11 squares. In the first room the agent is walled in beside
     a coloured square. In the second apples can be collected; 21 steps later they are there
-    again. In the third are three doors, of all three colours.
+    again. In the third are three doors, of all three colours. (Hung et al. show four, and pay 10
+    for the right one and 1 for another.)
 
     ## Action space
     `Discrete(4)`: 0 N, 1 S, 2 W, 3 E. A move into a wall does nothing, and in the first room none

@@ -2,11 +2,13 @@
 
 import numpy as np
 
-# What a square shows; colours follow one another.
 FLOOR, WALL, AGENT, APPLE, FIRST_COLOUR = range(5)
-NUM_COLOURS = 3
+"""What a square shows; the other colours follow the first one."""
 
+NUM_COLOURS = 3
 SEES = 2
+"""Squares that the agent sees in each direction."""
+
 SIDE = 2 * SEES + 1
 NUM_APPLES = 10
 RESPAWN = 20
@@ -19,12 +21,24 @@ _MAPS = (
 )
 _ROOMS = np.array([[list(row) for row in room.split("|")] for room in _MAPS])
 _ROW = _ROOMS.shape[2] + 2 * SEES
+
 WALLS = _ROOMS == "#"
+"""[3, height, width], where nobody can go."""
+
 STARTS = np.argwhere(_ROOMS == "+")[:, 1:]
+"""[3, 2], where the agent begins in each room."""
+
 PLACES = np.argwhere(WALLS[0])
+"""[8, 2], where the colour may be in the first room."""
+
 SPOTS = np.argwhere(_ROOMS[1] == "a")
+"""[22, 2], where an apple may be in the second room."""
+
 DOORS = np.argwhere(_ROOMS[2] == "d")
+"""[3, 2], the doors of the third room from the left to the right."""
+
 MOVES = np.array([(-1, 0), (1, 0), (0, -1), (0, 1)])
+"""What an action adds to a square: north, south, west, east."""
 
 
 def flat(squares: np.ndarray) -> np.ndarray:
@@ -32,6 +46,7 @@ def flat(squares: np.ndarray) -> np.ndarray:
     return (squares + SEES) @ (_ROW, 1)
 
 
+# The same, of squares as numbers.
 FLAT_STARTS, FLAT_PLACES, FLAT_SPOTS, FLAT_DOORS = map(flat, (STARTS, PLACES, SPOTS, DOORS))
 FLAT_MOVES: np.ndarray = MOVES @ (_ROW, 1)
 FLAT_VIEW = np.add.outer(_ROW * np.arange(-SEES, SEES + 1), np.arange(-SEES, SEES + 1)).ravel()
