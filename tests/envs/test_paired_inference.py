@@ -98,6 +98,9 @@ def test_sides_and_cues_are_drawn_evenly():
     vector.reset(seed=0)
     for name in ("swapped", "reversed", "answers"):
         assert_chance(np.array([getattr(level, name) for level in vector.levels()]), 0.5)
+    lures = np.array([level.lures for level in vector.levels()])
+    for further in range(1, 16):
+        assert_chance(lures == further, 1 / 15)
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,7 @@ def test_numbers_of_distractions_and_earlier_rounds_are_drawn_uniformly():
     assert {int(level.earlier[1]) for level in levels} == {0}
     for word in range(3):
         assert_chance(np.array([level.asked[0, -1, 0] == word for level in levels]), 1 / 3)
+        assert_chance(np.array([level.shifts == word for level in levels]), 1 / 3)
 
 
 @pytest.mark.parametrize(
