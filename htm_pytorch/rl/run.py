@@ -27,7 +27,7 @@ CHECKPOINT, CONFIG, METRICS, CURVE, LOCK = (
     ".lock",
 )
 VERSIONS, EVALUATIONS = "versions.json", "evaluations.jsonl"
-_PACKAGES = ("htm-pytorch", "torch", "gymnasium", "numpy", "popgym", "minigrid")
+_PACKAGES = ("htm-pytorch", "torch", "gymnasium", "numpy")
 Path_ = str | os.PathLike[str]
 
 
@@ -80,7 +80,7 @@ class Run:
             path = self.place / CHECKPOINT
             self.checkpoint = Checkpoint(path) if path.exists() else None
             (self.place / CONFIG).write_text(config.to_json() + "\n")
-            (self.place / VERSIONS).write_text(json.dumps(_versions(), indent=2) + "\n")
+            (self.place / VERSIONS).write_text(json.dumps(_versions(config.env), indent=2) + "\n")
             # Rows after the checkpoint are played again; those before it are as it holds them.
             known = b"" if self.checkpoint is None else self.checkpoint.metrics
             kept = self.place / f"{METRICS}.tmp"
@@ -200,10 +200,12 @@ class Checkpoint:
         }
 
 
-def _versions() -> dict[str, str]:
-    """Return what the run was made with."""
+def _versions(env: str) -> dict[str, str]:
+    """Return what the run was made with, the package that `module:id` names included."""
     found = {"python": platform.python_version(), "processor": platform.machine()}
-    for package in _PACKAGES:
+    module = env.rpartition(":")[0].partition(".")[0]
+    packages = importlib.metadata.packages_distributions().get(module, [])
+    for package in dict.fromkeys([*_PACKAGES, *packages]):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
