@@ -73,7 +73,7 @@ test-triton: .venv-triton/.installed ## the Triton kernels, interpreted and comp
 
 # The parts that promise to need torch and nothing else.
 MINIMAL_TESTS ?= $(wildcard tests/test_architecture.py tests/test_public_api.py \
-	tests/test_shapes.py tests/shapes tests/ops tests/nn tests/memory)
+	tests/check tests/ops tests/nn tests/memory)
 
 # A Python with torch, Triton, pytest, pytest-xdist and hypothesis, for a machine without a network.
 GPU_PYTHON ?= $(BIN)/python

@@ -11,7 +11,7 @@ from htm_pytorch.rl.config import TrainConfig
 if TYPE_CHECKING:
     from htm_pytorch.rl import Agent, Parts
 
-TASKS = ("ballet", "cartpole-positions", "repeat-previous")
+TASKS = ("ballet", "cartpole-positions", "memory-s7", "repeat-previous")
 """Each is a file here, which has a `TASK`."""
 
 

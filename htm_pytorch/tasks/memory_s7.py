@@ -1,0 +1,21 @@
+"""MiniGrid's room whose object says which way to turn later; needs the extra `tasks`."""
+
+from htm_pytorch.rl.config import TrainConfig
+from htm_pytorch.tasks import Task
+
+TASK = Task(
+    TrainConfig(env="minigrid:MiniGrid-MemoryS7-v0").replace(
+        # The mission is a text, and the same in all episodes.
+        observe=("image", "direction"),
+        num_envs=64,
+        steps=64,
+        epochs=4,
+        frames=2_000_000,
+        # It has to turn round and look before anything pays.
+        entropy_weight=0.03,
+        final_entropy=0.1,
+        # What the object is, long before it matters.
+        reconstruction_weight=0.3,
+        stop_at=0.93,
+    )
+)
