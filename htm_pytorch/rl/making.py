@@ -43,7 +43,12 @@ def make_environments(
         mode = "vector_entry_point" if own and render_mode is None else "sync"
     if options.time_limit:
         wrappers.append(lambda env: TimeLimit(env, options.time_limit))
-    more = {} if mode == "vector_entry_point" else {"disable_env_checker": True}
+    more: dict[str, Any] = {}
+    if mode != "vector_entry_point":
+        more["disable_env_checker"] = True
+    if mode == "async":
+        # Threads of torch, and of a store, do not survive a fork.
+        more["vector_kwargs"] = {"context": "spawn"}
     try:
         vector = gymnasium.make_vec(
             config.env,

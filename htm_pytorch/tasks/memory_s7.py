@@ -16,6 +16,8 @@ TASK = Task(
         final_entropy=0.1,
         # What the object is, long before it matters.
         reconstruction_weight=0.3,
+        # Updates can spoil it for a rollout or two; one good rollout is not enough.
+        average_over=2_000,
         stop_at=0.93,
     )
 )
