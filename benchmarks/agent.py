@@ -159,8 +159,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     result = {"loops": compare(options.turns), "ballet": ballet(options.batches)}
-    for name, value in {**result["loops"], **result["ballet"]}.items():
-        print(f"{name}: {value}")
+    for part, found in result.items():
+        for name, value in found.items():
+            print(f"{part}: {name}: {value}")
     write(options.out, {"machine": describe_machine("torch", "gymnasium")} | result)
 
 
