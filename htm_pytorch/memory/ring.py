@@ -1,13 +1,33 @@
 """`Ring`: the closed chunks of a memory, and how they are written, with and without a copy."""
 
+import contextlib
+import os
+import threading
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from htm_pytorch.shapes import is_transformed
+
+_mutex = threading.RLock()
+
+
+def _renew() -> None:
+    """Make a new lock in a forked child, where the thread that held the old one is not."""
+    global _mutex
+    _mutex = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
+
+
+def alone() -> contextlib.AbstractContextManager[Any]:
+    """Where chunks are written, or lent to be read: one thread at a time."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _mutex
 
 
 class Slots(NamedTuple):
@@ -40,8 +60,8 @@ class Ring:
 
     Chunks are written where they lie. What they replace is kept by the ring as it was before,
     which puts it back, in a copy, if it is read again; it is gone with the last memory that could.
-    All is copied instead where others may hold the tensors, since they gave or got them, and where
-    gradients flow.
+    All is copied instead where others may hold the tensors, since they gave or got them, where
+    somebody is reading them at that moment, in another thread, and where gradients flow.
     """
 
     def __init__(self, slots: Slots, used: int | None = None, *, is_own: bool = False):
@@ -53,13 +73,35 @@ class Ring:
         self._newer: tuple[Ring, Tensor, Slots] | None = None
         self._oldest: weakref.ref[Ring] | None = None
         self._replaced = 0
+        self._lent: list[weakref.ref[Ring]] = []
+
+    def lend(self, slots: Slots | None = None) -> "Ring":
+        """Return what the slots hold, or these of them, as a ring that is only read.
+
+        As long as it lives, nothing is written over what it holds, unless it is given back.
+        """
+        with alone():
+            ring = Ring(self.read() if slots is None else slots)
+            if not torch.compiler.is_compiling():
+                lent = [other for other in self._lent if other() is not None]
+                self._lent = [*lent, weakref.ref(ring)]
+        return ring
+
+    def give_back(self, ring: "Ring") -> None:
+        """Say that nobody reads any more what was lent."""
+        if not torch.compiler.is_compiling():
+            self._lent = [other for other in self._lent if other() not in (None, ring)]
 
     def read(self) -> Slots:
         """Return what the slots hold, for one who keeps no part of it."""
-        if self._slots is None:
-            self._restore()
-            assert self._slots is not None
-        return self._slots
+        slots = self._slots
+        if slots is None:
+            with alone():
+                if self._slots is None:
+                    self._restore()
+                slots = self._slots
+                assert slots is not None
+        return slots
 
     def head(self, count: int | None) -> Slots:
         """Return what the first `count` slots hold, or all, for one who keeps no part of it."""
@@ -82,6 +124,10 @@ class Ring:
 
         The slots of a row differ.
         """
+        with alone():
+            return self._write(at, is_new, chunks)
+
+    def _write(self, at: Tensor, is_new: Tensor, chunks: Slots) -> "Ring":
         held = self.read()
         chunks = chunks.beside(held, _like)
         if not self._may_write(held, chunks) or self._is_held_too_long(at.shape[1]):
@@ -121,6 +167,8 @@ class Ring:
 
     def _may_write(self, held: Slots, chunks: Slots) -> bool:
         if torch.compiler.is_compiling() or is_transformed() or not self._is_own:
+            return False
+        if any(other() is not None for other in self._lent):
             return False
         if held.contents.is_inference() and not torch.is_inference_mode_enabled():
             return False

@@ -134,12 +134,11 @@ class Value:
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self
-        return self._changed(_ring=Ring(self._ring.read()))
+        return self._changed(_ring=self._ring.lend())
 
     def _reading(self, found: Reach) -> Self:
         """Return the chunks within reach as a memory that is read."""
-        ring = Ring(found.slots)
-        return self._changed(_ring=ring, valid=found.valid)
+        return self._changed(_ring=self._ring.lend(found.slots), valid=found.valid)
 
 
 _FIELDS = tuple(field.name for field in fields(Value))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from htm_pytorch.memory.plan import OpenChunks, Plan, existing, plan
 from htm_pytorch.memory.reach import Reach, reach
-from htm_pytorch.memory.ring import Ring, Slots, copied
+from htm_pytorch.memory.ring import Ring, Slots, alone, copied
 from htm_pytorch.memory.summaries import summarise
 from htm_pytorch.memory.value import Value
 from htm_pytorch.shapes import (
@@ -123,8 +123,16 @@ class Written(Value):
         if torch.is_grad_enabled():
             self._ring.share()
         used = None if torch.compiler.is_compiling() else self._ring.used
-        found, then = self._reach(steps, is_first, lengths, used)
-        return Reached(self._reading(found), found, then)
+        with alone():
+            # Before another thread writes over what was found.
+            found, then = self._reach(steps, is_first, lengths, used)
+            read = self._reading(found)
+
+        def after() -> Self:
+            self._ring.give_back(read._ring)
+            return then()
+
+        return Reached(read, found, after)
 
     def reset(self, rows: Tensor) -> Self:
         """Return the memory with the rows [B] bool emptied and the others untouched."""

@@ -41,8 +41,19 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
-    is_own = "forward" in module.__dict__ or type(module).forward is not kind.forward
+    own = type(module)
+    is_own = "forward" in module.__dict__ or own.forward is not kind.forward
+    is_own = is_own or own.__call__ is not nn.Module.__call__
     return not (is_hooked or is_own)
+
+
+def check_unhooked(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Raise a ValueError if hooks, or another `forward`, take part in what a module returns."""
+    if not is_plain(module, kind):
+        raise ValueError(
+            f"recall: expected a {kind.__name__} with the forward of its own and without hooks, "
+            "which only a call of the module runs; remove them, or call the module"
+        )
 
 
 def affine_of(name: str, module: nn.Module, sizes: tuple[int, int], like: Tensor) -> Affine:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from htm_pytorch.memory import ChunkedMemory, Home, ShardedMemory, Steps
 from htm_pytorch.memory.home import is_home
-from htm_pytorch.nn.affine import Affine, affine_of, weight_of
+from htm_pytorch.nn.affine import Affine, affine_of, check_unhooked, weight_of
 from htm_pytorch.nn.positions import positions_of
 from htm_pytorch.ops import Impl, Recall, attend, attend_with_weights, check_impl
 from htm_pytorch.ops.places import together
@@ -96,7 +96,7 @@ class HTMAttention(nn.Module):
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.to_summary_queries = nn.Linear(dim, dim_features, bias=router_bias, **made)
         self.to_summary_keys = nn.Linear(dim_memory, dim_features, bias=router_bias, **made)
-        self.attn = _StepProjections(
+        self.attn = StepProjections(
             dim, dim_memory, dim_features, heads, dim_head, inner_bias, **made
         )
         self.register_load_state_dict_pre_hook(_drop_published_buffer)
@@ -146,7 +146,11 @@ class HTMAttention(nn.Module):
         """Return what `forward` does, and which chunks and steps were recalled, with their weights.
 
         It is computed plainly, and gathers all that it reports: for looking at, not for speed.
+
+        Raises:
+            ValueError: as for `forward`; or hooks would change what `forward` returns.
         """
+        check_unhooked(self, HTMAttention)
         asked = self._ask(queries, memories, mask, chunk_attn_mask)
         attended, recalled = attend_with_weights(**asked.arguments)
         seen = (recalled.chunks >= 0).any(-1)
@@ -240,7 +244,7 @@ class _Asked(NamedTuple):
     summary_bias: Tensor | None
 
 
-class _StepProjections(nn.Module):
+class StepProjections(nn.Module):
     """The projections of the attention inside chunks, each applied on the query's side."""
 
     def __init__(

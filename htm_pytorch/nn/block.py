@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from htm_pytorch.nn.affine import check_unhooked
 from htm_pytorch.nn.attention import HTMAttention, Memories
 from htm_pytorch.ops import Impl, Recall
 from htm_pytorch.ops.places import together
@@ -103,6 +104,7 @@ class HTMBlock(nn.Module):
         chunk_attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, Recall]:
         """Return what `forward` does, and what was recalled; see `HTMAttention.recall`."""
+        check_unhooked(self, HTMBlock)
         skip, normed = self._normed(queries, memories)
         attended, recalled = self.attn.recall(normed, memories, mask, chunk_attn_mask)
         return skip + attended, recalled

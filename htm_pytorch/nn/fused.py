@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from htm_pytorch.memory import ChunkedMemory
 from htm_pytorch.nn.affine import is_plain, weight_of
-from htm_pytorch.nn.attention import HTMAttention
+from htm_pytorch.nn.attention import HTMAttention, StepProjections
 from htm_pytorch.nn.block import HTMBlock
 from htm_pytorch.nn.local import LocalAttention
 from htm_pytorch.nn.positions import positions_of
@@ -23,7 +24,7 @@ from htm_pytorch.shapes import may_look_at
 MOST_PRODUCTS = 2**23
 """Multiplications of B rows by a weight [D, D]; torch takes larger products in less time."""
 _Weights = tuple[Tensor | None, ...]
-_prepared: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Any]]
+_prepared: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], Any]]
 _prepared = weakref.WeakKeyDictionary()
 
 
@@ -42,6 +43,8 @@ def step(layer: Any, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState] 
         return None
     memory = state.memory
     assert memory is not None
+    if not _fits(layer, x, state, memory):
+        return None
     x, keys, values = x.contiguous(), state.keys.contiguous(), state.values.contiguous()
     filled = state.filled.contiguous()
     steps, y = torch.empty_like(x), torch.empty_like(x)
@@ -84,29 +87,59 @@ def _may_run(x: Tensor, state: LayerState) -> bool:
         return False
     if torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack():
         return False
-    if torch._C._len_torch_function_stack() or _has_any_global_hook():
-        return False
-    slots = memory._ring.read()
-    held = (x, state.keys, state.values, memory.open_steps, slots.contents, slots.summaries)
-    return all(type(part) is Tensor and part.dtype is torch.float32 for part in held) and all(
-        _is_dense(part) for part in (slots.contents, slots.summaries, slots.step_mask)
+    return not (torch._C._len_torch_function_stack() or _has_any_global_hook())
+
+
+def _fits(layer: Any, x: Tensor, state: LayerState, memory: ChunkedMemory) -> bool:
+    """Whether what is read and written by address has the sizes that the layer has."""
+    batch, _, dim = x.shape
+    local, slots, valid = layer.local, memory._ring.read(), memory.valid
+    window = batch, local.window - 1, local.heads, local.dim_head
+    chunks = batch, valid.shape[1]
+    sizes = (
+        (x, (batch, 1, layer.htm.attn.dim), torch.float32),
+        (state.keys, window, torch.float32),
+        (state.values, window, torch.float32),
+        (state.filled, (batch,), torch.int64),
+        (slots.contents, (*chunks, slots.contents.shape[2], dim), torch.float32),
+        (slots.summaries, (*chunks, dim), torch.float32),
+        (slots.step_mask, (*chunks, slots.contents.shape[2]), torch.bool),
+        (valid, chunks, torch.bool),
+        (memory.open_steps, (batch, slots.contents.shape[2], dim), torch.float32),
+    )
+    for part, shape, dtype in sizes:
+        if part is not None and not (
+            _is_usual(part) and part.shape == shape and part.dtype is dtype
+        ):
+            return False
+    return all(
+        part is None or part[:1].is_contiguous()
+        for part in (slots.contents, slots.summaries, slots.step_mask, valid)
     )
 
 
-def _is_dense(part: Tensor | None) -> bool:
-    """Whether all within a row of the batch lies side by side, chunk by chunk."""
-    return part is None or part[:1].is_contiguous()
+def _is_usual(part: Tensor) -> bool:
+    """Whether a tensor has its numbers in memory, as they are, and nobody else has a say."""
+    return (
+        type(part) in (Tensor, nn.Parameter)
+        and part.layout is torch.strided
+        and part.device.type == "cpu"
+        and not part.is_neg()
+        and (part.data_ptr() != 0 or not part.numel())
+    )
 
 
 def _weights(layer: Any) -> _Weights | None:
     """Return the weights of a layer in the order of `_struct`; None if it is no usual layer."""
     block, local, mlp = layer.htm, layer.local, layer.mlp
-    if type(block) is not HTMBlock or type(local) is not LocalAttention or len(mlp) != 4:
+    if type(block) is not HTMBlock or type(local) is not LocalAttention:
         return None
     htm = block.attn
     if type(htm) is not HTMAttention or htm.impl not in ("auto", "native"):
         return None
     inner = htm.attn
+    if type(mlp) is not nn.Sequential or len(mlp) != 4 or type(inner) is not StepProjections:
+        return None
     norms = (local.norm, block.norm, mlp[0])
     linears = (
         local.to_qkv,
@@ -130,7 +163,8 @@ def _weights(layer: Any) -> _Weights | None:
     if not known:
         return None
     dim, width = htm.dim, inner.heads * inner.dim_head
-    features, hidden = htm.dim_features, mlp[1].out_features
+    up = weight_of(linears[-2])
+    features, hidden = htm.dim_features, 0 if up is None else len(up)
     # What is read by address must have these sizes, whoever put it there.
     shapes = ((dim,), (dim,), (dim,), (3 * width, dim), (dim, width), (features, dim))
     shapes += ((features, dim), (width, dim), (2 * width, dim), (dim, width))
@@ -152,23 +186,24 @@ def _weights(layer: Any) -> _Weights | None:
         weights += [weight, bias]
     if any(module.bias is None for module in norms):
         return None
-    usual = all(weight is None or _is_usual(weight) for weight in weights)
-    return tuple(weights) if usual else None
+    usual = all(weight is None or _is_readable(weight) for weight in weights)
+    return tuple(weights) if usual and local.distance_bias.is_contiguous() else None
 
 
-def _is_usual(weight: Tensor) -> bool:
+def _is_readable(weight: Tensor) -> bool:
     """Whether the kernel can read a weight where it lies."""
-    if weight.dtype is not torch.float32 or weight.device.type != "cpu":
+    if not _is_usual(weight) or weight.dtype is not torch.float32:
         return False
     return weight.stride(-1) == 1 and (weight.ndim == 2 or weight.is_contiguous())
 
 
 def _struct(layer: Any, weights: _Weights) -> Any:
     """Return a struct of the kernel's own with all that is the same from step to step."""
-    block = layer.htm
-    norms = layer.local.norm.eps, block.norm.eps, layer.mlp[0].eps
-    addresses = (0 if weight is None else weight.data_ptr() for weight in weights)
-    key = (block.residual, *norms, *addresses)
+    local, block = layer.local, layer.htm
+    key: list[Any] = [block.residual, local.norm.eps, block.norm.eps, layer.mlp[0].eps]
+    key += [local.heads, local.dim_head, local.window, block.attn.dim, block.attn.dim_features]
+    for weight in weights:
+        key += [0] if weight is None else [weight.data_ptr(), weight.shape, weight.stride()]
     held = _prepared.get(layer)
     if held is None or held[0] != key:
         held = _prepared[layer] = key, _prepare(layer, weights)
@@ -177,7 +212,8 @@ def _struct(layer: Any, weights: _Weights) -> Any:
 
 def _prepare(layer: Any, weights: _Weights) -> Any:
     local, block = layer.local, layer.htm
-    htm, up = block.attn, layer.mlp[1]
+    htm, up = block.attn, weights[-4]
+    assert up is not None
     pairs = list(zip(weights[1::2], weights[2::2], strict=True))
     norms = [
         kernels.struct("Norm", weight=weight, bias=bias, eps=norm.eps)
@@ -205,7 +241,7 @@ def _prepare(layer: Any, weights: _Weights) -> Any:
         width=htm.attn.dim_head,
         window=local.window,
         features=htm.dim_features,
-        hidden=up.out_features,
+        hidden=up.shape[0],
         distance_bias=weights[0],
         adds_normed=int(block.residual == "normed"),
         **dict(zip(("local_norm", "norm", "mlp_norm"), norms, strict=True)),

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from htm_pytorch.memory import ChunkedMemory
 from htm_pytorch.memory.writing import Reached
 from htm_pytorch.nn import fused
+from htm_pytorch.nn.affine import is_plain
+from htm_pytorch.nn.attention import HTMAttention
 from htm_pytorch.nn.block import HTMBlock
 from htm_pytorch.nn.local import LocalAttention
 from htm_pytorch.nn.state import LayerState
@@ -63,6 +65,9 @@ class Layer(nn.Module):
         if self.htm is None or state.memory is None:
             x = x if at is None else _taken(x, at)
             return x + self.mlp(x), LayerState(None, *window), None
+        if not (is_plain(self.htm, HTMBlock) and is_plain(self.htm.attn, HTMAttention)):
+            # Whoever listens may keep what it is given.
+            state.memory._ring.share()
         flows = not self.htm.attn.detach_memories
         steps = x if flows or not x.requires_grad else x.detach()
         if steps.dtype != state.memory.dtype:

@@ -13,8 +13,11 @@ from htm_pytorch.shapes import may_look_at
 def positions_of(dim: int, chunk_size: int, like: Tensor) -> Tensor:
     """Return `sinusoid` [C, D] in the dtype and on the device of `like`."""
     arguments = chunk_size, dim, like.dtype, like.device
-    # Kept where they are asked for again and again, by who takes step after step.
-    return _kept_sinusoid(*arguments) if may_look_at(like) else sinusoid(*arguments)
+    # Kept where they are asked for again and again, by who takes step after step; not what stands
+    # for a tensor while something is traced.
+    keeps = may_look_at(like) and type(like) is Tensor
+    keeps = keeps and not torch._C._len_torch_dispatch_stack()
+    return _kept_sinusoid(*arguments) if keeps else sinusoid(*arguments)
 
 
 @functools.lru_cache(maxsize=64)

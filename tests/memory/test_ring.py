@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 import weakref
 from typing import Any
 
@@ -251,3 +252,22 @@ def test_a_layer_that_only_reads_does_not_make_the_next_step_copy(impl: Any, gra
         with torch.set_grad_enabled(graded):
             torch.testing.assert_close(layer(queries, kept).detach(), expected)
         del kept
+
+
+@torch.no_grad()
+def test_a_reader_in_another_thread_is_not_written_over() -> None:
+    layer, queries = HTMAttention(6, 2, 2, 2, 3), torch.randn(1, 200, 6)
+    memory = ChunkedMemory.empty(1, 300, 2, 6).append(torch.randn(1, 640, 6))
+    for _ in range(20):
+        expected, found = layer(queries, memory), []
+
+        def read(memory: ChunkedMemory = memory, found: list[Tensor] = found) -> None:
+            with torch.no_grad():
+                found.append(layer(queries, memory))
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        for _ in range(6):
+            memory = memory.append(torch.randn(1, 2, 6))
+        reader.join()
+        torch.testing.assert_close(found[0], expected)

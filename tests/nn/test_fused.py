@@ -2,14 +2,16 @@
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from htm_pytorch import HTMTransformer
+from htm_pytorch import HTMAttention, HTMTransformer
 from htm_pytorch.nn import TransformerState, fused
 from htm_pytorch.nn import layer as layers
 from htm_pytorch.ops import kernels
@@ -290,3 +292,167 @@ def test_a_step_makes_few_operators() -> None:
             with torch.profiler.profile() as profile:
                 _, state = model(torch.randn(4, 1, 64), state)
             assert sum(event.name.startswith("aten::") for event in profile.events()) <= 60
+
+
+class Scaled(nn.Sequential):
+    def forward(self, input: Any) -> Any:
+        return 0.1 * super().forward(input)
+
+
+class Bare(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh()
+
+
+def _prune(layer: Any) -> None:
+    up, down = layer.mlp[1], layer.mlp[3]
+    up.weight.data, up.bias.data = up.weight.data[:9], up.bias.data[:9]
+    down.weight.data = down.weight.data[:, :9]
+
+
+def _other_stride(layer: Any) -> None:
+    weight = layer.mlp[1].weight
+    base = torch.randn(4 * weight.numel())
+    weight.data = base.as_strided(weight.shape, (16, 1))
+    layer(torch.randn(2, 1, 16), START[0], None, None, None, False)
+    weight.data = base.as_strided(weight.shape, (32, 1))
+
+
+def _other_heads(layer: Any) -> None:
+    layer.local.heads, layer.local.dim_head = 1, 16
+    layer.htm.attn.attn.heads, layer.htm.attn.attn.dim_head = 1, 16
+    layer.local.distance_bias.data = layer.local.distance_bias.data[:1]
+    START[0] = START[0]._replace(
+        keys=START[0].keys.flatten(2)[:, :, None], values=START[0].values.flatten(2)[:, :, None]
+    )
+
+
+def _expanded_bias(layer: Any) -> None:
+    layer.local.distance_bias = nn.Parameter(torch.randn(1, 5).expand(2, 5))
+
+
+def _strided_bias(layer: Any) -> None:
+    layer.local.distance_bias = nn.Parameter(torch.randn(2, 9)[:, :5])
+
+
+def _negated(layer: Any) -> None:
+    layer.mlp[1].weight = nn.Parameter(torch._neg_view(layer.mlp[1].weight.data))
+
+
+START: list[Any] = []
+"""The state of the layer that is changed."""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: setattr(layer, "mlp", Scaled(*layer.mlp)),
+        lambda layer: setattr(layer, "mlp", Bare()),
+        _prune,
+        _other_stride,
+        _other_heads,
+        _expanded_bias,
+        _strided_bias,
+        _negated,
+    ],
+    ids=["sequential", "bare", "prune", "stride", "heads", "expanded", "strided", "negated"],
+)
+@torch.no_grad()
+def test_a_layer_that_was_changed_does_what_it_says(
+    change: Callable[[Any], None], calls: Calls
+) -> None:
+    model = build(16, 1, 2, 8, 2, 2, 3, 5)
+    _, state = model(torch.randn(2, 9, 16))
+    layer: Any = model.layers[0]
+    START[:] = [state[0]]
+    layer(torch.randn(2, 1, 16), START[0], None, None, None, False)
+    change(layer)
+    x = torch.randn(2, 1, 16)
+    got, after, _ = layer(x, START[0], None, None, None, False)
+    calls.on = False
+    plain, plain_after, _ = layer(x, START[0], None, None, None, False)
+    torch.testing.assert_close(got, plain)
+    torch.testing.assert_close(after.keys, plain_after.keys)
+
+
+@torch.no_grad()
+def test_a_layer_of_other_sizes_is_an_error_of_torch() -> None:
+    x = torch.randn(3, 1, 16)
+    model = build(16, 2, 2, 8, 2, 2, 3, 5)
+    model.layers[1] = build(4096, 1, 2, 8, 2, 2, 3, 5).layers[0]
+    with pytest.raises((RuntimeError, ValueError)):
+        model(x)
+    model = build(16, 2, 2, 8, 2, 2, 3, 5)
+    state = model.initial_state(3)
+    model.layers[1].local = build(16, 1, 2, 8, 2, 2, 3, 60_000).layers[0].local  # pyright: ignore
+    with pytest.raises((RuntimeError, ValueError)):
+        model(x, state)
+    model = build(16, 1, 2, 8, 2, 2, 3, 5)
+    model.layers[0].mlp[1].weight.untyped_storage().resize_(0)  # pyright: ignore
+    with pytest.raises(RuntimeError):
+        model(x)
+
+
+@torch.no_grad()
+def test_states_of_odd_strides_and_numbers(calls: Calls) -> None:
+    model = build(16, 1, 2, 8, 2, 2, 3, 5)
+    _, state = model(torch.randn(3, 12, 16))
+    memory, x = state[0].memory, torch.randn(3, 1, 16)
+    assert memory is not None
+    for valid in (torch.tensor(True).expand(3, 3), torch.rand(3, 3).gt(0.5).t()):
+        odd = TransformerState((state[0]._replace(memory=memory._replace(valid=valid)),))
+        calls.on = True
+        got, _ = model(x, odd)
+        calls.on = False
+        torch.testing.assert_close(got, model(x, odd)[0])
+    calls.on = True
+    state[0].filled.fill_(-100_000)
+    assert model(x, state)[0].shape == x.shape
+
+
+def test_nothing_that_stands_for_a_tensor_is_kept() -> None:
+    layer = HTMAttention(24, 2, 2, 4, 8)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        HTMAttention(24, 2, 2, 4, 8)(torch.randn(2, 5, 24), torch.randn(2, 9, 24))
+    assert type(layer(torch.randn(2, 5, 24), torch.randn(2, 9, 24))) is Tensor
+
+
+@torch.no_grad()
+def test_hooks_may_keep_what_they_get_and_recall_says_that_it_runs_none() -> None:
+    model = build(8, 1, 1, 8, 1, 1, 2, 1)
+    kept: list[Any] = []
+    layer: Any = model.layers[0]
+    handle = layer.htm.attn.register_forward_pre_hook(lambda _, given: kept.append(given[1]))
+    state = None
+    for _ in range(4):
+        _, state = model(torch.randn(1, 1, 8), state)
+    memory = kept[-1]
+    before = memory.contents.clone()
+    model(torch.randn(1, 1, 8), state)
+    assert torch.equal(memory.contents, before)
+    with pytest.raises(ValueError, match="recall: expected a HTMAttention with the forward of its"):
+        model.recall(torch.randn(1, 1, 8), state)
+    handle.remove()
+    model.recall(torch.randn(1, 1, 8), state)
+
+
+@torch.no_grad()
+def test_threads_that_step_from_one_state() -> None:
+    model = build(16, 1, 2, 8, 2, 1, 3, 5)
+    x = torch.randn(2, 40, 16)
+    for trial in range(30):
+        _, state = model(x[:, :9])
+        step = x[:, 9 + trial : 10 + trial]
+        expected, _ = model(step, TransformerState.cat([state]))
+        with ThreadPoolExecutor(3) as pool:
+            asked = [pool.submit(_step, model, step, state) for _ in range(3)]
+            found = [one.result() for one in asked]
+        again, _ = model(step, state)
+        for got in (*found, again):
+            torch.testing.assert_close(got, expected)
+
+
+def _step(model: HTMTransformer, step: Tensor, state: TransformerState) -> Tensor:
+    # Whether gradients are taken is each thread's own.
+    with torch.no_grad():
+        return model(step, state)[0]

@@ -168,7 +168,7 @@ void attend_near(const Step& step, int64_t row, const T* qkv, T* out, T* logits,
     const T *keys = static_cast<const T*>(step.keys) + row * past * inner;
     const T *values = static_cast<const T*>(step.values) + row * past * inner;
     const T* bias = static_cast<const T*>(step.distance_bias);
-    const int64_t filled = step.filled[row] < past ? step.filled[row] : past;
+    const int64_t said = step.filled[row], filled = said < 0 ? 0 : said < past ? said : past;
     const int64_t count = filled + 1, stride = padded(count);
     const T scale = 1 / __builtin_sqrt(static_cast<double>(E));
     memset(out, 0, inner * sizeof(T));
