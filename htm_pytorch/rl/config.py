@@ -116,6 +116,8 @@ class LearnerConfig:
     """Share of it that is left at the end; linear."""
     reconstruction_weight: float = 0.03
     """Of telling the present input from the memory's output, as in the paper."""
+    target_kl: float = 0.0
+    """Divergence from the policy that played at which a rollout has taught enough; 0: any."""
     max_grad_norm: float = 1.0
     """Longer gradients are shortened, so that one rare batch does not spoil the weights."""
 

@@ -11,6 +11,7 @@ from htm_pytorch.rl.cores import State, detach
 from htm_pytorch.rl.losses import (
     PolicyLosses,
     clipped_policy_losses,
+    divergence,
     generalized_advantages,
     policy_gradient_losses,
     vtrace,
@@ -31,6 +32,7 @@ class Losses(NamedTuple):
     value_loss: float
     entropy: float
     reconstruction_loss: float
+    divergence: float
     gradient_norm: float
 
 
@@ -63,7 +65,7 @@ class Learner:
             group["lr"] = share * options.learning_rate
         entropy_weight = options.entropy_weight * (1 - (1 - options.final_entropy) * progress)
         advantages, targets = self._advantages(rollout)
-        sums = torch.zeros(5, dtype=torch.float64)
+        found: list[Tensor] = []
         for _ in range(options.epochs):
             rollout = self._restarted(rollout)
             # Drawn for all rows, wherever they are.
@@ -74,9 +76,16 @@ class Learner:
                 local = local - self.rows.start
                 share_of_rows = len(local) / len(chosen)
                 parts = (rollout.rows(local), advantages[local], targets[local], where[local])
-                sums += self._update(*parts, share_of_rows, entropy_weight)
+                if self._is_far(found):
+                    break
+                found.append(self._update(*parts, share_of_rows, entropy_weight))
         self._remember(rollout)
-        return Losses(*(sums / (options.epochs * options.minibatches)).tolist())
+        return Losses(*torch.stack(found).mean(0).tolist())
+
+    def _is_far(self, found: list[Tensor]) -> bool:
+        """Whether the policy has moved so far from the one that played that it is time to stop."""
+        limit = self.config.learner.target_kl
+        return bool(limit and found and found[-1][Losses._fields.index("divergence")] > limit)
 
     def _update(
         self,
@@ -91,9 +100,9 @@ class Learner:
         options = self.config.learner
         total = self.world.sum(rollout.counts.sum().float())
         self.optimizer.zero_grad()
-        losses = torch.zeros(4, dtype=torch.float64)
+        losses = torch.zeros(5, dtype=torch.float64)
         if len(rollout.at):
-            policy, retold = self._losses(rollout, advantages, targets, where, total)
+            policy, retold, moved = self._losses(rollout, advantages, targets, where, total)
             # Of means over all rows, this is the part of those that are here.
             retold = retold * share_of_rows
             loss = (
@@ -103,13 +112,13 @@ class Learner:
                 + options.reconstruction_weight * retold
             )
             loss.backward()
-            losses += torch.stack([*policy, retold]).detach().double().cpu()
+            losses += torch.stack([*policy, retold, moved]).detach().double().cpu()
         losses = self.world.sum(losses)
         self.world.sum_gradients(self.agent.parameters())
         norm = torch.nn.utils.clip_grad_norm_(self.agent.parameters(), options.max_grad_norm)
         if not (losses.isfinite().all() and norm.isfinite()):
-            names = ("policy_loss", "value_loss", "entropy", "reconstruction_loss")
-            told = ", ".join(f"{n} {v:.3g}" for n, v in zip(names, losses.tolist(), strict=True))
+            named = zip(Losses._fields[:5], losses.tolist(), strict=True)
+            told = ", ".join(f"{name} {value:.3g}" for name, value in named)
             raise NotFiniteError(
                 f"learning_rate: expected finite losses and gradients, got {told}, a gradient of "
                 f"length {float(norm):.3g}; the last checkpoint is good. A smaller "
@@ -120,7 +129,7 @@ class Learner:
 
     def _losses(
         self, rollout: Rollout, advantages: Tensor, targets: Tensor, where: Tensor, total: Tensor
-    ) -> tuple[PolicyLosses, Tensor]:
+    ) -> tuple[PolicyLosses, Tensor, Tensor]:
         options, device = self.config.learner, self.agent.device
         points = rollout.at.shape[1]
         retold = _steps_at(rollout.seen, where)
@@ -155,11 +164,12 @@ class Learner:
                     (log_probs.detach() - old_log_probs).where(counts, 0.0),
                 )
             losses = policy_gradient_losses(log_probs, entropies, values, corrected, counts, total)
+        moved = divergence(log_probs.detach(), old_log_probs, counts, total)
         if not options.reconstruction_weight:
-            return losses, output.features.new_zeros(())
+            return losses, output.features.new_zeros(()), moved
         row = torch.arange(len(where))
         shown = nested(lambda p: p[row, retold[:, 0]].to(device), rollout.seen.observation)
-        return losses, self.agent.reconstruction_loss(output.features[:, points], shown)
+        return losses, self.agent.reconstruction_loss(output.features[:, points], shown), moved
 
     def _outputs(self, rollout: Rollout, at: Tensor) -> Outputs:
         """Return the outputs at the steps `at` [B, P]; gradients reach back `bptt` steps."""

@@ -186,6 +186,18 @@ def policy_gradient_losses(
     )
 
 
+def divergence(
+    log_probs: Tensor, old_log_probs: Tensor, counts: Tensor, total: Tensor | None = None
+) -> Tensor:
+    """Return how far a policy is from the one that played: its Kullback-Leibler divergence.
+
+    Estimated as the mean of ratio - 1 - log ratio, which is never negative (Schulman 2020,
+    "Approximating KL divergence", k3). All [T, B]; `counts` and `total` as for the losses.
+    """
+    moved = (log_probs - old_log_probs).where(counts, 0.0)
+    return masked_mean(moved.exp() - 1 - moved, counts, total)
+
+
 def masked_mean(values: Tensor, mask: Tensor, total: Tensor | None = None) -> Tensor:
     """Return the mean of `values` where `mask`; 0 where nothing counts.
 

@@ -13,6 +13,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("time_limit", "decisions", "bptt", "eval_every"), (0, _COUNT)),
     **dict.fromkeys(("stop_at", "promote_at"), (-math.inf, math.inf)),
     "value_clip": (0, _LARGEST),
+    "target_kl": (0, _LARGEST),
     "seed": (0, 2**63 - 1),
 }
 

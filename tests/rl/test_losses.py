@@ -9,6 +9,7 @@ import torch
 from htm_pytorch.rl.losses import (
     VTrace,
     clipped_policy_losses,
+    divergence,
     generalized_advantages,
     masked_mean,
     policy_gradient_losses,
@@ -236,3 +237,12 @@ def test_losses_of_the_policy_gradient() -> None:
         counts=column(1, 1, 0).bool(),
     )
     assert [loss.item() for loss in losses] == pytest.approx([-(-1 + 2) / 2, 0.25, 1.5])
+
+
+def test_divergence_of_policies() -> None:
+    before, now = column(-1, -2, -3), column(-1.5, -1, NAN)
+    counts = column(1, 1, 0).bool()
+    expected = (math.exp(-0.5) - 0.5 + math.exp(1) - 2) / 2
+    assert divergence(now, before, counts).item() == pytest.approx(expected)
+    assert divergence(before, before, counts).item() == 0
+    assert divergence(now, before, counts, torch.tensor(4.0)).item() == pytest.approx(expected / 2)

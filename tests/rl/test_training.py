@@ -18,6 +18,7 @@ from htm_pytorch import ChunkedMemory
 from htm_pytorch.memory import MemoryFileError
 from htm_pytorch.memory.files import load_tensors, save_tensors
 from htm_pytorch.rl import TrainConfig, evaluate, learner, run, train, training
+from htm_pytorch.rl.processes import World
 from htm_pytorch.rl.run import KIND, Checkpoint, Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -271,6 +272,22 @@ def test_metrics_are_those_of_the_checkpoint(
     assert_same_run(config.run_dir, whole)
 
 
+def test_a_rollout_teaches_until_the_policy_is_another(tmp_path: Path) -> None:
+    config = tiny(tmp_path / "run", target_kl=1e-9, epochs=3)
+    with training.Training(config, None, World()) as trained:
+        calls, update = 0, trained.learner._update
+
+        def counted(*given: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return update(*given)
+
+        trained.learner._update = counted
+        trained.batch()
+        # The first update is by the policy that played; the second one sees that it has moved.
+        assert calls == 2
+
+
 def test_two_trainings_in_one_folder_are_refused(finished: Path, tmp_path: Path) -> None:
     config = tiny(tmp_path / "run")
     with Run(config), pytest.raises(ValueError, match="run_dir: another training writes to"):
@@ -288,10 +305,10 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(
     def overflows(*given: Any) -> Any:
         nonlocal calls
         calls += 1
-        policy, retold = losses(*given)
+        policy, retold, moved = losses(*given)
         if calls > 15:
             policy = policy._replace(value=policy.value * torch.inf)
-        return policy, retold
+        return policy, retold, moved
 
     with monkeypatch.context() as patch:
         patch.setattr(learner.Learner, "_losses", overflows)
