@@ -18,6 +18,7 @@ from htm_pytorch.rl.losses import (
 from htm_pytorch.rl.observations import Steps, nested
 from htm_pytorch.rl.processes import World
 from htm_pytorch.rl.rollout import Rollout
+from htm_pytorch.rl.run import CHECKPOINT
 
 
 class NotFiniteError(ValueError):
@@ -110,9 +111,11 @@ class Learner:
         if not (losses.isfinite().all() and norm.isfinite()):
             names = ("policy_loss", "value_loss", "entropy", "reconstruction_loss")
             told = ", ".join(f"{n} {v:.3g}" for n, v in zip(names, losses.tolist(), strict=True))
+            saved = (self.config.run_dir / CHECKPOINT).exists()
+            good = "the last checkpoint is good" if saved else "there is no checkpoint yet"
             raise NotFiniteError(
                 f"learning_rate: expected finite losses and gradients, got {told}, a gradient of "
-                f"length {float(norm):.3g}; the last checkpoint is good. A smaller "
+                f"length {float(norm):.3g}; {good}. A smaller "
                 "--learning-rate, --max-grad-norm or --normalize-observations may help"
             )
         self.optimizer.step()
