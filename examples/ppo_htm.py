@@ -33,7 +33,9 @@ class Agent(nn.Module):
 
     def __init__(self, observations: gymnasium.Space, actions: int, dim: int):
         super().__init__()
-        self.choices = observations.n if isinstance(observations, gymnasium.spaces.Discrete) else 0
+        self.choices = self.start = 0
+        if isinstance(observations, gymnasium.spaces.Discrete):
+            self.choices, self.start = int(observations.n), int(observations.start)
         size = self.choices or int(np.prod(observations.shape))
         self.encoder = nn.Sequential(nn.Linear(size, dim), nn.GELU(), nn.Linear(dim, dim))
         self.memory = HTMTransformer(
@@ -56,7 +58,7 @@ class Agent(nn.Module):
         self, seen: Tensor, is_first: Tensor, state: TransformerState
     ) -> tuple[Tensor, Tensor, TransformerState]:
         if self.choices:
-            flat = nn.functional.one_hot(seen.long(), self.choices).float()
+            flat = nn.functional.one_hot(seen.long() - self.start, self.choices).float()
         else:
             flat = seen.float().flatten(2)
         features, state = self.memory(self.encoder(flat), state, is_first)
@@ -84,6 +86,7 @@ class Player:
 
     def __init__(self, env: SyncVectorEnv, agent: Agent, seed: int):
         self.env, self.agent = env, agent
+        self.first_action = int(env.single_action_space.start)
         self.seen, _ = env.reset(seed=seed)
         self.is_first = np.ones(env.num_envs, bool)
         self.ended = np.zeros(env.num_envs, bool)
@@ -110,7 +113,8 @@ class Player:
                 history.append([*now, nothing, nothing.bool()])
                 break
             self.state = state
-            self.seen, reward, terminated, truncated, _ = self.env.step(action.numpy())
+            done = action.numpy() + self.first_action
+            self.seen, reward, terminated, truncated, _ = self.env.step(done)
             self.is_first, self.ended = self.ended, terminated | truncated
             history.append([*now, torch.as_tensor(reward).float(), torch.as_tensor(terminated)])
             self.returns = np.where(self.is_first, 0, self.returns + reward)
@@ -193,7 +197,10 @@ def main() -> None:
     )
     if not isinstance(env.single_action_space, gymnasium.spaces.Discrete):
         parser.error(f"expected Discrete actions, got {env.single_action_space}")
-    agent = Agent(env.single_observation_space, int(env.single_action_space.n), options.dim)
+    seen = env.single_observation_space
+    if not isinstance(seen, gymnasium.spaces.Box | gymnasium.spaces.Discrete):
+        parser.error(f"expected observations of Box or Discrete, got {seen}")
+    agent = Agent(seen, int(env.single_action_space.n), options.dim)
     optimizer = torch.optim.Adam(agent.parameters(), options.learning_rate, fused=True)
     player = Player(env, agent, options.seed)
     began, frames, scale = time.time(), 0, 1.0

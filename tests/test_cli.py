@@ -201,8 +201,8 @@ def assert_one_line(left_with: object, message: str) -> None:
         (["train", "ballet", "--run-dir={tmp}/run", "--device=abacus"], "device: "),
         (["train", "ballet", "--run-dir={tmp}/run", "--processes=3"], "processes: "),
         (["train", "ballet", "--run-dir={tmp}/run", "--seeds=2", "--processes=2"], "seeds: "),
-        (["train", "ballet", "--run-dir={tmp}/file/run"], "Not a directory"),
-        (["train", "ballet", "--run-dir={tmp}/file"], "exists"),
+        (["train", "ballet", "--run-dir={tmp}/file/run"], "run_dir: expected a folder"),
+        (["train", "ballet", "--run-dir={tmp}/file"], "run_dir: expected a folder"),
         (["eval", "{tmp}/nothing"], "run_dir: expected a run"),
         (["check", "--steps=0"], "steps: expected an integer >= 1, got 0"),
         (["check", "--device=abacus"], "device: expected one of this machine that knows float64"),
@@ -217,6 +217,51 @@ def test_an_error_is_one_line(
     assert_one_line(htm(monkeypatch, *filled), message)
     assert (tmp_path / "file").read_text() == "not a run"
     assert not (tmp_path / "run").exists()
+
+
+MODULE = """
+import gymnasium
+from gymnasium.envs.classic_control import CartPoleEnv
+
+class Lazy(CartPoleEnv):
+    def step(self, action):
+        import nothing_like_it
+
+gymnasium.register("Own-v0", entry_point=CartPoleEnv, max_episode_steps=20)
+gymnasium.register("Lazy-v0", entry_point=Lazy)
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_module_in_the_current_folder_is_found(processes: int, tmp_path: Path) -> None:
+    """As the console script is called, whose folder is first on the path, not the current."""
+    (tmp_path / "ownworld.py").write_text(MODULE)
+    code = "import sys; sys.path[:1] = []; from htm_pytorch.cli import main; main()"
+    for arguments in (
+        ["train", "ownworld:Own-v0", "--run-dir=run", *TINY, f"--processes={processes}"],
+        ["eval", "run"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "unseen episodes" in done.stdout
+
+
+def test_a_package_that_the_environment_lacks_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lazyworld.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["htm", "train", "lazyworld:Lazy-v0", *TINY])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(ModuleNotFoundError, match="nothing_like_it"):
+        cli.main()
 
 
 def test_a_failed_process_prints_one_line_and_no_traceback() -> None:

@@ -88,6 +88,46 @@ def test_a_reader_with_a_library_is_better(tmp_path: Path) -> None:
     assert with_memory < without
 
 
+SHIFTED = """
+import gymnasium
+from gymnasium import spaces
+
+class Shifted(gymnasium.Env):
+    def __init__(self, observation_space=spaces.Discrete(3, start=5)):
+        self.observation_space = observation_space
+        self.action_space = spaces.Discrete(2, start=-4)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return 7, {}
+
+    def step(self, action):
+        assert action in (-4, -3), action
+        return 5, 1.0, bool(self.np_random.random() < 0.2), False, {}
+
+gymnasium.register("Shifted-v0", entry_point=Shifted)
+pair = spaces.Tuple([spaces.Discrete(2), spaces.Discrete(2)])
+gymnasium.register("Pair-v0", entry_point=Shifted, kwargs={"observation_space": pair})
+"""
+
+
+def test_one_file_knows_where_choices_start_and_refuses_tuples(tmp_path: Path) -> None:
+    pytest.importorskip("gymnasium")
+    (tmp_path / "shifted.py").write_text(SHIFTED)
+    command = [sys.executable, str(EXAMPLES / "ppo_htm.py"), "--num-envs=4", "--steps=8"]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{EXAMPLES.parent}"}
+    for name, code, told in (("Shifted", 0, "64 frames"), ("Pair", 2, "observations of Box or")):
+        done = subprocess.run(
+            [*command, "--frames=64", f"shifted:{name}-v0"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert done.returncode == code, done.stderr
+        assert told in done.stdout + done.stderr
+
+
 def test_one_file_trains_on_any_environment() -> None:
     pytest.importorskip("gymnasium")
     assert len((EXAMPLES / "ppo_htm.py").read_text().splitlines()) <= 250

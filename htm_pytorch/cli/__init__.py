@@ -1,9 +1,15 @@
 """`htm`: parses, calls, prints. Each command is a file, imported when it is called."""
 
 import importlib
+import os
 import sys
 
 COMMANDS = ("train", "eval", "check", "memory")
+_OF_EXTRAS = {
+    *("filelock", "gymnasium", "matplotlib", "numpy", "PIL", "safetensors", "tqdm", "tyro"),
+    *("lance", "obstore", "pyarrow"),
+}
+"""Modules that the extras `rl` and `store` bring."""
 
 
 def train() -> None:
@@ -30,6 +36,9 @@ def main() -> None:
         sys.exit(f"htm: needs the extra `rl` or `store`, pip install '.[rl]' ({error})")
     name, *arguments = sys.argv[1:] or [""]
     try:
+        if name in ("train", "eval") and not {"", os.getcwd()} & set(sys.path):
+            # Environments of the user's own, as `python -m` finds them; nothing is hidden by them.
+            sys.path.append(os.getcwd())
         if name in COMMANDS:
             importlib.import_module(f"{__name__}.{name}").main(arguments)
             return
@@ -39,6 +48,9 @@ def main() -> None:
             description="Agents that remember, the layer, and memories on disk.",
         )
     except ImportError as error:
+        # Of any other module, where it was asked for says more than a line of ours.
+        if name != "memory" and (error.name or "").partition(".")[0] not in _OF_EXTRAS:
+            raise
         sys.exit(f"htm: `htm {name}` needs an extra, pip install '.[rl]' ({error})")
     except (ValueError, OSError) as error:
         sys.exit(f"htm: {error}")

@@ -81,12 +81,14 @@ def parse(arguments: list[str]) -> TrainConfig:
 def _train(config: TrainConfig) -> "Evaluation | None":
     from htm_pytorch.rl import evaluate, train
     from htm_pytorch.rl.launching import is_first
-    from htm_pytorch.rl.preparing import describe_sizes, prepare
+    from htm_pytorch.rl.preparing import describe_sizes, describe_source, prepare
 
     parts = _parts(config)
     if is_first():
-        prepare(config, parts)
+        fresh = prepare(config, parts)
         print(describe_sizes(config))
+        if source := describe_source(config, fresh):
+            print(source)
     agent = train(config, parts)
     if not is_first():
         return None

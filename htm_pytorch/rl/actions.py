@@ -196,8 +196,9 @@ def make_policy(space: spaces.Space[Any], dim: int) -> Policy:
         case spaces.Box() if np.issubdtype(space.dtype, np.floating) and space.shape:
             return GaussianPolicy(dim, space)
     raise ValueError(
-        f"env: expected actions that are Discrete, MultiDiscrete, MultiBinary or a Box of floats, "
-        f"got {space}; a wrapper of the environment can offer such"
+        f"env: expected actions that are Discrete, MultiDiscrete, MultiBinary or a Box of floats "
+        f"of one dimension or more, as (1,), got {space}; a wrapper of the environment can "
+        "offer such"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from tyro.conf import Fixed, Suppress
 
-from htm_pytorch.rl.ranges import check_choices, check_range
+from htm_pytorch.rl.ranges import check_kinds, check_range
 
 Memory = Literal["htm", "window", "transformer", "gru", "lstm", "none"]
 
@@ -172,8 +172,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, naming the option."""
+        for name in ("run_dir", "init_from"):
+            if isinstance(given := getattr(self, name), str):
+                object.__setattr__(self, name, Path(given))
         for part in (self, *(getattr(self, name) for name in _GROUPS)):
-            check_choices(part)
+            check_kinds(part)
         for name, value in self.options().items():
             check_range(name, value)
         sizes, count = self.memories, self.environments.num_envs
@@ -205,11 +208,13 @@ class TrainConfig:
             group = getattr(self, name)
             own = {key: options.pop(key) for key in list(options) if hasattr(group, key)}
             groups[name] = dataclasses.replace(group, **own)
-        return dataclasses.replace(self, **groups, **options)
+        return dataclasses.replace(self, **groups | options)
 
     def to_json(self) -> str:
-        """Return the record of the run, without where and how it was called."""
-        record = {k: v for k, v in self.options().items() if k not in _ABOUT_THE_CALL}
+        """Return the record of the run, without where and how it was called; infinity is null."""
+        record = {k: None if v == math.inf else v for k, v in self.options().items()}
+        for name in _ABOUT_THE_CALL:
+            del record[name]
         return json.dumps(record, indent=2, default=str)
 
     @classmethod
@@ -220,6 +225,9 @@ class TrainConfig:
             ValueError: not such a record, or one of another version.
         """
         record = json.loads(text)
+        if isinstance(record, dict):
+            record |= {n: math.inf for n in ("stop_at", "promote_at") if record.get(n, "") is None}
+            record.setdefault("stop_at", math.inf)
         expected = set(cls().options()) - set(_ABOUT_THE_CALL)
         found = set(record) if isinstance(record, dict) else set()
         if found != expected:
@@ -227,14 +235,12 @@ class TrainConfig:
             raise ValueError(f"config: expected the options of this version, differs in {others}")
         for name, value in record.items():
             record[name] = tuple(value) if isinstance(value, list) else value
-        if record["init_from"] is not None:
-            record["init_from"] = Path(record["init_from"])
         return cls().replace(**(record | call))
 
     def differs_in(self, other: "TrainConfig") -> list[str]:
         """Return the options that would make the two runs learn differently."""
         own, others = self.options(), other.options()
-        free = {*_ABOUT_THE_CALL, *_ABOUT_THE_END}
+        free = {*_ABOUT_THE_CALL, *_ABOUT_THE_ENDS}
         # The end of a schedule is part of what is learned on the way to it.
         if min(self.learner.final_learning_rate, self.learner.final_entropy) < 1:
             free.discard("frames")
@@ -243,4 +249,4 @@ class TrainConfig:
 
 _GROUPS = ("environments", "memories", "rollouts", "learner", "budget")
 _ABOUT_THE_CALL = ("run_dir", "resume", "seeds", "processes", "tensorboard")
-_ABOUT_THE_END = ("frames", "stop_at", "eval_every", "eval_episodes", "device")
+_ABOUT_THE_ENDS = ("init_from", "frames", "stop_at", "eval_every", "eval_episodes", "device")

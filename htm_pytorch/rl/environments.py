@@ -69,6 +69,7 @@ class Environments:
         self.vector = vector
         self.mode: AutoresetMode = mode
         self.num_envs: int = vector.num_envs
+        self.name: str = getattr(vector.spec, "id", type(vector.unwrapped).__name__)
         self.action_space: spaces.Space[Any] = vector.single_action_space
         self._observe, self._sees_previous = observe, see_previous
         self.observation_space = self._space(vector.single_observation_space)
@@ -130,13 +131,13 @@ class Environments:
                 "env: expected info['final_obs'] of an environment that resets in the step of the "
                 f"end, got {sorted(info)}"
             )
-        final = nested(np.array, observed)
+        final, given = nested(np.array, observed), info["final_obs"]
         for row in np.flatnonzero(ended):
 
             def place(part: np.ndarray, value: Any, row: int = int(row)) -> None:
                 part[row] = value
 
-            nested(place, final, _as_nested(info["final_obs"][row], final))
+            nested(place, final, _row_of(given, final, int(row)))
         return final, observed, info
 
     def _seen(
@@ -204,6 +205,15 @@ def _action_counts(info: dict[str, Any], rows: int) -> np.ndarray:
         return np.ones(rows, bool)
     said = info.get("_action_counts", True)
     return np.where(said, np.asarray(counts).astype(bool), True)
+
+
+def _row_of(given: Any, like: Nested, row: int) -> Nested:
+    """Return one row's observation of a batch [B], nested as Gymnasium's are or rows of objects."""
+    if isinstance(like, dict) and isinstance(given, dict):
+        return {key: _row_of(given[key], like[key], row) for key in like}
+    if isinstance(like, tuple) and isinstance(given, tuple):
+        return tuple(_row_of(v, part, row) for v, part in zip(given, like, strict=True))
+    return _as_nested(given[row], like)
 
 
 def _as_nested(value: Any, like: Nested) -> Nested:

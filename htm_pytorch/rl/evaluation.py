@@ -12,8 +12,9 @@ import torch
 
 from htm_pytorch.rl.agent import Agent, Parts, make_agent
 from htm_pytorch.rl.config import TrainConfig
-from htm_pytorch.rl.making import make_environments, seeds_of
+from htm_pytorch.rl.making import is_batched, make_environments, most_steps, seeds_of
 from htm_pytorch.rl.player import Player
+from htm_pytorch.rl.plots import check_film, write_film
 from htm_pytorch.rl.rollout import Rollout, play
 from htm_pytorch.rl.run import CHECKPOINT, EVALUATIONS, Checkpoint
 
@@ -21,6 +22,8 @@ UNSEEN = 2**62
 """Stands in seeds where trainings have the number of a batch, which never is as large."""
 MOST_ROWS = 500
 """Episodes that are played at once."""
+PATIENCE = 1_000_000
+"""Steps of all rows together, in which an episode has to end."""
 
 
 class Evaluation(NamedTuple):
@@ -69,6 +72,9 @@ def evaluate(
     """
     if episodes is not None and episodes < 1:
         raise ValueError(f"episodes: expected at least 1, got {episodes}")
+    if render is not None:
+        render = Path(render)
+        check_film(render)
     agent, config, stage = load_agent(run_dir, parts)
     count = config.budget.eval_episodes if episodes is None else episodes
     if seed is not None:
@@ -76,8 +82,6 @@ def evaluate(
     result = judge(agent, config, count, greedy=greedy, stage=stage)
     _note(Path(run_dir), result, config.seed if seed is None else seed)
     if render is not None:
-        from htm_pytorch.rl.plots import write_film
-
         write_film(film(agent, config, greedy, stage), render)
     return result
 
@@ -101,7 +105,7 @@ def load_agent(run_dir: Path | str, parts: Parts | None = None) -> tuple[Agent, 
     agent = make_agent(config, environments.observation_space, environments.action_space, parts)
     environments.close()
     checkpoint.restore_agent(agent)
-    return agent, config, stage
+    return agent.eval(), config, stage
 
 
 def read_config(run_dir: Path | str) -> TrainConfig:
@@ -118,21 +122,33 @@ def judge(
     agent: Agent, config: TrainConfig, episodes: int, *, greedy: bool = True, stage: int = 0
 ) -> Evaluation:
     """Play so many unseen episodes, as many in each row, so that short ones are not preferred."""
-    count = min(episodes, MOST_ROWS)
+    # Others than a batch of its own may cost a lot each.
+    most = MOST_ROWS if is_batched(config) else config.environments.num_envs
+    count = min(episodes, MOST_ROWS, most)
+    patience = max(PATIENCE, 2 * count * most_steps(config))
     player = _player(agent, config, count, stage)
     quota = episodes // count + (np.arange(count) < episodes % count)
     generator = None if greedy else torch.Generator().manual_seed(config.seed)
     returns: list[float] = []
     lengths: list[int] = []
+    waited = 0
     while len(returns) < episodes:
         _, decides = player.look()
         if decides.any():
             player.ask(decides, generator)
+        waited += count
         for episode in player.advance():
             if quota[episode.row]:
                 quota[episode.row] -= 1
                 returns.append(episode.total)
                 lengths.append(episode.length)
+                waited = 0
+        if waited > patience:
+            player.environments.close()
+            raise ValueError(
+                f"env: expected episodes that end, got none that did in {waited:,} steps of "
+                f"{config.env}; --time-limit cuts them"
+            )
     player.environments.close()
     deviation = float(np.std(returns, ddof=1)) if episodes > 1 else math.nan
     interval = 1.96 * deviation / math.sqrt(episodes)

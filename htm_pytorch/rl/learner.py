@@ -19,6 +19,7 @@ from htm_pytorch.rl.losses import (
 from htm_pytorch.rl.observations import Steps, nested
 from htm_pytorch.rl.processes import World
 from htm_pytorch.rl.rollout import Rollout
+from htm_pytorch.rl.run import CHECKPOINT
 
 
 class NotFiniteError(ValueError):
@@ -119,9 +120,11 @@ class Learner:
         if not (losses.isfinite().all() and norm.isfinite()):
             named = zip(Losses._fields[:5], losses.tolist(), strict=True)
             told = ", ".join(f"{name} {value:.3g}" for name, value in named)
+            saved = (self.config.run_dir / CHECKPOINT).exists()
+            good = "the last checkpoint is good" if saved else "there is no checkpoint yet"
             raise NotFiniteError(
                 f"learning_rate: expected finite losses and gradients, got {told}, a gradient of "
-                f"length {float(norm):.3g}; the last checkpoint is good. A smaller "
+                f"length {float(norm):.3g}; {good}. A smaller "
                 "--learning-rate, --max-grad-norm or --normalize-observations may help"
             )
         self.optimizer.step()

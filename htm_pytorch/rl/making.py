@@ -28,7 +28,7 @@ def make_environments(
         ValueError: there is no such environment, or it does not take its arguments.
     """
     options = config.environments
-    spec = _find(config.env)
+    _find(config.env)
     arguments = parse_arguments("env_args", options.env_args)
     if options.curriculum:
         arguments |= parse_arguments("curriculum", [options.curriculum[stage]])
@@ -39,8 +39,8 @@ def make_environments(
         wrappers.append(lambda env: FrameStackObservation(env, options.frame_stack))
     mode = options.vectorize
     if mode == "auto":
-        own = spec.vector_entry_point is not None and not wrappers and not options.time_limit
-        mode = "vector_entry_point" if own and render_mode is None else "sync"
+        batched = is_batched(config) and render_mode is None
+        mode = "vector_entry_point" if batched else "sync"
     if options.time_limit:
         wrappers.append(lambda env: TimeLimit(env, options.time_limit))
     more: dict[str, Any] = {}
@@ -58,9 +58,24 @@ def make_environments(
             **more,
             **arguments,
         )
+    except ImportError as error:
+        raise ValueError(f"env: {config.env} could not import what it needs: {error}") from error
     except (TypeError, ValueError, gymnasium.error.Error) as error:
         raise ValueError(f"env_args: {config.env} is not made with {arguments}: {error}") from error
     return Environments(vector, options.observe, options.see_previous)
+
+
+def is_batched(config: TrainConfig) -> bool:
+    """Say whether all rows are one environment of the config's, with an entry point for vectors."""
+    options = config.environments
+    wrapped = options.frame_stack > 1 or options.time_limit
+    own = _find(config.env).vector_entry_point is not None
+    return options.vectorize == "auto" and own and not wrapped
+
+
+def most_steps(config: TrainConfig) -> int:
+    """Return the steps after which an episode ends in any case; 0: nobody says."""
+    return config.environments.time_limit or _find(config.env).max_episode_steps or 0
 
 
 def seeds_of(config: TrainConfig, batch: int, rows: range) -> list[int]:
@@ -97,7 +112,14 @@ def _find(name: str) -> Any:
         if module:
             importlib.import_module(module)
         return gymnasium.spec(bare)
-    except (ImportError, gymnasium.error.Error) as error:
+    except ImportError as error:
+        lacking = error.name or ""
+        if module != lacking and not module.startswith(f"{lacking}."):
+            raise ValueError(f"env: importing the module {module!r} failed: {error}") from error
+        raise ValueError(
+            f"env: expected module:id of a module that can be imported, got {name!r}: {error}"
+        ) from error
+    except gymnasium.error.Error as error:
         raise ValueError(
             f"env: expected the id of an environment, or module:id of one that the module "
             f"registers, got {name!r}: {error}"

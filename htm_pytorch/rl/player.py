@@ -114,8 +114,18 @@ class Player:
             self.state = self.agent.absorb(self._recent(), self.state)
 
     def advance(self) -> list[Episode]:
-        """Do the actions and return the episodes that ended by them."""
+        """Do the actions and return the episodes that ended by them.
+
+        Raises:
+            ValueError: a reward is not finite.
+        """
         self.seen = seen = self.environments.step(self.agent.policy.to_environment(self.actions))
+        if not np.isfinite(seen.reward).all():
+            row = int(np.flatnonzero(~np.isfinite(seen.reward))[0])
+            raise ValueError(
+                f"env: expected finite rewards, got {seen.reward[row]} from the environment "
+                f"{self.environments.name} in row {self.rows[row]}"
+            )
         moved = np.ones_like(seen.is_first) if seen.exists is None else seen.exists
         held = np.where(moved, np.maximum(self.held - 1, 0), self.held)
         self.held = np.where(seen.is_first | seen.ended, 0, held)

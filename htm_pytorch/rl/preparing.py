@@ -1,5 +1,8 @@
 """From a config to a fresh agent, or to what is wrong with it: before anything is written."""
 
+import importlib.util
+from pathlib import Path
+
 import torch
 
 from htm_pytorch.rl.agent import Agent, Parts, make_agent
@@ -24,6 +27,7 @@ def prepare(config: TrainConfig, parts: Parts | None = None) -> Agent:
         ValueError: names the option that cannot work.
     """
     check_free(config)
+    _check_packages(config)
     torch.manual_seed(config.seed)
     try:
         device = torch.device(config.device)
@@ -38,9 +42,8 @@ def prepare(config: TrainConfig, parts: Parts | None = None) -> Agent:
             raise ValueError(
                 f"curriculum: expected stages that look alike, stage {stage} differs"
             ) from error
-    if config.init_from is not None:
-        source = Checkpoint(config.init_from / CHECKPOINT)
-        source.restore_agent(agent, strict=False)
+    if _begins_as_another(config):
+        Checkpoint(_source(config)).take_what_fits(agent)
     try:
         agent.initial_state(config.environments.num_envs)
     except RuntimeError as error:
@@ -51,6 +54,36 @@ def prepare(config: TrainConfig, parts: Parts | None = None) -> Agent:
             "environments"
         ) from error
     return agent
+
+
+def describe_source(config: TrainConfig, agent: Agent) -> str:
+    """Return how much of the agent is that of `init_from`; "" where it is not asked."""
+    if not _begins_as_another(config):
+        return ""
+    taken = Checkpoint(_source(config)).take_what_fits(agent)
+    count = sum(part.numel() for part in agent.parameters())
+    return f"of {count:,} parameters of the agent {taken:,} are those of {config.init_from}"
+
+
+def _begins_as_another(config: TrainConfig) -> bool:
+    goes_on = config.resume and (config.run_dir / CHECKPOINT).exists()
+    return config.init_from is not None and not goes_on
+
+
+def _source(config: TrainConfig) -> Path:
+    return (config.init_from or Path()) / CHECKPOINT
+
+
+def _check_packages(config: TrainConfig) -> None:
+    """Refuse a training whose packages would be missed after something was written."""
+    for name in ("filelock", "matplotlib", "tqdm"):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError(
+            "tensorboard: expected the package tensorboard, which is not installed; "
+            "pip install '.[tensorboard]'"
+        )
 
 
 def _fresh_agent(config: TrainConfig, stage: int, parts: Parts | None) -> Agent:

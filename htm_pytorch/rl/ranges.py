@@ -1,7 +1,11 @@
 """What numbers and words the options of a config may be."""
 
+import dataclasses
 import math
-from typing import Any, get_args, get_type_hints
+import sys
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 _POSITIVE = math.ulp(0.0)
 _LARGEST = 1e12
@@ -11,20 +15,29 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("learning_rate", "clip", "max_grad_norm"), (_POSITIVE, _LARGEST)),
     **dict.fromkeys(("value_weight", "entropy_weight", "reconstruction_weight"), (0, _LARGEST)),
     **dict.fromkeys(("time_limit", "decisions", "bptt", "eval_every"), (0, _COUNT)),
-    **dict.fromkeys(("stop_at", "promote_at"), (-math.inf, math.inf)),
+    **dict.fromkeys(("stop_at", "promote_at"), (-sys.float_info.max, math.inf)),
     "value_clip": (0, _LARGEST),
     "target_kl": (0, _LARGEST),
     "seed": (0, 2**63 - 1),
 }
 
+_NAMES: dict[Any, str] = {
+    bool: "True or False",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    type(None): "None",
+}
 
-def check_choices(part: Any) -> None:
-    """Refuse a word that is none of those an option of the group `part` may be."""
+
+def check_kinds(part: Any) -> None:
+    """Refuse what is of another type than its option of the group `part`, or no word of its."""
     for name, hint in get_type_hints(type(part)).items():
         value = getattr(part, name)
-        choices = get_args(hint)
-        if isinstance(value, str) and hint is not str and choices and value not in choices:
-            raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+        if not _is(value, hint):
+            kind = "" if isinstance(value, str) else f" of type {type(value).__name__}"
+            raise ValueError(f"{name}: expected {_told(hint)}, got {value!r}{kind}")
 
 
 def check_range(name: str, value: Any) -> None:
@@ -36,3 +49,27 @@ def check_range(name: str, value: Any) -> None:
         low = "more than 0" if least == _POSITIVE else f"at least {least}"
         ends = low if most >= _COUNT and value < least else f"{least:g} to {most:g}"
         raise ValueError(f"{name}: expected {ends}, got {value}")
+
+
+def _is(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if get_origin(hint) is UnionType:
+        return any(_is(value, one) for one in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is(one, get_args(hint)[0]) for one in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _told(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {get_args(hint)}"
+    if get_origin(hint) is UnionType:
+        return " or ".join(_told(one) for one in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"a tuple, each part {_told(get_args(hint)[0])}"
+    if dataclasses.is_dataclass(hint):
+        return f"a {getattr(hint, '__name__', hint)}"
+    return _NAMES.get(hint, str(hint))

@@ -35,10 +35,19 @@ def check_free(config: TrainConfig) -> None:
     """Raise unless a training of the config may go on, or begin, in its folder.
 
     Raises:
-        ValueError: the folder holds a run and `resume` is not set, or a run of another config.
+        ValueError: it is no folder, or holds a run and `resume` is not set, or a run of another
+            config.
     """
     place = config.run_dir
-    if not ((place / CONFIG).exists() or (place / CHECKPOINT).exists()):
+    nearest = next((part for part in (place, *place.parents) if part.exists()), place)
+    if nearest.exists() and not nearest.is_dir():
+        raise ValueError(
+            f"run_dir: expected a folder, got {str(place)!r}, as {str(nearest)!r} is a file"
+        )
+    metrics = place / METRICS
+    # The first line is the names.
+    has_rows = metrics.exists() and metrics.read_bytes().count(b"\n") > 1
+    if not (has_rows or (place / CHECKPOINT).exists()):
         return
     if not config.resume:
         raise ValueError(
@@ -165,17 +174,35 @@ class Checkpoint:
         """The rows of metrics.csv up to here."""
         return self._tensors["metrics"].numpy().tobytes().lstrip(b"\n")
 
-    def restore_agent(self, agent: nn.Module, strict: bool = True) -> None:
-        """Load the weights; not `strict`: those that fit by name and shape.
+    def take_what_fits(self, agent: nn.Module) -> int:
+        """Load what fits by name and shape, a module's buffers all or none; count parameters.
+
+        Raises:
+            ValueError: next to nothing fits.
+        """
+        own, weights = agent.state_dict(), self._under("agent.")
+        names = {name for name, _ in agent.named_parameters()}
+        fits = {n: t for n, t in weights.items() if n in own and own[n].shape == t.shape}
+        # A count without the sums that it is of would be wrong.
+        whole = {name.rpartition(".")[0] for name in own.keys() - names - fits.keys()}
+        fits = {n: t for n, t in fits.items() if n in names or n.rpartition(".")[0] not in whole}
+        taken = sum(fits[name].numel() for name in names & fits.keys())
+        # A few biases are alike in any two agents.
+        if taken < 0.01 * (count := sum(own[name].numel() for name in names)):
+            raise ValueError(
+                f"init_from: expected a run whose agent is like this one, got "
+                f"{str(self.path.parent)!r}: of {count:,} parameters only {taken:,} fit"
+            )
+        agent.load_state_dict(own | fits)
+        return taken
+
+    def restore_agent(self, agent: nn.Module) -> None:
+        """Load the weights.
 
         Raises:
             MemoryFileError: they are another model's.
         """
         weights = self._under("agent.")
-        if not strict:
-            own = agent.state_dict()
-            fits = {n: t for n, t in weights.items() if n in own and own[n].shape == t.shape}
-            weights = own | fits
         try:
             agent.load_state_dict(weights)
         except RuntimeError as error:

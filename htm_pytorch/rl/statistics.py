@@ -62,7 +62,7 @@ class Normalizer(nn.Module):
         """Add the steps that exist to the statistics."""
 
         def add(leaf: Tensor, moments: Moments) -> Tensor:
-            flat = leaf.flatten(0, 1).flatten(1)
+            flat = leaf.reshape(-1, len(moments.total))
             moments.add(flat if exists is None else flat[exists], over_processes)
             return leaf
 

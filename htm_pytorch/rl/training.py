@@ -41,7 +41,7 @@ def train(config: TrainConfig, parts: Parts | None = None) -> Agent:
         while not training.is_done():
             training.batch()
         training.finish()
-    return training.agent
+    return training.agent.eval()
 
 
 class Training:
@@ -187,7 +187,9 @@ class Training:
         budget = self.config.budget
         judged: float | str = ""
         if budget.eval_every and self.batches % budget.eval_every == 0:
-            judged = judge(self.agent, self.config, budget.eval_episodes, stage=self.stage).mean
+            agent = self.agent.eval()
+            judged = judge(agent, self.config, budget.eval_episodes, stage=self.stage).mean
+            self.agent.train()
         row: dict[str, Any] = {
             "batch": self.batches,
             "frames": self.frames,

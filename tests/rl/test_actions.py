@@ -82,6 +82,7 @@ def test_numbers_are_in_units_of_the_range_and_clipped() -> None:
     [
         spaces.Text(3),
         spaces.Box(0, 255, (2,), np.uint8),
+        spaces.Box(-1, 1, ()),
         spaces.Dict({"a": spaces.Discrete(2)}),
     ],
     ids=str,

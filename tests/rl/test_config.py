@@ -58,6 +58,20 @@ WRONG = [
     ("seed", -1),
     ("seed", 99999999999999999999),
     ("seeds", 0),
+    ("env_args", "x"),
+    ("env_args", (1,)),
+    ("observe", ["kind"]),
+    ("dim", "64"),
+    ("dim", 64.0),
+    ("dim", True),
+    ("learning_rate", "1e-3"),
+    ("resume", 1),
+    ("memory", None),
+    ("env", 3),
+    ("run_dir", 7),
+    ("init_from", 7),
+    ("budget", None),
+    ("stop_at", -math.inf),
 ]
 
 
@@ -66,6 +80,27 @@ def test_a_wrong_value_is_refused_by_its_name(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{name}: expected .*, got ") as refused:
         TrainConfig().replace(**{name: value})
     assert "\n" not in str(refused.value)
+
+
+def test_a_wrong_type_is_told_with_what_came() -> None:
+    with pytest.raises(ValueError, match=r"^env_args: expected a tuple, .* text, got 'x'$"):
+        TrainConfig().replace(env_args="x")
+    with pytest.raises(ValueError, match=r"^dim: expected an integer, got 64.0 of type float$"):
+        TrainConfig().replace(dim=64.0)
+
+
+def test_folders_may_be_text() -> None:
+    config = TrainConfig(run_dir="runs/mine", init_from="runs/other")  # pyright: ignore[reportArgumentType]
+    assert (config.run_dir, config.init_from) == (Path("runs/mine"), Path("runs/other"))
+
+
+def test_the_record_has_no_infinity() -> None:
+    text = TrainConfig().to_json()
+    assert "Infinity" not in text
+    record = json.loads(text)
+    assert record.pop("stop_at") is None
+    for same in (text, json.dumps(record), text.replace('"stop_at": null', '"stop_at": Infinity')):
+        assert TrainConfig.from_json(same) == TrainConfig()
 
 
 def test_every_number_has_a_range() -> None:
@@ -95,6 +130,7 @@ def test_config_survives_its_record(tmp_path: Path) -> None:
     same = TrainConfig.from_json(config.to_json())
     assert config.differs_in(same) == []
     assert config.differs_in(config.replace(resume=True, frames=1, processes=2)) == []
+    assert config.differs_in(config.replace(init_from=None)) == []
     assert config.differs_in(config.replace(seed=4, dim=32)) == ["seed", "dim"]
     falling = config.replace(final_learning_rate=0.0)
     assert falling.differs_in(falling.replace(frames=1)) == ["frames"]

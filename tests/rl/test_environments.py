@@ -1,19 +1,22 @@
 """Any environment as rows in lockstep: the same episodes in all three autoreset modes."""
 
+from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import TransformObservation
 
 from htm_pytorch.rl.agent import Agent, make_agent
 from htm_pytorch.rl.config import RolloutConfig, TrainConfig
 from htm_pytorch.rl.environments import Environments
 from htm_pytorch.rl.learner import Learner
 from htm_pytorch.rl.making import make_environments, parse_arguments, seeds_of
-from htm_pytorch.rl.observations import leaves
+from htm_pytorch.rl.observations import leaves, nested
 from htm_pytorch.rl.player import Player
 from htm_pytorch.rl.processes import World
 from htm_pytorch.rl.rollout import Rollout, play
@@ -178,6 +181,58 @@ def test_learning_starts_from_what_acting_had() -> None:
             assert_near(output.values[counts], rollout.values[counts], 1e-5)
 
 
+class Batched(gymnasium.vector.VectorWrapper):
+    """Gives final observations nested as the batch is, not as rows of objects."""
+
+    def step(self, actions: Any) -> Any:
+        observed, *rest, info = super().step(actions)
+        if "final_obs" in info:
+            rows = [
+                r if r is not None else row_of(observed, n) for n, r in enumerate(info["final_obs"])
+            ]
+            info["final_obs"] = nested(lambda *parts: np.stack(parts), *rows)
+        return observed, *rest, info
+
+
+def row_of(observed: Any, row: int) -> Any:
+    return nested(lambda part: part[row], observed)
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_final_observations_may_be_rows_or_a_batch(as_tuple: bool) -> None:
+    found = []
+    for wrap in (Batched, lambda vector: vector):
+
+        def walk() -> Any:
+            if not as_tuple:
+                return Walk()
+            names = ("numbers", "kind")
+            parts = spaces.Tuple(Walk().observation_space[n] for n in names)  # pyright: ignore[reportIndexIssue]
+            return TransformObservation(Walk(), lambda s: tuple(s[n] for n in names), parts)
+
+        vector = SyncVectorEnv([walk] * ROWS, autoreset_mode=AutoresetMode.SAME_STEP)
+        environments = Environments(wrap(vector))
+        seen = environments.reset(list(range(ROWS)))
+        shown, ends = [], 0
+        for _ in range(STEPS):
+            shown += [np.array(leaf, float).ravel() for leaf in leaves(seen.observation)]
+            seen = environments.step(np.full((ROWS, 2), 0.25))
+            ends += int(seen.ended.sum())
+        assert ends > ROWS
+        found.append(np.concatenate(shown))
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
+def test_a_reward_that_is_not_finite_is_the_environments(reward: float) -> None:
+    environments = make(AutoresetMode.NEXT_STEP)
+    player = Player(environments, make_walker(environments), 1, range(5, 10), 10)
+    player.begin(list(range(ROWS)))
+    environments.vector.envs[2].unwrapped.bonus = reward  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ValueError, match=rf"env: .* got {reward} from the environment .* row 7"):
+        player.advance()
+
+
 def test_an_unknown_mode_is_refused() -> None:
     vector = SyncVectorEnv([Walk])
     vector.metadata = {}
@@ -237,7 +292,7 @@ def test_processes_play_what_one_after_another_do() -> None:
 
 WRONG = {
     "no such environment": ({"env": "Nothing-v0"}, "env: expected the id .* got 'Nothing-v0'"),
-    "no such module": ({"env": "nothing:Nothing-v0"}, "env: expected the id .* No module"),
+    "no such module": ({"env": "nothing:Nothing-v0"}, "env: expected module:id .* No module"),
     "another argument": (
         {"env": "CartPole-v1", "env_args": ("colour=3",)},
         "env_args: CartPole-v1 is not made with {'colour': 3}",
@@ -252,6 +307,15 @@ def test_what_cannot_be_made_is_refused(options: dict[str, Any], message: str) -
     options = dict(options)
     with pytest.raises(ValueError, match=message):
         make_environments(TrainConfig(env=options.pop("env", "CartPole-v1")).replace(**options), 1)
+
+
+def test_a_module_that_fails_is_not_a_module_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "world_that_lacks.py").write_text("import nothing_like_it\n")
+    with pytest.raises(ValueError, match="env: importing the module 'world_that_lacks' failed"):
+        make_environments(TrainConfig(env="world_that_lacks:Any-v0"), 1)
 
 
 def test_arguments_are_names_or_json() -> None:

@@ -3,12 +3,14 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,7 +19,8 @@ import torch
 from htm_pytorch import ChunkedMemory
 from htm_pytorch.memory import MemoryFileError
 from htm_pytorch.memory.files import load_tensors, save_tensors
-from htm_pytorch.rl import TrainConfig, evaluate, learner, run, train, training
+from htm_pytorch.rl import Parts, TrainConfig, evaluate, evaluation, learner, run, train, training
+from htm_pytorch.rl.observations import make_encoder
 from htm_pytorch.rl.processes import World
 from htm_pytorch.rl.run import KIND, Checkpoint, Run
 
@@ -312,8 +315,10 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(learner.Learner, "_losses", overflows)
-        with pytest.raises(learner.NotFiniteError, match=r"learning_rate: expected finite .* inf"):
+        with pytest.raises(learner.NotFiniteError, match=r"learning_rate: .* inf.* the last"):
             train(config)
+        with pytest.raises(learner.NotFiniteError, match="there is no checkpoint yet"):
+            train(tiny(tmp_path / "other"))
     assert all(part.isfinite().all() for part in weights(config.run_dir).values())
     train(config.replace(resume=True))
     assert_same_run(config.run_dir, finished)
@@ -344,6 +349,34 @@ def test_a_checkpoint_alone_is_a_run_too(finished: Path, tmp_path: Path) -> None
     checkpoint.write_bytes((finished / checkpoint.name).read_bytes())
     with pytest.raises(ValueError, match="already holds a run"):
         train(tiny(tmp_path))
+
+
+def test_a_folder_without_a_row_holds_no_run(finished: Path, tmp_path: Path) -> None:
+    """What stopped before its first row is begun again."""
+    config = tiny(tmp_path / "run")
+    config.run_dir.mkdir()
+    (config.run_dir / "config.json").write_text(config.to_json())
+    (config.run_dir / "metrics.csv").write_text("")
+    train(config)
+    assert_same_run(config.run_dir, finished)
+    (config.run_dir / "checkpoint.safetensors").unlink()
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(config)
+
+
+def test_packages_are_missed_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(tmp_path / "run")
+    for name in ("tqdm", "matplotlib"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, name, None)
+            with pytest.raises(ModuleNotFoundError, match=name):
+                train(config)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ValueError, match=r"tensorboard: expected the package .* not installed"):
+        train(config.replace(tensorboard=True))
+    assert not config.run_dir.exists()
 
 
 def test_a_run_of_another_config_does_not_go_on(finished: Path) -> None:
@@ -432,6 +465,64 @@ def test_an_agent_begins_as_that_of_another_run(finished: Path, tmp_path: Path) 
     assert torch.equal(other.core.norm.weight, stored["agent.core.norm.weight"])  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     with pytest.raises(FileNotFoundError, match="no file"):
         prepare(tiny(tmp_path / "run", init_from=tmp_path))
+    with pytest.raises(ValueError, match=r"init_from: expected .* only \d+ fit"):
+        prepare(tiny(tmp_path / "run", init_from=finished, dim=18))
+
+
+def test_statistics_of_another_run_are_taken_whole_or_not_at_all(
+    finished: Path, tmp_path: Path
+) -> None:
+    from htm_pytorch.rl.preparing import describe_source, prepare
+
+    config = tiny(tmp_path / "run", init_from=finished, env="CartPole-v1")
+    agent = prepare(config)
+    assert agent.normalizer is not None
+    moments = agent.normalizer.state_dict()
+    assert len(moments) == 3 and not any(part.any() for part in moments.values())
+    assert agent.returns.moments.count > 0
+    told = re.fullmatch(
+        rf"of ([\d,]+) parameters of the agent ([\d,]+) are those of {finished}",
+        describe_source(config, agent),
+    )
+    assert told is not None
+    count, taken = (int(number.replace(",", "")) for number in told.groups())
+    assert 0 < taken < count == sum(part.numel() for part in agent.parameters())
+
+
+def test_a_run_goes_on_without_the_one_it_began_as(finished: Path, tmp_path: Path) -> None:
+    config = tiny(tmp_path / "run", init_from=finished)
+    train(config)
+    gone = config.replace(init_from=tmp_path / "gone", resume=True)
+    train(gone)
+    train(gone.replace(init_from=None))
+    assert_same_run(config.run_dir, tmp_path / "run")
+
+
+class DropOut(torch.nn.Module):
+    """An encoder that notes in which mode it is asked."""
+
+    asked: ClassVar[list[bool]] = []
+
+    def __init__(self, space: Any, dim: int):
+        super().__init__()
+        self.encoder = make_encoder(space, dim)
+
+    def forward(self, observation: Any) -> torch.Tensor:
+        self.asked.append(self.training)
+        return self.encoder(observation)
+
+
+def test_an_agent_is_judged_in_its_mode_of_evaluation(tmp_path: Path) -> None:
+    parts = Parts(encoder=DropOut)
+    DropOut.asked.clear()
+    config = tiny(tmp_path / "run", eval_every=1, frames=2 * 64)
+    assert not train(config, parts).training
+    asked = DropOut.asked
+    assert asked[0] and not asked[-1]
+    assert sum(mode != before for before, mode in pairwise(asked)) == 3
+    asked.clear()
+    evaluate(tmp_path / "run", 2, parts=parts)
+    assert asked and not any(asked)
 
 
 def test_learning_stops_when_it_is_good_enough(tmp_path: Path) -> None:
@@ -502,11 +593,45 @@ def test_evaluation_is_the_same_each_time(finished: Path) -> None:
     assert "torch" in json.loads((finished / "versions.json").read_text())
 
 
-def test_an_episode_can_be_watched(finished: Path, tmp_path: Path) -> None:
+def test_one_number_is_seen_and_endless_episodes_are_not_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = tiny(tmp_path / "run", env="tests.rl.worlds:Test/Scalar-v0")
+    agent = train(endless)
+    assert agent.normalizer is not None
+    assert agent.normalizer.state_dict()["moments.0.count"] > 0
+    monkeypatch.setattr(evaluation, "PATIENCE", 200)
+    with pytest.raises(ValueError, match=r"env: expected episodes that end, .* --time-limit"):
+        evaluate(endless.run_dir)
+    train(endless.replace(run_dir=tmp_path / "cut", time_limit=300))
+    assert evaluate(tmp_path / "cut").length == 300
+
+
+def test_an_evaluation_has_as_many_environments_as_a_training(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    make = evaluation.make_environments
+
+    def noted(config: TrainConfig, rows: int, *more: Any) -> Any:
+        asked.append(rows)
+        return make(config, rows, *more)
+
+    monkeypatch.setattr(evaluation, "make_environments", noted)
+    assert evaluate(finished, 11).episodes == 11
+    assert max(asked) == TINY["num_envs"]
+
+
+def test_an_episode_can_be_watched(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     evaluate(finished, 2, render=tmp_path / "film.gif")
     assert (tmp_path / "film.gif").read_bytes().startswith(b"GIF")
+    monkeypatch.setattr(evaluation, "judge", None)
     with pytest.raises(ValueError, match=r"render: expected a file .gif or .mp4"):
         evaluate(finished, 2, render=tmp_path / "film.txt")
+    with pytest.raises(ValueError, match=r"render: expected a file in a folder that exists"):
+        evaluate(finished, 2, render=tmp_path / "nowhere" / "film.gif")
 
 
 def test_the_record_is_json(finished: Path) -> None:

@@ -78,5 +78,24 @@ class Recall(gymnasium.Env[dict[str, Any], Any]):
         return {"shown": shown, "now": np.int64(self.time % 4)}
 
 
+class Scalar(gymnasium.Env[Any, Any]):
+    """One number without a dimension is seen; episodes never end by themselves."""
+
+    def __init__(self) -> None:
+        self.observation_space = spaces.Box(-np.inf, np.inf, ())
+        self.action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        super().reset(seed=seed)
+        return self._seen(), {}
+
+    def step(self, action: Any) -> Any:
+        return self._seen(), float(action), False, False, {}
+
+    def _seen(self) -> Any:
+        return np.array(self.np_random.normal(), np.float32)
+
+
 gymnasium.register("Test/Walk-v0", entry_point="tests.rl.worlds:Walk")
 gymnasium.register("Test/Recall-v0", entry_point="tests.rl.worlds:Recall")
+gymnasium.register("Test/Scalar-v0", entry_point="tests.rl.worlds:Scalar")
