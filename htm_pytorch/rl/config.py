@@ -230,11 +230,9 @@ class TrainConfig:
             record.setdefault("stop_at", math.inf)
         expected = set(cls().options()) - set(_ABOUT_THE_CALL)
         found = set(record) if isinstance(record, dict) else set()
-        if found != expected:
-            others = sorted(found ^ expected)
+        if others := sorted(found ^ expected):
             raise ValueError(f"config: expected the options of this version, differs in {others}")
-        for name, value in record.items():
-            record[name] = tuple(value) if isinstance(value, list) else value
+        record = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
         return cls().replace(**(record | call))
 
     def differs_in(self, other: "TrainConfig") -> list[str]:
