@@ -20,6 +20,7 @@ TASK = Task(
         # them have spoilt agents that were done.
         target_kl=0.02,
         average_over=2_000,
-        stop_at=0.93,
+        # Nearly as good as can be: before, the most probable action may walk in circles.
+        stop_at=0.96,
     )
 )
