@@ -10,12 +10,8 @@ from htm_pytorch.memory.chunked import ChunkedMemory
 from htm_pytorch.memory.span import Span
 
 
-class Home(Protocol):
-    """A memory that may lie elsewhere: on disk, or on other machines.
-
-    Its chunks are fetched, a few at a time. `ChunkedMemory` is the home in RAM. What a home
-    returns carries no gradient. To be recalled from, it is a `ScoredHome` or a `SearchedHome`.
-    """
+class Readable(Protocol):
+    """Chunks that may lie elsewhere, and are fetched a few at a time."""
 
     @property
     def batch(self) -> int:
@@ -47,14 +43,6 @@ class Home(Protocol):
         """The device that fetched chunks are on."""
         ...
 
-    def append(self, steps: Tensor, is_first: Tensor | None = None) -> Self:
-        """Return the memory after `steps` [B, T, D]; see `ChunkedMemory.append`."""
-        ...
-
-    def reset(self, rows: Tensor) -> Self:
-        """Return the memory with the rows [B] bool emptied."""
-        ...
-
     def fetch(self, chunks: Tensor) -> ChunkedMemory:
         """Return the chunks numbered [U] int64, of every row, as a memory in RAM."""
         ...
@@ -67,6 +55,22 @@ class Home(Protocol):
         Raises:
             ValueError: there is no such row, or no chunk of a number that can be recalled.
         """
+        ...
+
+
+class Home(Readable, Protocol):
+    """A memory that may lie elsewhere: on disk, or on other machines.
+
+    Its chunks are fetched, a few at a time. `ChunkedMemory` is the home in RAM. What a home
+    returns carries no gradient. To be recalled from, it is a `ScoredHome` or a `SearchedHome`.
+    """
+
+    def append(self, steps: Tensor, is_first: Tensor | None = None) -> Self:
+        """Return the memory after `steps` [B, T, D]; see `ChunkedMemory.append`."""
+        ...
+
+    def reset(self, rows: Tensor) -> Self:
+        """Return the memory with the rows [B] bool emptied."""
         ...
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -100,7 +104,7 @@ class SearchedHome(Home, Protocol):
 
 
 # Not `isinstance`, which before Python 3.12 takes 0.1 ms for a protocol.
-_MEMBERS = tuple(name for name in vars(Home) if not name.startswith("_"))
+_MEMBERS = tuple(n for n in (*vars(Readable), *vars(Home)) if not n.startswith("_"))
 
 
 def is_home(memory: object) -> TypeGuard[Home]:

@@ -2,13 +2,14 @@
 
 import zlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory import index
-from htm_pytorch.memory.files import MemoryFileError
+from htm_pytorch.memory import index, pins
+from htm_pytorch.memory.files import MemoryFileError, sync_file, sync_folder
 from htm_pytorch.memory.formats import CPU, Chunks, Format, Marks
 from htm_pytorch.memory.lance_access import check_process, reading
 from htm_pytorch.memory.log import REPAIR, Pin, Pinned, Range
@@ -213,3 +214,21 @@ def holes(ends: Sequence[tuple[int, int]], gaps: Sequence[Range], end: int) -> l
 
 def _few(numbers: Sequence[int]) -> str:
     return f"{list(numbers[:8])}" + (" and others" if len(numbers) > 8 else "")
+
+
+def synced(folder: Path, before: set[str]) -> set[str]:
+    """Wait until the disk has each file of a table, and its name; return the names of all.
+
+    Of those of `before` it is sure already.
+    """
+    files = set(pins.files(folder))
+    folders = {folder.parent, folder}
+    for name in sorted(files - before):
+        path = folder / name
+        sync_file(path)
+        while path != folder:
+            path = path.parent
+            folders.add(path)
+    for one in sorted(folders):
+        sync_folder(one)
+    return files

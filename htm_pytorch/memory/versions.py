@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.memory import index, pins
-from htm_pytorch.memory.files import MemoryFileError, sync_file, sync_folder
+from htm_pytorch.memory.files import MemoryFileError, sync_folder
 from htm_pytorch.memory.formats import CPU, Chunks, Format
 from htm_pytorch.memory.lance_access import is_damage, loaded_lance, reading, writing
 from htm_pytorch.memory.log import Head, Pin, Pinned, Range
 from htm_pytorch.memory.object_store import Objects
 from htm_pytorch.memory.place import Place
 from htm_pytorch.memory.rows import encoded, facts_of, form_of, joined, schema
-from htm_pytorch.memory.table import Table
+from htm_pytorch.memory.table import Table, synced
 
 FRAGMENT_BYTES = 256 * 2**20
 """About how many bytes of contents a fragment has after `compact`."""
@@ -342,21 +342,6 @@ class Versions:
         if self._folder is None:
             return Table(dataset, form, pinned, None, order)
         if self._sync:
-            self._sync_new()
+            self._synced = synced(self._folder, self._synced)
         pin = pins.pin(self._folder, dataset, base.pin if base is not None else None)
         return Table(dataset, form, pinned, pin, order)
-
-    def _sync_new(self) -> None:
-        """Wait until the disk has each file, and its name, of which that is not known."""
-        assert self._folder is not None
-        files = set(pins.files(self._folder))
-        folders = {self._folder.parent, self._folder}
-        for name in sorted(files - self._synced):
-            path = self._folder / name
-            sync_file(path)
-            while path != self._folder:
-                path = path.parent
-                folders.add(path)
-        for folder in sorted(folders):
-            sync_folder(folder)
-        self._synced = files

@@ -11,6 +11,7 @@ from htm_pytorch.memory.answers import fetched
 from htm_pytorch.memory.choice import Chosen
 from htm_pytorch.memory.chunked import ChunkedMemory
 from htm_pytorch.memory.formats import CPU
+from htm_pytorch.memory.home import Readable
 from htm_pytorch.memory.searching import by_index
 from htm_pytorch.memory.span import Span
 from htm_pytorch.memory.state import State
@@ -111,35 +112,11 @@ class SearchedMoment(Moment):
         return found.view(*route.shape[:2], -1)
 
 
-class Viewed(Protocol):
+class Viewed(Readable, Protocol):
     """What a view needs of a stored memory."""
-
-    @property
-    def chunks(self) -> int:
-        """How many closed chunks there are, M."""
-        ...
-
-    @property
-    def chunk_size(self) -> int:
-        """How many steps a chunk holds at most, C."""
-        ...
-
-    @property
-    def dim(self) -> int:
-        """How many numbers a step has, D."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that steps have when they are fetched."""
-        ...
 
     def moment(self, chosen: Chosen | None = None) -> Moment:
         """Return the memory as it is now, or some of its chunks."""
-        ...
-
-    def spans(self, chunks: Tensor, row: int = 0) -> list[Span]:
-        """Return which steps the chunks numbered [U] int64 hold."""
         ...
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from htm_pytorch import HTMAttention
-from htm_pytorch.memory import MemoryFileError, StoredMemory, stored, versions
+from htm_pytorch.memory import MemoryFileError, StoredMemory, stored, table
 from tests.memory.faults import Fault, die_at, everywhere, failing
 from tests.memory.on_disk import (
     SIZE,
@@ -473,8 +473,8 @@ def test_files_of_a_careless_writer_are_synced_by_the_next_one(
         careless.append(steps_from(0, 9)).flush()
     data = {path.name for path in (tmp_path / "m/chunks.lance/data").iterdir()}
     synced: list[str] = []
-    real = versions.sync_file
-    monkeypatch.setattr(versions, "sync_file", lambda path: (synced.append(path.name), real(path)))
+    real = table.sync_file
+    monkeypatch.setattr(table, "sync_file", lambda path: (synced.append(path.name), real(path)))
     with make(tmp_path / "m", sync=True) as careful:
         careful.append(steps_from(9, 9)).flush()
     assert data and data <= set(synced)
