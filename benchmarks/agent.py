@@ -7,6 +7,7 @@ them Ballet as `htm train ballet` learns it.
 """
 
 import argparse
+import importlib.util
 import statistics
 import tempfile
 import time
@@ -65,9 +66,7 @@ def loops() -> dict[str, Callable[[], float]]:
         f"ours, {memory}": lambda memory=memory: ours(memory) for memory in MEMORIES
     }
     found["LSTM PPO in one file"] = lambda: agent_peers.in_one_file(SIZES, ROLLOUTS)
-    try:
-        import sb3_contrib  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("sb3_contrib") is None:
         print("sb3-contrib is not installed: left out")
     else:
         found["sb3-contrib RecurrentPPO"] = lambda: agent_peers.stable_baselines(SIZES, 1)

@@ -156,7 +156,7 @@ class BalletEnv(gymnasium.Env[dict[str, Any], int | np.integer]):
         self._ended = terminated or truncated
         return self._observe(), reward, terminated, truncated, self._info()
 
-    def render(self) -> np.ndarray | None:  # type: ignore[override]
+    def render(self) -> np.ndarray | None:
         """Return the agent's picture if `render_mode` is `"rgb_array"`."""
         return None if self.render_mode is None else tables.draw(self._symbols())
 

@@ -20,6 +20,7 @@ from htm_pytorch.envs.ballet import (
     make_observation_space,
     solo_period,
 )
+from htm_pytorch.envs.levels_vector import checked_actions
 
 _SQUARES = tables.BOARD**2
 _PICTURE_BYTES = _SQUARES * tables.TILE**2 * 3
@@ -133,14 +134,7 @@ class BalletVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
     ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step every environment; those that had ended begin a new episode instead."""
         self._require_started()
-        actions = np.asarray(actions)
-        if actions.shape != (self.num_envs,) or actions.dtype.kind not in "iu":
-            raise ValueError(
-                f"actions must be {self.num_envs} integers, "
-                f"got shape {actions.shape} of {actions.dtype}"
-            )
-        if actions.min() < 0 or actions.max() > tables.STAY:
-            raise ValueError(f"actions must be 0 to {tables.STAY}, got {actions}")
+        actions = checked_actions(actions, self.num_envs, tables.STAY)
         choosing = self._frame >= self.choice_step
         moves = np.where(choosing, actions, tables.STAY)
         self._agent = _next_square().take(self._agent * (tables.STAY + 1) + moves)

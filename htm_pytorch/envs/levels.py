@@ -6,7 +6,7 @@ same whenever its level and its actions are, alone or in a batch.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Generic, NamedTuple, TypeGuard, TypeVar
+from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
 
 import gymnasium
 import numpy as np
@@ -74,7 +74,7 @@ class Rules(ABC, Generic[L]):
 class LevelEnv(gymnasium.Env[Any, int | np.integer], Generic[L, R]):
     """One environment that plays levels; tasks say how it begins, acts, and what it shows."""
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]
+    metadata: dict[str, Any] = {"render_modes": []}
 
     def __init__(self, rules: R) -> None:
         self.rules = rules
@@ -164,4 +164,4 @@ def _is_integer(value: object) -> TypeGuard[int | np.integer]:
 
 def row_of(level: L, index: int) -> L:
     """Return the level of one environment of a batch, in arrays of its own."""
-    return type(level)(*(np.array(field[index]) for field in level))  # type: ignore[call-arg]
+    return type(level)(*(np.array(field[index]) for field in level))

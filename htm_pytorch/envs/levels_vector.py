@@ -12,6 +12,18 @@ from gymnasium.vector.utils import batch_space
 from htm_pytorch.envs.levels import L, LevelEnv, R, check_integer, row_of
 
 
+def checked_actions(actions: np.ndarray, num_envs: int, last: int) -> np.ndarray:
+    """Return actions [num_envs] as an array, if they are integers from 0 to `last`."""
+    actions = np.asarray(actions)
+    if actions.shape != (num_envs,) or actions.dtype.kind not in "iu":
+        raise ValueError(
+            f"actions must be {num_envs} integers, got shape {actions.shape} of {actions.dtype}"
+        )
+    if actions.min() < 0 or actions.max() > last:
+        raise ValueError(f"actions must be 0 to {last}, got {actions}")
+    return actions
+
+
 class LevelVectorEnv(VectorEnv[Any, np.ndarray, np.ndarray], Generic[L, R]):
     """A batch of environments that play levels, stepped by array operations.
 
@@ -34,7 +46,7 @@ class LevelVectorEnv(VectorEnv[Any, np.ndarray, np.ndarray], Generic[L, R]):
     arguments it continues exactly.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
+    metadata: dict[str, Any] = {
         "render_modes": [],
         "autoreset_mode": AutoresetMode.NEXT_STEP,
     }
@@ -80,14 +92,7 @@ class LevelVectorEnv(VectorEnv[Any, np.ndarray, np.ndarray], Generic[L, R]):
     ) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step every environment; those that had ended begin a new episode instead."""
         self._require_started()
-        actions = np.asarray(actions)
-        if actions.shape != (self.num_envs,) or actions.dtype.kind not in "iu":
-            raise ValueError(
-                f"actions must be {self.num_envs} integers, "
-                f"got shape {actions.shape} of {actions.dtype}"
-            )
-        if actions.min() < 0 or actions.max() > self._last_action:
-            raise ValueError(f"actions must be 0 to {self._last_action}, got {actions}")
+        actions = checked_actions(actions, self.num_envs, self._last_action)
         reward, terminated, truncated = self._act(actions)
         if self._ended.any():
             fresh = np.flatnonzero(self._ended)

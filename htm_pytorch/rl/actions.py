@@ -4,6 +4,7 @@ Actions are tensors [..., A]: one number a choice of Discrete, MultiDiscrete and
 dimension of Box.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -33,7 +34,7 @@ class Distribution(Protocol):
         ...
 
 
-class Policy(nn.Module):
+class Policy(nn.Module, ABC):
     """Features [..., D] -> parameters [..., K] -> a `Distribution`; subclasses say which."""
 
     size: int
@@ -52,17 +53,17 @@ class Policy(nn.Module):
         """Return the parameters [..., K] for features [..., D]."""
         return self.net(features)
 
+    @abstractmethod
     def distribution(self, parameters: Tensor) -> Distribution:
         """Return what parameters [..., K] mean."""
-        raise NotImplementedError
 
     def noise(self, rows: int, generator: torch.Generator) -> Tensor:
         """Return what `Distribution.sample` needs, [rows, A]."""
         return torch.rand(rows, self.size, generator=generator, dtype=torch.float64)
 
+    @abstractmethod
     def to_environment(self, actions: np.ndarray) -> Any:
         """Return actions [B, A] as a vector environment takes them."""
-        raise NotImplementedError
 
 
 class ChoicePolicy(Policy):

@@ -231,7 +231,8 @@ def _versions(env: str) -> dict[str, str]:
     """Return what the run was made with, the package that `module:id` names included."""
     found = {"python": platform.python_version(), "processor": platform.machine()}
     module = env.rpartition(":")[0].partition(".")[0]
-    packages = importlib.metadata.packages_distributions().get(module, [])
+    # Which looks at every package that is installed.
+    packages = importlib.metadata.packages_distributions().get(module, []) if module else []
     for package in dict.fromkeys([*_PACKAGES, *packages]):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
