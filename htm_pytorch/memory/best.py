@@ -8,25 +8,34 @@ rounding may have put in another order are summed again, each by itself.
 import torch
 from torch import Tensor
 
+from htm_pytorch.memory.fading import Fading
+
 BLOCK_BYTES = 4 * 2**20
 """How many bytes of numbers are held at a time where they are summed again."""
 
 
 def nearest(
-    route: Tensor, summaries: Tensor, k: int, allowed: Tensor | None = None
+    route: Tensor,
+    summaries: Tensor,
+    k: int,
+    allowed: Tensor | None = None,
+    fading: Fading | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the highest products of each vector and the chunks that have them, [B, Q, K].
+    """Return the highest scores of each vector and the chunks that have them, [B, Q, K].
 
-    Best first. A product that is no number counts as the best. Where a vector may keep fewer
-    chunks, the last ones mean nothing, and their products are -inf, which no other product is.
+    Best first. A score that is no number counts as the best. Where a vector may keep fewer
+    chunks, the last ones mean nothing, and their scores are -inf, which no other score is.
 
     Args:
         route: [B, Q, D], on the CPU; this looks at what it holds.
         summaries: [B, M, D], or of batch 1, which all rows share; it has the dtype of `route`.
         k: how many chunks a vector keeps, from 1 to M.
         allowed: [B, Q, M] bool, which chunks each vector may keep; None: all.
+        fading: of [B, Q] vectors, what makes scores of products; None: they are the scores.
     """
     rough = torch.matmul(route, summaries.mT)
+    if fading is not None:
+        rough = fading.scores(rough)
     rough.clamp_(min=lowest(rough))
     if allowed is not None:
         rough.masked_fill_(~allowed, -torch.inf)
@@ -35,13 +44,20 @@ def nearest(
     # Two sums of the same D products, each in any order, are no farther apart.
     noise = torch.linalg.vector_norm(route, dim=-1, keepdim=True) * size.amax(-1, keepdim=True)
     noise *= route.shape[2] * torch.finfo(route.dtype).eps
+    if fading is not None:
+        # Scores are no farther apart than products, but for what they are rounded to.
+        sizes = top[..., :k].masked_fill(top[..., :k] == -torch.inf, 0.0).abs()
+        noise += 8 * torch.finfo(route.dtype).eps * (sizes.amax(-1, keepdim=True) + 1)
     unclear = ~(top[..., :-1] - top[..., 1:] > noise) & (top[..., 1:] != -torch.inf)
     top, chunks, border = top[..., :k], chunks[..., :k], top[..., k - 1 : k]
     if unclear.any():
         some = unclear.any(-1)
         row = some.nonzero()[:, 0].clamp(max=len(summaries) - 1)
         least = (border - noise)[some]
-        top[some], chunks[some] = _decide(route[some], row, summaries, rough[some], least, k)
+        parts = [part.expand(*rough.shape[:2], *part.shape[2:])[some] for part in fading or ()]
+        some_fading = Fading(*parts) if parts else None
+        some_of = route[some], row, rough[some], least, some_fading
+        top[some], chunks[some] = _decide(*some_of, summaries, k)
     return top, chunks
 
 
@@ -94,7 +110,13 @@ def _sizes(summaries: Tensor, chunks: Tensor) -> Tensor:
 
 
 def _decide(
-    route: Tensor, row: Tensor, summaries: Tensor, rough: Tensor, least: Tensor, k: int
+    route: Tensor,
+    row: Tensor,
+    rough: Tensor,
+    least: Tensor,
+    fading: Fading | None,
+    summaries: Tensor,
+    k: int,
 ) -> tuple[Tensor, Tensor]:
     """Return the k best scores of U queries and their chunks [U, K], best first.
 
@@ -104,14 +126,19 @@ def _decide(
     best: list[tuple[Tensor, Tensor]] = []
     each = max(1, BLOCK_BYTES // (16 * rough.shape[1]))
     block = max(1, BLOCK_BYTES // (route.shape[1] * route.itemsize))
-    parts = (part.split(each) for part in (route, row, rough, least))
-    for some_route, some_row, some_rough, some_least in zip(*parts, strict=True):
+    parts = (part.split(each) for part in (route, row, rough, least, *(fading or ())))
+    for some_route, some_row, some_rough, some_least, *fades in zip(*parts, strict=True):
         near = ~(some_rough < some_least) & (some_rough != -torch.inf)
         scores = torch.full_like(some_rough, -torch.inf)
         for pairs in near.nonzero().split(block):
             query, chunk = pairs.unbind(1)
             products = some_route[query] * summaries[some_row[query], chunk]
-            scores[query, chunk] = products.sum(-1).clamp_(min=lowest(scores))
+            sums = products.sum(-1)
+            if fades:
+                some_fading = Fading(fades[0][query], fades[1][query], fades[2])
+                ages = fades[2][query, chunk][..., None]
+                sums = some_fading.scores(sums[..., None], ages)[..., 0]
+            scores[query, chunk] = sums.clamp_(min=lowest(scores))
         chunks = where_best(scores, k)
         best.append((scores.gather(1, chunks), chunks))
     scores, chunks = (torch.cat(part) for part in zip(*best, strict=True))

@@ -112,6 +112,31 @@ def is_home(memory: object) -> TypeGuard[Home]:
     return all(hasattr(memory, name) for name in _MEMBERS)
 
 
+class Numbered(Protocol):
+    """Chunks that are numbered in the order they closed in, unless it has `ages`."""
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks there are, M."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """The device that fetched chunks are on."""
+        ...
+
+
+def ages_of(memory: Numbered) -> Tensor:
+    """Return how many chunks closed after each, [B, M] int64; B may be 1.
+
+    Where a memory has no `ages` of its own, its chunks are numbered in the order they closed in.
+    """
+    ages = getattr(memory, "ages", None)
+    if ages is None:
+        ages = torch.arange(memory.chunks - 1, -1, -1, device=memory.device)[None]
+    return ages
+
+
 def is_scored(memory: object) -> TypeGuard[ScoredHome]:
     """Whether its summaries are at hand."""
     return hasattr(memory, "summaries") and hasattr(memory, "valid")

@@ -21,6 +21,26 @@ class Reach(NamedTuple):
     times: tuple[Tensor, Tensor] | None
     """[B, M'] each, the first step that sees a chunk, and the first after it that no longer does;
     None: all steps see all valid chunks."""
+    next_slot: Tensor
+    """[B] int64, the slot that the first of the new chunks takes."""
+    room: int
+    """How many slots the ring has, those that are left out included."""
+    born: Tensor | None
+    """[B, X] int64, the first step that sees each of the new chunks; None: there is none."""
+
+    def ages(self, time: Tensor | None) -> Tensor:
+        """Return how many chunks closed after each, as the steps `time` [B, P] see it.
+
+        [B, P, M'], or [B, 1, M'] where all see the same.
+        """
+        slots = torch.arange(self.held, device=self.valid.device)
+        ages = (self.next_slot[:, None] - 1 - slots) % max(self.room, 1)
+        if self.born is None or time is None:
+            return ages[:, None]
+        new = -1 - torch.arange(self.born.shape[1], device=time.device)
+        ages = torch.cat([ages, new.expand(len(ages), -1)], 1)
+        closed = (self.born[:, None] <= time[..., None]).sum(-1, keepdim=True)
+        return ages[:, None] + closed
 
     def visible(self, time: Tensor) -> Tensor:
         """Return which chunks the steps `time` [B, P] see, [B, P, M'] bool."""
@@ -49,11 +69,12 @@ def reach(
     """
     held = valid.shape[1]
     if plan is None or (not plan.readable and plan.is_first is None):
-        return Reach(slots, valid, held, None)
+        return Reach(slots, valid, held, None, next_slot, chunks, None)
     length, most = plan.last_first.shape[1], plan.end.shape[1]
     if length == 1 and not plan.readable:
         begins = plan.is_first
-        return Reach(slots, valid if keep or begins is None else valid & ~begins, held, None)
+        valid = valid if keep or begins is None else valid & ~begins
+        return Reach(slots, valid, held, None, next_slot, chunks, None)
     never = length + 1
     ages = (torch.arange(held, device=valid.device) - next_slot[:, None]) % max(chunks, 1)
     # By rank among the chunks that close: when a slot of that age, or a chunk so much older, goes.
@@ -68,7 +89,7 @@ def reach(
     since = torch.zeros_like(ages)
     new = plan.readable
     if not new:
-        return Reach(slots, valid, held, (since, until))
+        return Reach(slots, valid, held, (since, until), next_slot, chunks, None)
     closed = plan.close().map(lambda part: part[:, :new])
     closed = closed._replace(summaries=closed.summaries.to(slots.summaries.dtype))
     born = ends[:, :new]
@@ -82,4 +103,7 @@ def reach(
         torch.cat([valid, exists], 1),
         held,
         (torch.cat([since, born], 1), torch.cat([until, gone], 1)),
+        next_slot,
+        chunks,
+        born,
     )

@@ -360,6 +360,22 @@ class ShardedMemory:
             return None
         return mask[:, :, self.ranks.rank :: self.ranks.size][:, :, : self.local.chunks]
 
+    def own_ages(self, ages: Tensor | None) -> Tensor:
+        """Return how many chunks closed after each of this rank's, [B, Q, M]; B and Q may be 1.
+
+        Args:
+            ages: [B, Q, M] int64, those of all ranks' chunks; None: by the order they closed in.
+        """
+        if ages is not None:
+            own = ages[:, :, self.ranks.rank :: self.ranks.size]
+            return own[:, :, : self.local.chunks]
+        slots = torch.arange(self.local.chunks, device=self.device)
+        slots = slots * self.ranks.size + self.ranks.rank
+        newest = self.chunks
+        if self._next is not None and self._open is None:
+            newest = self._next[:, None]
+        return ((newest - 1 - slots) % max(self.chunks, 1)).view(-1, 1, self.local.chunks)
+
     def _where_to_write(self) -> tuple[Tensor | None, ChunkedMemory | None]:
         """The number of the next chunk [B], and the open chunk where `local` cannot hold it.
 

@@ -58,6 +58,12 @@ class Value:
         return self._ring.share().episodes
 
     @property
+    def ages(self) -> Tensor:
+        """[B, M] int64, how many chunks of the ring are newer than each."""
+        slots = torch.arange(self.chunks, device=self.device)
+        return (self.next_slot[:, None] - 1 - slots) % max(self.chunks, 1)
+
+    @property
     def batch(self) -> int:
         """B, how many rows the memory has."""
         return self.valid.shape[0]

@@ -48,6 +48,12 @@ class Moment:
             seen[row, start : start + state.catalog.length] = True
         return seen
 
+    @property
+    def ages(self) -> Tensor:
+        """[1, M] int64, how many chunks of the same memory closed after each."""
+        lengths = [state.catalog.length for state in self.states]
+        return torch.cat([torch.arange(n - 1, -1, -1, device=CPU) for n in lengths])[None]
+
     def fetch(self, chunks: Tensor) -> ChunkedMemory:
         """Return the chunks numbered [U] int64; see `StoredMemory.fetch`."""
         if len(self.states) == 1:

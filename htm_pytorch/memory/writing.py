@@ -46,21 +46,26 @@ class Reached(NamedTuple, Generic[Memory]):
     """Write, and return the memory after all the steps; then `read`, which may lie where it was
     written, has served."""
 
-    def seen(self, time: Tensor) -> tuple[Memory, Tensor | None]:
-        """Return the chunks that any of the steps `time` [B, P] sees, and who sees which.
+    def seen(
+        self, time: Tensor, *, with_ages: bool = False
+    ) -> tuple[Memory, Tensor | None, Tensor | None]:
+        """Return the chunks that any of the steps `time` [B, P] sees, who sees which, and how old.
 
-        That is a mask [B, P, U], or None where all see all.
+        That is a mask [B, P, U], or None where all see all; and ages [B, P, U] or [B, 1, U], if
+        they are asked for.
         """
+        ages = self.reach.ages(time) if with_ages else None
         if self.reach.times is None or not time.numel():
-            return self.read, None if self.reach.times is None else self.reach.visible(time)
+            visible = None if self.reach.times is None else self.reach.visible(time)
+            return self.read, visible, ages
         some = self.reach.within(int(time.min()), int(time.max()))
-        reach = Reach(
-            self.reach.slots.map(lambda part: part[:, some]),
-            self.reach.valid[:, some],
-            self.reach.held,
-            (self.reach.times[0][:, some], self.reach.times[1][:, some]),
+        reach = self.reach._replace(
+            slots=self.reach.slots.map(lambda part: part[:, some]),
+            valid=self.reach.valid[:, some],
+            times=(self.reach.times[0][:, some], self.reach.times[1][:, some]),
         )
-        return self.read._reading(reach), reach.visible(time)
+        ages = None if ages is None else ages[..., some]
+        return self.read._reading(reach), reach.visible(time), ages
 
 
 @dataclass(frozen=True, eq=False, repr=False)

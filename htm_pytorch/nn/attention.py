@@ -9,8 +9,9 @@ from htm_pytorch.memory import ChunkedMemory, Home, ShardedMemory, Steps
 from htm_pytorch.memory.home import is_home
 from htm_pytorch.nn.affine import Affine, affine_of, check_unhooked, weight_of
 from htm_pytorch.nn.positions import positions_of
-from htm_pytorch.ops import Impl, Recall, attend, attend_with_weights, check_impl
+from htm_pytorch.ops import Impl, Recall, Recency, attend, attend_with_weights, check_impl
 from htm_pytorch.ops.places import together
+from htm_pytorch.ops.recency import check_ages
 from htm_pytorch.shapes import (
     check_at_least,
     check_beside,
@@ -20,6 +21,9 @@ from htm_pytorch.shapes import (
     check_tensor,
 )
 
+CEILING, SHARPNESS = 3.0, 2.0
+"""What a layer with recency begins with: its ceiling, and by what weights of the router are larger;
+newest-of-many is learned from there (`docs/log.md`, 2026-11-27)."""
 Memories = Tensor | ChunkedMemory | Home
 """What a layer attends to."""
 
@@ -44,6 +48,9 @@ class HTMAttention(nn.Module):
         dim_features: how many numbers the router compares, and the output has; default `dim`.
         router_bias: whether the projections that score summaries have biases.
         inner_bias: whether the projections to queries, keys and values have biases.
+        recency: whether the age of chunks counts, too, so that the newest of many like ones can be
+            recalled: each query says how much (`ops.Recency`). Weights of a layer without it can
+            be loaded, and then nothing changes.
         detach_memories: whether gradients stop at the memory, as in the paper.
         impl: which implementation of `recall` computes it.
         device: where the parameters are made; default torch's.
@@ -64,6 +71,7 @@ class HTMAttention(nn.Module):
         dim_features: int | None = None,
         router_bias: bool = True,
         inner_bias: bool = False,
+        recency: bool = False,
         detach_memories: bool = True,
         impl: Impl = "auto",
         device: torch.device | str | None = None,
@@ -99,16 +107,29 @@ class HTMAttention(nn.Module):
         self.attn = StepProjections(
             dim, dim_memory, dim_features, heads, dim_head, inner_bias, **made
         )
-        self.register_load_state_dict_pre_hook(_drop_published_buffer)
+        self.recency = recency
+        if recency:
+            self.to_recency = nn.Linear(dim, 2, **made)
+            self._begin_recency()
+        self.register_load_state_dict_pre_hook(_fit_state)
 
     def extra_repr(self) -> str:
         """Return what `print` says of it besides its projections."""
         return (
             f"dim={self.dim}, heads={self.attn.heads}, topk_mems={self.topk_mems}, "
             f"mem_chunk_size={self.mem_chunk_size}, dim_head={self.attn.dim_head}, "
-            f"add_pos_enc={self.add_pos_enc}, detach_memories={self.detach_memories}, "
-            f"impl={self.impl!r}"
+            f"add_pos_enc={self.add_pos_enc}, recency={self.recency}, "
+            f"detach_memories={self.detach_memories}, impl={self.impl!r}"
         )
+
+    @torch.no_grad()
+    def _begin_recency(self) -> None:
+        """Let no age count at first, below a ceiling that hardly shows."""
+        nn.init.zeros_(self.to_recency.weight)
+        self.to_recency.bias.copy_(self.to_recency.bias.new_tensor([CEILING, 0.0]))
+        # What is looked for has to rise far above the rest before its age can matter.
+        for part in (self.to_summary_queries, self.to_summary_keys):
+            part.weight.mul_(SHARPNESS)
 
     def forward(
         self,
@@ -116,6 +137,8 @@ class HTMAttention(nn.Module):
         memories: Memories,
         mask: Tensor | None = None,
         chunk_attn_mask: Tensor | None = None,
+        *,
+        ages: Tensor | None = None,
     ) -> Tensor:
         """Return the attended memory [B, Q, D].
 
@@ -126,13 +149,15 @@ class HTMAttention(nn.Module):
                 by all queries without a copy.
             mask: [B, N] bool, False for steps of a tensor that do not exist.
             chunk_attn_mask: [B, Q, M] bool, the chunks that each query may see.
+            ages: [B, Q, M] int64, how many chunks closed after each, as each query sees it; B and
+                Q may be 1. None: as the memory orders its chunks. It counts with `recency` alone.
 
         A query that sees no chunk gets exactly zeros.
 
         Raises:
             ValueError: names the argument, what came and what was expected.
         """
-        asked = self._ask(queries, memories, mask, chunk_attn_mask)
+        asked = self._ask(queries, memories, mask, chunk_attn_mask, ages)
         attended, seen = attend(**asked.arguments, impl=self.impl)
         return self._answer(asked, attended, seen)
 
@@ -142,6 +167,8 @@ class HTMAttention(nn.Module):
         memories: Memories,
         mask: Tensor | None = None,
         chunk_attn_mask: Tensor | None = None,
+        *,
+        ages: Tensor | None = None,
     ) -> tuple[Tensor, Recall]:
         """Return what `forward` does, and which chunks and steps were recalled, with their weights.
 
@@ -151,7 +178,7 @@ class HTMAttention(nn.Module):
             ValueError: as for `forward`; or hooks would change what `forward` returns.
         """
         check_unhooked(self, HTMAttention)
-        asked = self._ask(queries, memories, mask, chunk_attn_mask)
+        asked = self._ask(queries, memories, mask, chunk_attn_mask, ages)
         attended, recalled = attend_with_weights(**asked.arguments)
         seen = (recalled.chunks >= 0).any(-1)
         return self._answer(asked, attended, seen), recalled
@@ -162,12 +189,19 @@ class HTMAttention(nn.Module):
         memories: Memories,
         mask: Tensor | None,
         chunk_attn_mask: Tensor | None,
+        ages: Tensor | None,
     ) -> "_Asked":
         with together(memories):
             self.check_queries(queries)
             memory = self._memory(queries, memories, mask)
             sizes = {"B": queries.shape[0], "Q": queries.shape[1], "M": memory.chunks}
             check_mask("chunk_attn_mask", chunk_attn_mask, "B Q M", queries.device, **sizes)
+            if ages is not None:
+                check_ages("ages", ages, queries, memory.chunks)
+            recency = None
+            if self.recency:
+                ceiling, decay = self.to_recency(queries).unbind(-1)
+                recency = Recency(ceiling, decay, ages)
             summary_keys = affine_of(
                 "to_summary_keys",
                 self.to_summary_keys,
@@ -188,6 +222,7 @@ class HTMAttention(nn.Module):
                 "k": self.topk_mems,
                 "positions": positions,
                 "chunk_mask": chunk_attn_mask,
+                "recency": recency,
             }
         return _Asked(arguments, keys_values.bias, summary_keys.bias)
 
@@ -286,8 +321,13 @@ class StepProjections(nn.Module):
         return self.to_out(attended)
 
 
-def _drop_published_buffer(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
-) -> None:
-    """Positions are computed here; the package `htm-pytorch` 0.0.4 saved their frequencies."""
+def _fit_state(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    # Positions are computed here; the package `htm-pytorch` 0.0.4 saved their frequencies.
     state_dict.pop(f"{prefix}pos_emb.inv_freqs", None)
+    name = f"{prefix}to_recency."
+    others = f"{prefix}to_summary_queries.weight" in state_dict
+    if isinstance(module, HTMAttention) and module.recency and others:
+        # Weights from before ages counted: there is no ceiling, and none does.
+        like = module.to_recency.bias
+        state_dict.setdefault(f"{name}weight", torch.zeros_like(module.to_recency.weight))
+        state_dict.setdefault(f"{name}bias", like.new_tensor([torch.inf, 0.0]))

@@ -28,6 +28,7 @@ class HTMBlock(nn.Module):
         dim_features: must be `dim`, since the queries are added to the output; default `dim`.
         router_bias: whether the projections that score summaries have biases.
         inner_bias: whether the projections to queries, keys and values have biases.
+        recency: whether the age of chunks counts, too; see `HTMAttention`.
         detach_memories: whether gradients stop at the memory, as in the paper.
         impl: which implementation of `recall` computes it.
         device: where the parameters are made; default torch's.
@@ -49,6 +50,7 @@ class HTMBlock(nn.Module):
         dim_features: int | None = None,
         router_bias: bool = True,
         inner_bias: bool = False,
+        recency: bool = False,
         detach_memories: bool = True,
         impl: Impl = "auto",
         device: torch.device | str | None = None,
@@ -71,6 +73,7 @@ class HTMBlock(nn.Module):
             dim_features=dim_features,
             router_bias=router_bias,
             inner_bias=inner_bias,
+            recency=recency,
             detach_memories=detach_memories,
             impl=impl,
             device=device,
@@ -91,10 +94,12 @@ class HTMBlock(nn.Module):
         memories: Memories,
         mask: Tensor | None = None,
         chunk_attn_mask: Tensor | None = None,
+        *,
+        ages: Tensor | None = None,
     ) -> Tensor:
         """Return the queries with what they recalled added, [B, Q, D]; see `HTMAttention`."""
         skip, normed = self._normed(queries, memories)
-        return skip + self.attn(normed, memories, mask, chunk_attn_mask)
+        return skip + self.attn(normed, memories, mask, chunk_attn_mask, ages=ages)
 
     def recall(
         self,
@@ -102,11 +107,13 @@ class HTMBlock(nn.Module):
         memories: Memories,
         mask: Tensor | None = None,
         chunk_attn_mask: Tensor | None = None,
+        *,
+        ages: Tensor | None = None,
     ) -> tuple[Tensor, Recall]:
         """Return what `forward` does, and what was recalled; see `HTMAttention.recall`."""
         check_unhooked(self, HTMBlock)
         skip, normed = self._normed(queries, memories)
-        attended, recalled = self.attn.recall(normed, memories, mask, chunk_attn_mask)
+        attended, recalled = self.attn.recall(normed, memories, mask, chunk_attn_mask, ages=ages)
         return skip + attended, recalled
 
     def _normed(self, queries: Tensor, memories: Memories) -> tuple[Tensor, Tensor]:

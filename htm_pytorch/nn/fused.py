@@ -4,6 +4,7 @@ An agent that acts takes its steps one by one: small products, whose calls take 
 their work. What is computed is `Layer.forward`, which says how.
 """
 
+import functools
 import weakref
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from htm_pytorch.memory import ChunkedMemory
+from htm_pytorch.memory.fading import log_ages
 from htm_pytorch.nn.affine import is_plain, weight_of
 from htm_pytorch.nn.attention import HTMAttention, StepProjections
 from htm_pytorch.nn.block import HTMBlock
@@ -23,6 +25,8 @@ from htm_pytorch.shapes import may_look_at
 
 MOST_PRODUCTS = 2**23
 """Multiplications of B rows by a weight [D, D]; torch takes larger products in less time."""
+_UP = 21
+"""Where the weight of the MLP's first layer is among those of a layer: behind ten pairs."""
 _Weights = tuple[Tensor | None, ...]
 _prepared: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], Any]]
 _prepared = weakref.WeakKeyDictionary()
@@ -71,12 +75,26 @@ def step(layer: Any, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState] 
     recall.summaries_by_chunk = slots.summaries.stride(1)
     recall.valid, recall.valid_by_batch = valid.data_ptr(), valid.stride(0)
     recall.positions = None if places is None else places.data_ptr()
+    logs = _log_ages(memory.chunks) if htm.recency else None
+    if logs is not None:
+        call.fading, call.next_slot, call.slots = (
+            logs.data_ptr(),
+            memory.next_slot.data_ptr(),
+            memory.chunks,
+        )
     call.keys, call.values, call.filled = keys.data_ptr(), values.data_ptr(), filled.data_ptr()
     call.new_keys, call.new_values = window.keys.data_ptr(), window.values.data_ptr()
     call.x, call.steps, call.y = x.data_ptr(), steps.data_ptr(), y.data_ptr()
     kernels.call("step_f32", call, recall)
     count = (filled + 1).clamp_(max=layer.local.window - 1)
     return y, window._replace(memory=reached.after(), filled=count)
+
+
+@functools.cache
+def _log_ages(chunks: int) -> Tensor:
+    """Return log(1 + age) of a ring's chunks, newest first."""
+    with torch.inference_mode(False):
+        return log_ages(torch.arange(chunks, device="cpu"), torch.float32)
 
 
 def _may_run(x: Tensor, state: LayerState) -> bool:
@@ -105,6 +123,7 @@ def _fits(layer: Any, x: Tensor, state: LayerState, memory: ChunkedMemory) -> bo
         (slots.summaries, (*chunks, dim), torch.float32),
         (slots.step_mask, (*chunks, slots.contents.shape[2]), torch.bool),
         (valid, chunks, torch.bool),
+        (memory.next_slot, (batch,), torch.int64),
         (memory.open_steps, (batch, slots.contents.shape[2], dim), torch.float32),
     )
     for part, shape, dtype in sizes:
@@ -112,7 +131,7 @@ def _fits(layer: Any, x: Tensor, state: LayerState, memory: ChunkedMemory) -> bo
             _is_usual(part) and part.shape == shape and part.dtype is dtype
         ):
             return False
-    return all(
+    return memory.next_slot.is_contiguous() and all(
         part is None or part[:1].is_contiguous()
         for part in (slots.contents, slots.summaries, slots.step_mask, valid)
     )
@@ -151,6 +170,7 @@ def _weights(layer: Any) -> _Weights | None:
         inner.to_out,
         mlp[1],
         mlp[3],
+        *([htm.to_recency] if htm.recency else []),
     )
     whole = (layer, block, local, mlp, htm, inner)
     known = (
@@ -163,12 +183,12 @@ def _weights(layer: Any) -> _Weights | None:
     if not known:
         return None
     dim, width = htm.dim, inner.heads * inner.dim_head
-    up = weight_of(linears[-2])
+    up = weight_of(mlp[1])
     features, hidden = htm.dim_features, 0 if up is None else len(up)
     # What is read by address must have these sizes, whoever put it there.
     shapes = ((dim,), (dim,), (dim,), (3 * width, dim), (dim, width), (features, dim))
     shapes += ((features, dim), (width, dim), (2 * width, dim), (dim, width))
-    shapes += ((hidden, dim), (dim, hidden))
+    shapes += ((hidden, dim), (dim, hidden), *([(2, dim)] if htm.recency else []))
     alike = (local.heads, local.dim_head) == (inner.heads, inner.dim_head)
     if (
         not alike
@@ -212,7 +232,7 @@ def _struct(layer: Any, weights: _Weights) -> Any:
 
 def _prepare(layer: Any, weights: _Weights) -> Any:
     local, block = layer.local, layer.htm
-    htm, up = block.attn, weights[-4]
+    htm, up = block.attn, weights[_UP]
     assert up is not None
     pairs = list(zip(weights[1::2], weights[2::2], strict=True))
     norms = [
@@ -245,5 +265,5 @@ def _prepare(layer: Any, weights: _Weights) -> Any:
         distance_bias=weights[0],
         adds_normed=int(block.residual == "normed"),
         **dict(zip(("local_norm", "norm", "mlp_norm"), norms, strict=True)),
-        **dict(zip(names.split(), affine, strict=True)),
+        **dict(zip((*names.split(), "recency"), affine, strict=False)),
     )

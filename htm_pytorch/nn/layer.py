@@ -18,6 +18,8 @@ from htm_pytorch.shapes import is_transformed
 
 MASK_BYTES = 32 * 2**20
 """Of the mask of steps by chunks that is made at a time."""
+AGE_BYTES = 12
+"""Of an age of a chunk and of its logarithm, where a mask has one."""
 
 
 class Layer(nn.Module):
@@ -78,11 +80,13 @@ class Layer(nn.Module):
         elif reached.reach.times is not None or with_recall:
             at = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         recall = None
+        recency = self.htm.attn.recency
         if at is None:
-            x = self.htm(x, reached.read)
+            x = self.htm(x, reached.read, ages=reached.reach.ages(at) if recency else None)
         elif with_recall:
             visible = reached.reach.visible(at)
-            x, recall = self.htm.recall(x, reached.read, chunk_attn_mask=visible)
+            ages = reached.reach.ages(at) if recency else None
+            x, recall = self.htm.recall(x, reached.read, chunk_attn_mask=visible, ages=ages)
             # Of the ring's slots those that were never written were left out.
             left_out = state.memory.chunks - reached.reach.held
             is_new = recall.chunks >= reached.reach.held
@@ -99,19 +103,22 @@ def _recalled(
 
     So the mask of steps by chunks, and what is made of it, do not grow with their product.
     """
+    recency = htm.attn.recency
     if reached.reach.times is None:
-        return htm(x, reached.read)
+        return htm(x, reached.read, ages=reached.reach.ages(time) if recency else None)
     batch, chunks = reached.reach.valid.shape
-    whole = batch * time.shape[1] * chunks <= MASK_BYTES
+    each = MASK_BYTES // (AGE_BYTES if recency else 1)
+    whole = batch * time.shape[1] * chunks <= each
     if whole or torch.compiler.is_compiling() or is_transformed():
-        return htm(x, reached.read, chunk_attn_mask=reached.reach.visible(time))
+        ages = reached.reach.ages(time) if recency else None
+        return htm(x, reached.read, chunk_attn_mask=reached.reach.visible(time), ages=ages)
     # In so many steps at most as many chunks close as the ring has room for.
-    block = MASK_BYTES // (batch * (2 * room + 1))
+    block = each // (batch * (2 * room + 1))
     block = max(1, min(block, room * reached.read.chunk_size))
     parts: list[Tensor] = []
     for some, when in zip(x.split(block, 1), time.split(block, 1), strict=True):
-        read, visible = reached.seen(when)
-        parts.append(htm(some, read, chunk_attn_mask=visible))
+        read, visible, ages = reached.seen(when, with_ages=recency)
+        parts.append(htm(some, read, chunk_attn_mask=visible, ages=ages))
     return torch.cat(parts, 1)
 
 

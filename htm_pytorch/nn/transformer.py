@@ -42,9 +42,12 @@ class HTMTransformer(nn.Module):
         mem_chunk_size: how many steps a chunk holds.
         mem_chunks: how many chunks a layer remembers before it forgets the oldest. With 0 there is
             no memory at all, for a baseline with the same window; then `topk_mems`,
-            `mem_chunk_size`, `keep_across_episodes`, `detach_memories` and `impl` mean nothing.
+            `mem_chunk_size`, `recency`, `keep_across_episodes`, `detach_memories` and `impl` mean
+            nothing.
         window: how many steps local attention covers, the current one included.
         mlp_ratio: how many times as wide as `dim` the hidden layer of an MLP is.
+        recency: whether the age of chunks counts, too, so that the newest of many like ones can be
+            recalled; see `HTMAttention`.
         keep_across_episodes: whether earlier episodes can be recalled, too.
         detach_memories: whether gradients stop at the memories, as in the paper; otherwise they
             flow through the chunks of the current call.
@@ -65,6 +68,7 @@ class HTMTransformer(nn.Module):
         mem_chunks: int,
         window: int,
         mlp_ratio: int = 4,
+        recency: bool = True,
         keep_across_episodes: bool = False,
         detach_memories: bool = True,
         impl: Impl = "auto",
@@ -89,6 +93,7 @@ class HTMTransformer(nn.Module):
                     topk_mems,
                     mem_chunk_size,
                     dim_head,
+                    recency=recency,
                     detach_memories=detach_memories,
                     impl=impl,
                     **made,

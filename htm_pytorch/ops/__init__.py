@@ -8,12 +8,14 @@ from htm_pytorch.ops.attention import (
     recall_with_weights,
 )
 from htm_pytorch.ops.engines import Impl, RecallImpl, check_impl
+from htm_pytorch.ops.recency import Recency
 from htm_pytorch.ops.reference import masked_softmax
 
 __all__ = [
     "Impl",
     "Recall",
     "RecallImpl",
+    "Recency",
     "attend",
     "attend_with_weights",
     "check_impl",

@@ -10,6 +10,7 @@ from htm_pytorch.ops.call import Memory, check, check_projections, check_queries
 from htm_pytorch.ops.engines import Impl, Projecting, RecallImpl, check_impl, choose
 from htm_pytorch.ops.places import at_hand, check_ranks, on_ranks, together
 from htm_pytorch.ops.projected import absorb, read
+from htm_pytorch.ops.recency import Recency
 
 
 class Recall(NamedTuple):
@@ -31,11 +32,12 @@ def recall(
     *,
     positions: Tensor | None = None,
     chunk_mask: Tensor | None = None,
+    recency: Recency | None = None,
     impl: RecallImpl = "auto",
 ) -> Tensor:
     """Look up the past in two steps: keep the k best chunks, then attend inside each of them.
 
-        l_j  = route . s_j                       for every chunk j with summary s_j
+        l_j  = route . s_j                       for every chunk j with summary s_j; see `Recency`
         w    = softmax of l over the k best chunks the query may see
         a_hc = softmax over c of probe_h . (m_jc + p_c)     inside each kept chunk, for each head
         context_h = sum_j w_j sum_c a_hjc (m_jc + p_c)
@@ -55,6 +57,7 @@ def recall(
         positions: [C, D], which are added to the steps of every chunk; None: nothing is.
         chunk_mask: [B, Q, M] bool, the chunks each query may see (of those that are valid); None
             beside a `SearchedHome`.
+        recency: how the age of chunks counts; None: not at all.
         impl: "native" (a compiled kernel, on the CPU), "triton" (kernels on the GPU, not in
             float64), "blocked" (plain PyTorch on any device, a few queries at a time), "reference"
             (gathers all kept steps) or "auto". A named one never falls back; "auto" takes "triton"
@@ -74,12 +77,12 @@ def recall(
     """
     with together(memory):
         check_impl(impl, RecallImpl)
-        check(route, memory, k, positions, chunk_mask)
+        check(route, memory, k, positions, chunk_mask, recency)
         check_queries(route, "probe", probe, "B Q H D", D=memory.dim)
         check_ranks(memory, impl, route)
     if isinstance(memory, ShardedMemory):
-        return on_ranks(route, probe, memory, k, positions, chunk_mask, impl).context
-    call, _ = at_hand(route, memory, k, positions, chunk_mask, impl)
+        return on_ranks(route, probe, memory, k, positions, chunk_mask, impl, recency).context
+    call, _ = at_hand(route, memory, k, positions, chunk_mask, impl, recency)
     with no_autocast(route.device):
         return choose(impl, call).recall(call, probe)[0]
 
@@ -92,23 +95,32 @@ def recall_with_weights(
     *,
     positions: Tensor | None = None,
     chunk_mask: Tensor | None = None,
+    recency: Recency | None = None,
 ) -> tuple[Tensor, Recall]:
     """Do what `recall` does and also return what was recalled, computed plainly."""
     with together(memory):
-        check(route, memory, k, positions, chunk_mask)
+        check(route, memory, k, positions, chunk_mask, recency)
         check_queries(route, "probe", probe, "B Q H D", D=memory.dim)
         check_ranks(memory, "reference", route)
     if isinstance(memory, ShardedMemory):
         shared = on_ranks(
-            route, probe, memory, k, positions, chunk_mask, "reference", with_weights=True
+            route,
+            probe,
+            memory,
+            k,
+            positions,
+            chunk_mask,
+            "reference",
+            recency,
+            with_weights=True,
         )
         assert shared.step_weights is not None
         return shared.context, Recall(shared.chunks, shared.chunk_weights, shared.step_weights)
-    call, numbers = at_hand(route, memory, k, positions, chunk_mask, "reference")
+    call, numbers = at_hand(route, memory, k, positions, chunk_mask, "reference", recency)
     exact = route.to(call.dtype), probe.to(call.dtype)
     with no_autocast(route.device):
         context, picked, weights, step_weights = reference.recall(
-            *exact, call.chunked, k, call.places, call.chunk_mask
+            *exact, call.chunked, k, call.places, call.chunk_mask, call.fading
         )
     chunks = picked.chunks if numbers is None else numbers[picked.chunks]
     chunks = chunks.masked_fill(~picked.kept, -1)
@@ -124,6 +136,7 @@ def attend(
     *,
     positions: Tensor | None = None,
     chunk_mask: Tensor | None = None,
+    recency: Recency | None = None,
     scale: float | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -145,6 +158,7 @@ def attend(
         positions: [C, D], which are added to the steps of every chunk; None: nothing is.
         chunk_mask: [B, Q, M] bool, the chunks each query may see (of those that are valid); None
             beside a `SearchedHome`.
+        recency: how the age of chunks counts; None: not at all.
         scale: what the logits are multiplied by; default E^-1/2.
         impl: who computes it: one that `recall` names, or "projected", which projects the kept
             chunks once (by the compiled kernel or, on a GPU, by Triton's; not over a
@@ -155,15 +169,15 @@ def attend(
     """
     with together(memory):
         check_impl(impl, Impl)
-        check(route, memory, k, positions, chunk_mask)
+        check(route, memory, k, positions, chunk_mask, recency)
         check_projections(route, queries, projections, memory.dim)
         check_ranks(memory, impl, route)
     scale = float(queries.shape[3] ** -0.5) if scale is None else scale
     if isinstance(memory, ShardedMemory):
         probe = absorb(queries * scale, projections)
-        shared = on_ranks(route, probe, memory, k, positions, chunk_mask, impl)
+        shared = on_ranks(route, probe, memory, k, positions, chunk_mask, impl, recency)
         return read(shared.context, projections), (shared.chunks >= 0).any(-1)
-    call, _ = at_hand(route, memory, k, positions, chunk_mask, impl)
+    call, _ = at_hand(route, memory, k, positions, chunk_mask, impl, recency)
     engine, picks = choose(impl, call), None
     if engine.projects and impl != engine.name:
         engine = cast(Projecting, engine)
@@ -187,15 +201,16 @@ def attend_with_weights(
     *,
     positions: Tensor | None = None,
     chunk_mask: Tensor | None = None,
+    recency: Recency | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Recall]:
     """Do what `attend` does and return what was recalled, computed plainly."""
     with together(memory):
-        check(route, memory, k, positions, chunk_mask)
+        check(route, memory, k, positions, chunk_mask, recency)
         check_projections(route, queries, projections, memory.dim)
     scale = float(queries.shape[3] ** -0.5) if scale is None else scale
     probe = absorb(queries * scale, projections)
     context, recalled = recall_with_weights(
-        route, probe, memory, k, positions=positions, chunk_mask=chunk_mask
+        route, probe, memory, k, positions=positions, chunk_mask=chunk_mask, recency=recency
     )
     return read(context, projections), recalled

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.memory import ChunkedMemory
+from htm_pytorch.memory.fading import Fading
 from htm_pytorch.ops import operators
 from htm_pytorch.ops.reference import Selection, masked_softmax
 from htm_pytorch.ops.topk import best_chunks, merge, scores_alone
@@ -27,6 +28,7 @@ def recall(
     k: int,
     positions: Tensor | None,
     chunk_mask: Tensor | None,
+    fading: Fading | None = None,
 ) -> tuple[Tensor, Selection, Tensor, None]:
     """Compute what `reference.recall` computes, but for the step weights."""
     context, chunks, weights = torch.ops.htm_pytorch.blocked_recall(
@@ -38,6 +40,7 @@ def recall(
         memory.step_mask,
         positions,
         chunk_mask,
+        *(fading or (None,) * 3),
         k,
     )
     kept = chunks >= 0
@@ -53,9 +56,13 @@ def _forward(
     step_mask: Tensor | None,
     positions: Tensor | None,
     chunk_mask: Tensor | None,
+    ceiling: Tensor | None,
+    decay: Tensor | None,
+    ages: Tensor | None,
     k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scores, chunks = _select(route, summaries, valid, chunk_mask, k)
+    fading = _fading(ceiling, decay, ages)
+    scores, chunks = _select(route, summaries, valid, chunk_mask, fading, k)
     weights = masked_softmax(scores, chunks >= 0)
     blocks = _Blocks(probe, contents, step_mask, positions, chunks, weights)
     context = probe.new_zeros(probe.shape)
@@ -88,12 +95,18 @@ def _backward(
     summaries: Tensor,
     step_mask: Tensor | None,
     positions: Tensor | None,
+    ceiling: Tensor | None,
+    decay: Tensor | None,
+    ages: Tensor | None,
     chunks: Tensor,
     weights: Tensor,
     to_contents: bool,
     to_summaries: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of route, probe, contents, summaries, positions; empty where not asked for."""
+) -> tuple[Tensor, ...]:
+    """Gradients of route, probe, contents, summaries, positions, ceiling, decay.
+
+    Empty where they are not asked for.
+    """
     blocks = _Blocks(probe, contents, step_mask, positions, chunks, weights)
     grad = grad.flatten(0, 1)
     grad_probe = probe.new_zeros(probe.shape)
@@ -136,7 +149,16 @@ def _backward(
     row = _memory_row(contents, route.shape[0])
     picked = chunks.clamp(min=0)
     kept_summaries = summaries[row, picked].masked_fill((chunks < 0)[..., None], 0.0)
-    grad_route = torch.einsum("bqk,bqkd->bqd", grad_scores, kept_summaries.to(route.dtype))
+    kept_summaries = kept_summaries.to(route.dtype)
+    grad_ceiling = grad_decay = route.new_zeros(0)
+    fading = _fading(ceiling, decay, ages)
+    if fading is not None:
+        products = torch.einsum("bqd,bqkd->bqk", route, kept_summaries)
+        share = torch.sigmoid(fading.ceiling[..., None] - products)
+        grad_ceiling = (grad_scores * (1 - share)).sum(-1)
+        grad_decay = -(grad_scores * fading.of(chunks)).sum(-1)
+        grad_scores = grad_scores * share
+    grad_route = torch.einsum("bqk,bqkd->bqd", grad_scores, kept_summaries)
     grad_summaries = route.new_zeros(summaries.shape if to_summaries else (0,) * 3)
     if to_summaries:
         slots = (row * contents.shape[1] + picked).flatten()
@@ -148,7 +170,15 @@ def _backward(
         grad_contents.to(contents.dtype),
         grad_summaries.to(summaries.dtype),
         grad_positions,
+        grad_ceiling,
+        grad_decay,
     )
+
+
+def _fading(ceiling: Tensor | None, decay: Tensor | None, ages: Tensor | None) -> Fading | None:
+    if ceiling is None or decay is None or ages is None:
+        return None
+    return Fading(ceiling, decay, ages)
 
 
 def _backward_shapes(
@@ -159,25 +189,32 @@ def _backward_shapes(
     summaries: Tensor,
     step_mask: Tensor | None,
     positions: Tensor | None,
+    ceiling: Tensor | None,
+    decay: Tensor | None,
+    ages: Tensor | None,
     chunks: Tensor,
     weights: Tensor,
     to_contents: bool,
     to_summaries: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
+    queries = 0 if ceiling is None else ceiling.shape
     return (
         route.new_empty(route.shape),
         probe.new_empty(probe.shape),
         contents.new_empty(contents.shape if to_contents else (0,) * 4),
         summaries.new_empty(summaries.shape if to_summaries else (0,) * 3),
         probe.new_empty(positions.shape if positions is not None else 0),
+        route.new_empty(queries),
+        route.new_empty(queries),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    route, probe, contents, summaries, _, step_mask, positions, _, _ = inputs
+    route, probe, contents, summaries, _, step_mask, positions, _, *fading, _ = inputs
     _, chunks, weights = output
     ctx.mark_non_differentiable(chunks, weights)
-    operators.save(ctx, route, probe, contents, summaries, step_mask, positions, chunks, weights)
+    given = route, probe, contents, summaries, step_mask, positions, *fading
+    operators.save(ctx, *given, chunks, weights)
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -185,7 +222,7 @@ def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, .
     grads = torch.ops.htm_pytorch.blocked_recall_backward(
         grad.contiguous(), *operators.saved(ctx), needs[2], needs[3]
     )
-    route, probe, contents, summaries, positions = grads
+    route, probe, contents, summaries, positions, ceiling, decay = grads
     return (
         route,
         probe,
@@ -195,21 +232,26 @@ def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, .
         None,
         positions if needs[6] else None,
         None,
+        ceiling if needs[8] else None,
+        decay if needs[9] else None,
+        None,
         None,
     )
 
 
 operators.register(
     "blocked_recall(Tensor route, Tensor probe, Tensor contents, Tensor summaries, Tensor valid, "
-    "Tensor? step_mask, Tensor? positions, Tensor? chunk_mask, SymInt k) "
+    "Tensor? step_mask, Tensor? positions, Tensor? chunk_mask, Tensor? ceiling, Tensor? decay, "
+    "Tensor? ages, SymInt k) "
     "-> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_shapes,
 )
 operators.register(
     "blocked_recall_backward(Tensor grad, Tensor route, Tensor probe, Tensor contents, "
-    "Tensor summaries, Tensor? step_mask, Tensor? positions, Tensor chunks, Tensor weights, "
-    "bool to_contents, bool to_summaries) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor summaries, Tensor? step_mask, Tensor? positions, Tensor? ceiling, Tensor? decay, "
+    "Tensor? ages, Tensor chunks, Tensor weights, bool to_contents, bool to_summaries) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_shapes,
 )
@@ -291,7 +333,12 @@ def _memory_row(contents: Tensor, batch: int) -> Tensor:
 
 
 def _select(
-    route: Tensor, summaries: Tensor, valid: Tensor, chunk_mask: Tensor | None, k: int
+    route: Tensor,
+    summaries: Tensor,
+    valid: Tensor,
+    chunk_mask: Tensor | None,
+    fading: Fading | None,
+    k: int,
 ) -> tuple[Tensor, Tensor]:
     """Return the best scores and their chunks [B, Q, K], best first; -1 where there are fewer.
 
@@ -309,9 +356,10 @@ def _select(
         if chunk_mask is not None:
             allowed = allowed & chunk_mask[:, :, start:end]
         part = summaries[:, start:end].to(route.dtype)
-        top, index = best_chunks(route, part, allowed, k)
+        fades = None if fading is None else fading.part(start, end)
+        top, index = best_chunks(route, part, allowed, k, fades)
         if piece < chunks:
-            top = scores_alone(route, part, index).masked_fill(top == -torch.inf, -torch.inf)
+            top = scores_alone(route, part, index, fades).masked_fill(top == -torch.inf, -torch.inf)
         index = (index + start).masked_fill_(top == -torch.inf, -1)
         best, found = torch.cat([best, top], -1), torch.cat([found, index], -1)
         if start:

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.memory import ChunkedMemory, Home, ShardedMemory, Steps
+from htm_pytorch.memory.fading import Fading
 from htm_pytorch.memory.home import is_home
 from htm_pytorch.ops import operators
+from htm_pytorch.ops.recency import Recency, check_recency
 from htm_pytorch.shapes import (
     check_at_least,
     check_beside,
@@ -38,6 +40,8 @@ class Call(NamedTuple):
 
     dtype: torch.dtype
     """Of sums: at least float32, the route's and the memory's."""
+    fading: Fading | None
+    """What scores fade by, in the dtype of sums; None: by nothing."""
 
     @classmethod
     def of(
@@ -48,12 +52,14 @@ class Call(NamedTuple):
         positions: Tensor | None,
         chunk_mask: Tensor | None,
         impl: str,
+        recency: Recency | None = None,
     ) -> Self:
         """Return the call of an implementation by this name, or by "auto"."""
         dtype = torch.promote_types(torch.promote_types(torch.float32, memory.dtype), route.dtype)
         if isinstance(memory, ChunkedMemory):
             dtype = torch.promote_types(dtype, memory._ring.read().summaries.dtype)
-        return cls(route, memory, k, positions, chunk_mask, impl != "auto", dtype)
+        fading = None if recency is None else recency.fading(memory, dtype, route.device)
+        return cls(route, memory, k, positions, chunk_mask, impl != "auto", dtype, fading)
 
     @property
     def chunked(self) -> ChunkedMemory:
@@ -72,6 +78,7 @@ def check(
     k: int,
     positions: Tensor | None,
     chunk_mask: Tensor | None,
+    recency: Recency | None = None,
 ) -> None:
     """Raise a ValueError that names the argument which does not fit."""
     if not (isinstance(memory, ChunkedMemory | Steps) or is_home(memory)):
@@ -97,6 +104,7 @@ def check(
         check_device("positions", positions, route.device)
     sizes = {"B": batch, "Q": queries, "M": memory.chunks}
     check_mask("chunk_mask", chunk_mask, "B Q M", route.device, **sizes)
+    check_recency(recency, route, memory.chunks)
 
 
 def check_queries(route: Tensor, name: str, tensor: Tensor, axes: str, **sizes: int) -> None:

@@ -40,12 +40,37 @@ def _rows(steps: Tensor, mask: Tensor | None, chunk_size: int) -> dict[str, Any]
     }
 
 
+def _fading(
+    route: Tensor, chunks: int, ceiling: Tensor | None, decay: Tensor | None, ages: Tensor | None
+) -> dict[str, Any]:
+    """What scores fade by, if they do."""
+    if ceiling is None or decay is None or ages is None:
+        return {}
+    batch, queries = route.shape[:2]
+    for name, part in {"ceiling": ceiling, "decay": decay}.items():
+        operators.check(name, part, (batch, queries), route.dtype)
+    operators.check_axes("ages", ages, 3)
+    rows = 1 if ages.shape[0] == 1 else batch, 1 if ages.shape[1] == 1 else queries
+    operators.check("ages", ages, (*rows, chunks), route.dtype)
+    ages = kernels.by_last(ages).expand(batch, queries, chunks)
+    return {
+        "ceiling": ceiling.contiguous(),
+        "decay": decay.contiguous(),
+        "fading": ages,
+        "fading_by_batch": ages.stride(0),
+        "fading_by_query": ages.stride(1),
+    }
+
+
 def pick(
     route: Tensor,
     source: Tensor,
     valid: Tensor | None,
     step_mask: Tensor | None,
     chunk_mask: Tensor | None,
+    ceiling: Tensor | None,
+    decay: Tensor | None,
+    ages: Tensor | None,
     k: int,
     chunk_size: int,
     eps: float,
@@ -71,10 +96,12 @@ def pick(
             "chunk_mask_by_batch": chunk_mask.stride(0),
             "chunk_mask_by_query": chunk_mask.stride(1),
         }
+    fading = _fading(route, chunks, ceiling, decay, ages)
     arguments = {
         **kernels.sizes(picked, source.shape[0], source.shape[1], chunk_size),
         **_source(source, step_mask, chunk_size, eps),
         **masks,
+        **fading,
         "route": route,
         "weights": weights,
     }
@@ -87,23 +114,29 @@ def pick_backward(
     route: Tensor,
     source: Tensor,
     step_mask: Tensor | None,
+    ceiling: Tensor | None,
+    decay: Tensor | None,
+    ages: Tensor | None,
     picked: Tensor,
     weights: Tensor,
     chunk_size: int,
     eps: float,
     to_source: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of route and source; the latter empty where it is not asked for."""
-    fitting.check_source(route, source, step_mask, chunk_size)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of route, source, ceiling and decay; empty where they are not asked for."""
+    chunks = fitting.check_source(route, source, step_mask, chunk_size)
     fitting.check_picks(route, picked, weights)
     operators.check("grad", grad, picked.shape, route.dtype)
     grad_route = torch.zeros(route.shape, dtype=route.dtype)
     grad_source = torch.zeros(source.shape if to_source else (0, 0, 0), dtype=route.dtype)
+    grad_ceiling = torch.zeros(0 if ceiling is None else ceiling.shape, dtype=route.dtype)
+    grad_decay = torch.zeros_like(grad_ceiling)
     if not picked.numel():
-        return grad_route, grad_source.to(source.dtype)
+        return grad_route, grad_source.to(source.dtype), grad_ceiling, grad_decay
     route, source, grad = route.contiguous(), kernels.by_last(source), grad.contiguous()
     picked, weights = picked.contiguous(), weights.contiguous()
     step_mask = None if step_mask is None else kernels.by_last(step_mask)
+    fading = _fading(route, chunks, ceiling, decay, ages)
     arguments = {
         **kernels.sizes(picked, source.shape[0], source.shape[1], chunk_size),
         **_source(source, step_mask, chunk_size, eps),
@@ -111,7 +144,10 @@ def pick_backward(
         "grad_picks": grad,
         "grad_scores": torch.empty_like(weights),
         "grad_route": grad_route,
+        **fading,
     }
+    if fading:
+        arguments |= {"grad_ceiling": grad_ceiling, "grad_decay": grad_decay, "route": route}
     kernels.run("pick_backward", route, source, arguments)
     if to_source:
         pairs = picked.shape[0] * picked.shape[1]
@@ -126,7 +162,7 @@ def pick_backward(
         else:
             arguments |= _grad_steps(grad_source, -source.shape[1] % chunk_size)
         kernels.run("pick_backward_summaries", route, None, arguments)
-    return grad_route, grad_source.to(source.dtype)
+    return grad_route, grad_source.to(source.dtype), grad_ceiling, grad_decay
 
 
 def _steps(

@@ -112,7 +112,7 @@ class Native(_InTwoSteps):
     def pick(self, call: Call) -> Picks:
         """By the kernel, in the dtype of sums."""
         route = call.route.to(call.dtype)
-        return Picks(*native.pick(route, call.memory, call.k, call.chunk_mask))
+        return Picks(*native.pick(route, call.memory, call.k, call.chunk_mask, call.fading))
 
     def attend(self, call: Call, probe: Tensor, picks: Picks) -> Tensor:
         """By the kernel, in the dtype of sums."""
@@ -138,8 +138,13 @@ class Triton(_InTwoSteps):
         return fused_triton.refusal(call.route.device, kept, steps, *tensors)
 
     def pick(self, call: Call) -> Picks:
-        """By a kernel that takes its sums in float32."""
-        return Picks(*fused_triton.pick(call.route, call.memory, call.k, call.chunk_mask))
+        """By a kernel that takes its sums in float32; plainly where ages count."""
+        if call.fading is None:
+            return Picks(*fused_triton.pick(call.route, call.memory, call.k, call.chunk_mask))
+        route, memory = call.route.to(call.dtype), call.chunked
+        picked = reference.select(route, memory, call.k, call.chunk_mask, call.fading)
+        weights = reference.chunk_weights(route, memory, picked, call.fading)
+        return Picks(picked.chunks.masked_fill(~picked.kept, -1), weights)
 
     def attend(self, call: Call, probe: Tensor, picks: Picks) -> Tensor:
         """By a kernel that takes its sums in float32."""
@@ -161,7 +166,7 @@ class _AtOnce(ABC):
         self, call: Call, probe: Tensor, picks: Picks | None = None
     ) -> tuple[Tensor, Tensor]:
         exact = call.route.to(call.dtype), probe.to(call.dtype)
-        arguments = *exact, call.chunked, call.k, call.places, call.chunk_mask
+        arguments = *exact, call.chunked, call.k, call.places, call.chunk_mask, call.fading
         context, picked, *_ = self.run(*arguments)
         return context.to(probe.dtype), picked.chunks.masked_fill(~picked.kept, -1)
 

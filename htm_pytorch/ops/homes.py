@@ -6,9 +6,15 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.memory import ChunkedMemory, Home, ScoredHome, StoredMemory, View
-from htm_pytorch.memory.home import is_scored, is_searched
+from htm_pytorch.memory.fading import Fading
+from htm_pytorch.memory.home import ages_of, is_scored, is_searched
 from htm_pytorch.memory.view import Moment
 from htm_pytorch.ops import kernels, native, reference
+from htm_pytorch.ops.recency import Recency
+
+_CANDIDATES = 4
+"""By content, and as many of the newest (and oldest, if such are sought), for each chunk that is
+kept, where an index is asked and ages count: it knows of contents alone."""
 
 
 class Fetched(NamedTuple):
@@ -20,10 +26,18 @@ class Fetched(NamedTuple):
     """[B, Q, U] bool, those that each query keeps: `recall` keeps them again."""
     numbers: Tensor
     """[U] int64, their numbers in the home."""
+    ages: Tensor | None
+    """[B, Q, U] int64, their ages in the home; B and Q may be 1. None where they do not count."""
 
 
 @torch.no_grad()
-def fetch(route: Tensor, home: Home, k: int, chunk_mask: Tensor | None) -> Fetched:
+def fetch(
+    route: Tensor,
+    home: Home,
+    k: int,
+    chunk_mask: Tensor | None,
+    recency: Recency | None = None,
+) -> Fetched:
     """Fetch the k best chunks of each query; to the device of `route` [B, Q, D].
 
     What was scored here without a gradient is scored again, among the few that were fetched.
@@ -37,21 +51,36 @@ def fetch(route: Tensor, home: Home, k: int, chunk_mask: Tensor | None) -> Fetch
         if moment.seen is not None:
             seen = moment.seen[:, None].expand(-1, route.shape[1], -1)
             chunk_mask = seen if chunk_mask is None else seen & chunk_mask
-        return _fetch(route, moment, k, chunk_mask)
-    return _fetch(route, home, k, chunk_mask)
+        return _fetch(route, moment, k, chunk_mask, recency)
+    return _fetch(route, home, k, chunk_mask, recency)
 
 
-def _fetch(route: Tensor, home: Home | Moment, k: int, chunk_mask: Tensor | None) -> Fetched:
+def _fetch(
+    route: Tensor,
+    home: Home | Moment,
+    k: int,
+    chunk_mask: Tensor | None,
+    recency: Recency | None,
+) -> Fetched:
     device = home.device
+    ages = None
+    if recency is not None:
+        ages = ages_of(home)[:, None] if recency.ages is None else recency.ages
+        recency = recency._replace(ages=ages.to(device))
     exact = route.detach().to(device, torch.promote_types(route.dtype, torch.float32))
     if is_scored(home):
         mask = None if chunk_mask is None else chunk_mask.to(device)
-        chunks = _score(exact, home, k, mask)
+        fading = None if recency is None else recency.fading(home, exact.dtype, device)
+        fading = None if fading is None else fading.to(device, exact.dtype)
+        chunks = _score(exact, home, k, mask, fading)
     elif is_searched(home):
         if chunk_mask is not None:
             kind = type(home).__name__
             raise ValueError(f"chunk_mask: expected None beside an index ({kind}), got a mask")
-        chunks = home.search(exact, k)
+        chunks = home.search(exact, k if recency is None else _CANDIDATES * k)
+        if recency is not None:
+            is_old = bool((recency.decay < 0).any())
+            chunks = _with_ends(chunks, home.chunks, _CANDIDATES * k, with_oldest=is_old)
     else:
         kind = type(home).__name__
         raise ValueError(f"memory: expected a ScoredHome or a SearchedHome, got {kind}")
@@ -62,12 +91,25 @@ def _fetch(route: Tensor, home: Home | Moment, k: int, chunk_mask: Tensor | None
     keeps = torch.zeros(*chunks.shape[:2], len(numbers) + 1, dtype=torch.bool, device=device)
     keeps.scatter_(2, place % (len(numbers) + 1), True)
     memory = home.fetch(numbers).to(route.device)
-    return Fetched(memory, keeps[..., :-1].to(route.device), numbers.to(route.device))
+    if ages is not None:
+        ages = ages.to(device)[..., numbers].to(route.device)
+    return Fetched(memory, keeps[..., :-1].to(route.device), numbers.to(route.device), ages)
 
 
-def _score(route: Tensor, home: ScoredHome, k: int, chunk_mask: Tensor | None) -> Tensor:
+def _with_ends(chunks: Tensor, total: int, count: int, *, with_oldest: bool) -> Tensor:
+    """Return the chunks [B, Q, K] with the newest of all that are not among them, or both ends."""
+    number = torch.arange(total, device=chunks.device)
+    ends = number[(number >= total - count) | ((number < count) & with_oldest)]
+    ends = ends.expand(*chunks.shape[:2], -1)
+    known = (ends[..., None] == chunks[..., None, :]).any(-1)
+    return torch.cat([chunks, ends.masked_fill(known, -1)], -1)
+
+
+def _score(
+    route: Tensor, home: ScoredHome, k: int, chunk_mask: Tensor | None, fading: Fading | None
+) -> Tensor:
     """Return the k best chunks of each query, -1 where it sees fewer."""
     if kernels.IS_AVAILABLE and home.device.type == "cpu":
-        return native.pick(route, home, k, chunk_mask)[0]
-    picked = reference.select(route, home, k, chunk_mask)
+        return native.pick(route, home, k, chunk_mask, fading)[0]
+    picked = reference.select(route, home, k, chunk_mask, fading)
     return picked.chunks.masked_fill(~picked.kept, -1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.memory import ChunkedMemory, ScoredHome, Steps
+from htm_pytorch.memory.fading import Fading
 from htm_pytorch.ops import compiled, kernels, operators
 
 
@@ -19,6 +20,7 @@ def pick(
     memory: ChunkedMemory | Steps | ScoredHome,
     k: int,
     chunk_mask: Tensor | None,
+    fading: Fading | None = None,
     prefix: str = "",
 ) -> tuple[Tensor, Tensor]:
     """Return the k best chunks of each query and their weights, both [B, Q, K].
@@ -37,11 +39,30 @@ def pick(
         # As one row of queries, so that the memory is read once for all.
         route = route.reshape(1, batch * queries, dim)
         chunk_mask = None if chunk_mask is None else chunk_mask.flatten(0, 1)[None]
+        fading = None if fading is None else _as_one_row(fading)
     picked, weights = getattr(torch.ops.htm_pytorch, f"{prefix}pick")(
-        route, source, valid, mask, chunk_mask, min(k, memory.chunks), size, eps
+        route,
+        source,
+        valid,
+        mask,
+        chunk_mask,
+        *(fading or (None,) * 3),
+        min(k, memory.chunks),
+        size,
+        eps,
     )
     kept = (batch, queries, picked.shape[2])
     return picked.view(kept), weights.view(kept)
+
+
+def _as_one_row(fading: Fading) -> Fading:
+    """Return what a row of all queries fades by."""
+    ceiling, decay, ages = fading
+    batch, queries = ceiling.shape
+    if ages.shape[:2] != (1, 1):
+        chunks = ages.shape[2]
+        ages = ages.expand(batch, queries, chunks).reshape(1, batch * queries, chunks)
+    return Fading(ceiling.reshape(1, -1), decay.reshape(1, -1), ages)
 
 
 def attend(
@@ -78,7 +99,8 @@ def register(
     """
     operators.register(
         f"{prefix}pick(Tensor route, Tensor source, Tensor? valid, Tensor? step_mask, "
-        "Tensor? chunk_mask, SymInt k, SymInt chunk_size, float eps) "
+        "Tensor? chunk_mask, Tensor? ceiling, Tensor? decay, Tensor? ages, SymInt k, "
+        "SymInt chunk_size, float eps) "
         "-> (Tensor picked, Tensor weights)",
         pick,
         _pick_shapes,
@@ -86,8 +108,8 @@ def register(
     )
     operators.register(
         f"{prefix}pick_backward(Tensor grad, Tensor route, Tensor source, Tensor? step_mask, "
-        "Tensor picked, Tensor weights, SymInt chunk_size, float eps, bool to_source) "
-        "-> (Tensor, Tensor)",
+        "Tensor? ceiling, Tensor? decay, Tensor? ages, Tensor picked, Tensor weights, "
+        "SymInt chunk_size, float eps, bool to_source) -> (Tensor, Tensor, Tensor, Tensor)",
         pick_backward,
         _pick_backward_shapes,
         device=device,
@@ -109,11 +131,19 @@ def register(
     )
 
     def pick_differentiate(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
-        to_source = ctx.needs_input_grad[1]
-        route, source = getattr(torch.ops.htm_pytorch, f"{prefix}pick_backward")(
+        needs = ctx.needs_input_grad
+        to_source = needs[1]
+        route, source, ceiling, decay = getattr(torch.ops.htm_pytorch, f"{prefix}pick_backward")(
             grad, *operators.saved(ctx), ctx.chunk_size, ctx.eps, to_source
         )
-        return route, source if to_source else None, *(None,) * 6
+        return (
+            route,
+            source if to_source else None,
+            *(None,) * 3,
+            ceiling if needs[5] else None,
+            decay if needs[6] else None,
+            *(None,) * 4,
+        )
 
     def attend_differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
@@ -136,9 +166,9 @@ def register(
 
 
 def _pick_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    route, source, _, step_mask, _, _, ctx.chunk_size, ctx.eps = inputs
+    route, source, _, step_mask, _, *fading, _, ctx.chunk_size, ctx.eps = inputs
     ctx.mark_non_differentiable(output[0])
-    operators.save(ctx, route, source, step_mask, *output)
+    operators.save(ctx, route, source, step_mask, *fading, *output)
 
 
 def _attend_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -146,19 +176,25 @@ def _attend_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     operators.save(ctx, *tensors)
 
 
-def _pick_shapes(
-    route: Tensor, source: Tensor, valid: Any, step_mask: Any, chunk_mask: Any, k: int, *rest: Any
-) -> tuple[Tensor, Tensor]:
+def _pick_shapes(route: Tensor, source: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    k = rest[-3]
     sums = torch.promote_types(route.dtype, torch.float32)
     weights = route.new_empty(*route.shape[:2], k, dtype=sums)
     return weights.new_empty(weights.shape, dtype=torch.int64), weights
 
 
 def _pick_backward_shapes(
-    grad: Tensor, route: Tensor, source: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor,
+    route: Tensor,
+    source: Tensor,
+    step_mask: Any,
+    ceiling: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = source.shape if rest[-1] else (0, 0, 0)
-    return route.new_empty(route.shape), source.new_empty(shape)
+    queries = 0 if ceiling is None else ceiling.shape
+    fades = route.new_empty(queries), route.new_empty(queries)
+    return route.new_empty(route.shape), source.new_empty(shape), *fades
 
 
 def _attend_backward_shapes(

@@ -7,6 +7,7 @@ from torch import Tensor
 from htm_pytorch.memory import ChunkedMemory, ShardedMemory, Steps
 from htm_pytorch.ops import homes, kernels, sharded
 from htm_pytorch.ops.call import Call, Memory, no_autocast
+from htm_pytorch.ops.recency import Recency
 from htm_pytorch.shapes import is_transformed
 
 
@@ -17,14 +18,17 @@ def at_hand(
     positions: Tensor | None,
     chunk_mask: Tensor | None,
     impl: str,
+    recency: Recency | None,
 ) -> tuple[Call, Tensor | None]:
     """Return a call on a memory in RAM, and the numbers of its chunks if they are others."""
     if isinstance(memory, ChunkedMemory):
         memory = memory.reading()
     if isinstance(memory, ChunkedMemory | Steps):
-        return Call.of(route, memory, k, positions, chunk_mask, impl), None
-    fetched = homes.fetch(route, memory, k, chunk_mask)
-    call = Call.of(route, fetched.memory, k, positions, fetched.chunk_mask, impl)
+        return Call.of(route, memory, k, positions, chunk_mask, impl, recency), None
+    fetched = homes.fetch(route, memory, k, chunk_mask, recency)
+    if recency is not None:
+        recency = recency._replace(ages=fetched.ages)
+    call = Call.of(route, fetched.memory, k, positions, fetched.chunk_mask, impl, recency)
     return call, fetched.numbers
 
 
@@ -57,6 +61,7 @@ def on_ranks(
     positions: Tensor | None,
     chunk_mask: Tensor | None,
     impl: str,
+    recency: Recency | None,
     with_weights: bool = False,
 ) -> sharded.Recalled:
     """Recall from what all ranks hold, by the compiled kernel where a rank has it."""
@@ -69,6 +74,7 @@ def on_ranks(
             k,
             positions,
             chunk_mask,
+            recency,
             with_kernel=with_kernel,
             with_weights=with_weights,
         )

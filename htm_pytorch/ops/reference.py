@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.memory import ChunkedMemory, ScoredHome
+from htm_pytorch.memory.fading import Fading, softmin
 from htm_pytorch.ops.topk import best_chunks
 
 
@@ -29,12 +30,16 @@ def allowed_chunks(memory: ChunkedMemory | ScoredHome, chunk_mask: Tensor | None
 
 
 def select(
-    route: Tensor, memory: ChunkedMemory | ScoredHome, k: int, chunk_mask: Tensor | None
+    route: Tensor,
+    memory: ChunkedMemory | ScoredHome,
+    k: int,
+    chunk_mask: Tensor | None,
+    fading: Fading | None = None,
 ) -> Selection:
-    """Keep the `k` chunks with the best summaries for `route` [B, Q, D]; see `best_chunks`."""
+    """Keep the `k` chunks with the best scores for `route` [B, Q, D]; see `best_chunks`."""
     with torch.no_grad():
         allowed = allowed_chunks(memory, chunk_mask)
-        scores, chunks = best_chunks(route, memory.summaries.to(route.dtype), allowed, k)
+        scores, chunks = best_chunks(route, memory.summaries.to(route.dtype), allowed, k, fading)
         kept = scores != -torch.inf
         return Selection(chunks.masked_fill(~kept, 0), kept)
 
@@ -46,13 +51,14 @@ def recall(
     k: int,
     positions: Tensor | None,
     chunk_mask: Tensor | None,
+    fading: Fading | None = None,
 ) -> tuple[Tensor, Selection, Tensor, Tensor]:
     """Return context [B, Q, H, D], the selection, chunk weights and step weights.
 
     All of one dtype, which is at least float32.
     """
-    picked = select(route, memory, k, chunk_mask)
-    weights = chunk_weights(route, memory, picked)
+    picked = select(route, memory, k, chunk_mask, fading)
+    weights = chunk_weights(route, memory, picked, fading)
     context, step_weights = attend(probe, memory, positions, picked, weights)
     return context, picked, weights, step_weights
 
@@ -79,11 +85,15 @@ def attend(
     return context, step_weights
 
 
-def chunk_weights(route: Tensor, memory: ChunkedMemory, picked: Selection) -> Tensor:
+def chunk_weights(
+    route: Tensor, memory: ChunkedMemory, picked: Selection, fading: Fading | None = None
+) -> Tensor:
     """Return the softmax [B, Q, K] over the scores of the kept chunks; it has the gradient."""
     row = torch.arange(memory.batch, device=route.device)[:, None, None]
     summaries = memory.summaries[row, picked.chunks].masked_fill(~picked.kept[..., None], 0.0)
     logits = torch.einsum("bqd,bqkd->bqk", route, summaries.to(route.dtype))
+    if fading is not None:
+        logits = fading.scores(logits, fading.of(picked.chunks))
     return masked_softmax(logits, picked.kept)
 
 
@@ -107,6 +117,7 @@ def htm_attention(
 
     `weights` holds the parameters of `nn.HTMAttention` by name; missing biases are zero. Every
     step of the memory is projected to keys and values, and positions and memory carry gradients.
+    With recency the last chunk counts as the newest.
     """
 
     def project(name: str, value: Tensor) -> Tensor:
@@ -118,6 +129,16 @@ def htm_attention(
     summary_keys = project("to_summary_keys", memory.summaries)
     relevance = torch.einsum("bqf,bmf->bqm", summary_queries, summary_keys)
     relevance = relevance * summary_queries.shape[-1] ** -0.5
+    if "to_recency.weight" in weights:
+        # Of what is the same for all chunks, the ceiling knows nothing.
+        bias = weights.get("to_summary_keys.bias")
+        if bias is not None:
+            shared = torch.einsum("bqf,f->bq", summary_queries, bias)
+            relevance = relevance - shared[..., None] * summary_queries.shape[-1] ** -0.5
+        ceiling, decay = project("to_recency", queries).unbind(-1)
+        ages = torch.arange(relevance.shape[2] - 1, -1, -1, device=relevance.device)
+        forgotten = decay[..., None] * torch.log1p(ages.to(relevance.dtype))
+        relevance = softmin(relevance, ceiling[..., None]) - forgotten
     allowed = allowed_chunks(memory, chunk_mask).expand_as(relevance)
     relevance = relevance.masked_fill(~allowed, -torch.inf)
     top, chunks = relevance.sort(dim=-1, descending=True, stable=True)

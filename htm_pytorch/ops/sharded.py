@@ -17,10 +17,14 @@ from torch.nn.functional import pad
 
 from htm_pytorch.memory import ChunkedMemory, ShardedMemory
 from htm_pytorch.memory.best import where_best
+from htm_pytorch.memory.fading import Fading, log_ages
 from htm_pytorch.memory.rank_group import HEADER, Fingerprint, RankGroup
 from htm_pytorch.ops import native, reference
+from htm_pytorch.ops.recency import Recency
 
 _ROUTE, _PROBE, _POSITIONS, _MEMORY = 1, 2, 4, 8
+_HIGH = 1e4
+"""Of ceilings; higher ones count as alike where ranks compare them."""
 
 
 class Recalled(NamedTuple):
@@ -87,6 +91,7 @@ def recall(
     k: int,
     positions: Tensor | None,
     chunk_mask: Tensor | None,
+    recency: Recency | None = None,
     *,
     with_kernel: bool,
     with_weights: bool = False,
@@ -100,6 +105,7 @@ def recall(
         k: how many chunks a query keeps.
         positions: [C, D], which are added to the steps of every chunk; None: nothing is.
         chunk_mask: [B, Q, M] bool, which chunks each query may see; None: all.
+        recency: how the age of chunks counts; None: not at all.
         with_kernel: whether this rank does its part by the compiled kernel.
         with_weights: whether to return the weights inside chunks, which are then summed as well.
 
@@ -108,18 +114,22 @@ def recall(
         ShardError: not all ranks came in time.
     """
     group, local = memory.ranks, memory.local
-    needs = _agree(route, probe, memory, k, positions, chunk_mask, with_weights)
+    needs = _agree(route, probe, memory, k, positions, chunk_mask, recency, with_weights)
     with group.exchanging():
         dtypes = (memory.dtype, local.summaries.dtype, route.dtype)
         dtype = reduce(torch.promote_types, dtypes, torch.float32)
         route, probe = route.to(dtype), probe.to(dtype)
         positions = None if positions is None else positions.to(dtype)
 
-        (route,) = _to_ranks(group, (route, needs & _ROUTE))
-        picked = _pick(
-            route, local, min(k, local.chunks), memory.own_columns(chunk_mask), with_kernel
-        )
-        scores = _score(route, local, picked)
+        fades = () if recency is None else (recency.ceiling.to(dtype), recency.decay.to(dtype))
+        route, *fades = _to_ranks(group, *((part, needs & _ROUTE) for part in (route, *fades)))
+        fading = None
+        if recency is not None:
+            ceiling, decay = fades
+            fading = Fading(ceiling, decay, log_ages(memory.own_ages(recency.ages), dtype))
+        mask = memory.own_columns(chunk_mask)
+        picked = _pick(route, local, min(k, local.chunks), mask, fading, with_kernel)
+        scores = _score(route, local, picked, fading)
         in_order = where_best(scores.detach(), picked.shape[2], picked)
         picked, scores = picked.gather(2, in_order), scores.gather(2, in_order)
         missing = (0, min(k, max(memory.sizes)) - picked.shape[2])
@@ -170,6 +180,7 @@ def _agree(
     k: int,
     positions: Tensor | None,
     chunk_mask: Tensor | None,
+    recency: Recency | None,
     with_weights: bool,
 ) -> int:
     """Compare the arguments of all ranks; return which tensors need gradients on any of them."""
@@ -187,17 +198,22 @@ def _agree(
         "route: dtype": route.dtype,
         "positions": None if positions is None else positions.dtype,
         "chunk_mask (a checksum)": None if chunk_mask is None else _checksum(chunk_mask),
+        "recency (1 if it counts)": int(recency is not None),
         "torch.is_grad_enabled()": torch.is_grad_enabled(),
     }
     local = memory.local
     held = [local.summaries, *([local.contents] if isinstance(local, ChunkedMemory) else [])]
     needs = 0
-    asked = ((_ROUTE, [route]), (_PROBE, [probe]), (_POSITIONS, [positions]), (_MEMORY, held))
+    routes = [route] if recency is None else [route, recency.ceiling, recency.decay]
+    asked = ((_ROUTE, routes), (_PROBE, [probe]), (_POSITIONS, [positions]), (_MEMORY, held))
     for bit, tensors in asked:
         if any(tensor is not None and tensor.requires_grad for tensor in tensors):
             needs |= bit
     operation = "recall_with_weights" if with_weights else "recall"
     fingerprints = {"route": Fingerprint.of(route), "probe": Fingerprint.of(probe)}
+    if recency is not None:
+        both = torch.stack([recency.ceiling.clamp(max=_HIGH), recency.decay], -1)
+        fingerprints["recency"] = Fingerprint.of(both.detach())
     answers = memory.ranks.agree(operation, same, [needs, local.chunks], route.device, fingerprints)
     for rank, (_, chunks) in enumerate(answers):
         if chunks != memory.sizes[rank]:
@@ -218,19 +234,24 @@ def _checksum(mask: Tensor) -> int:
 
 
 def _pick(
-    route: Tensor, local: Any, k: int, chunk_mask: Tensor | None, with_kernel: bool
+    route: Tensor,
+    local: Any,
+    k: int,
+    chunk_mask: Tensor | None,
+    fading: Fading | None,
+    with_kernel: bool,
 ) -> Tensor:
     """Return this rank's best chunks [B, Q, K] by its own numbers; -1 where there are fewer."""
     with torch.no_grad():
         if not k:
             return torch.empty(*route.shape[:2], 0, dtype=torch.int64, device=route.device)
         if with_kernel:
-            return native.pick(route, local, k, chunk_mask)[0]
-        picked = reference.select(route, local, k, chunk_mask)
+            return native.pick(route, local, k, chunk_mask, fading)[0]
+        picked = reference.select(route, local, k, chunk_mask, fading)
         return picked.chunks.masked_fill(~picked.kept, -1)
 
 
-def _score(route: Tensor, local: Any, picked: Tensor) -> Tensor:
+def _score(route: Tensor, local: Any, picked: Tensor, fading: Fading | None) -> Tensor:
     """Return the scores [B, Q, K] of the picked chunks; they have the gradient."""
     row = torch.arange(local.batch, device=route.device)[:, None, None]
     summaries = local.summaries[row, picked.clamp(min=0)]
@@ -238,6 +259,8 @@ def _score(route: Tensor, local: Any, picked: Tensor) -> Tensor:
     # Not a matrix product, in which equal summaries may have scores that differ in the last bit:
     # ties must be ties on all ranks.
     scores = (route[:, :, None] * summaries).sum(-1)
+    if fading is not None:
+        scores = fading.scores(scores, fading.of(picked))
     return scores.masked_fill(picked < 0, -torch.inf)
 
 

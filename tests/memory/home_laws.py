@@ -67,7 +67,17 @@ def cuts_do_not_matter(make: Make) -> None:
 def the_layer_cannot_tell_it_from_ram(make: Make) -> None:
     steps, is_first = history(70)
     ram, home = in_ram().append(steps, is_first), make().append(steps, is_first)
-    layer = HTMAttention(DIM, heads=2, topk_mems=3, dim_head=4)
+    for recency in (False, True):
+        layer = HTMAttention(DIM, heads=2, topk_mems=3, dim_head=4, recency=recency)
+        if recency:
+            torch.nn.init.normal_(layer.to_recency.weight, std=0.2)
+        _sees_the_same(layer, ram, home)
+    block = HTMBlock(DIM, heads=2, topk_mems=3, dim_head=4)
+    queries = torch.randn(3, 5, DIM)
+    assert_near(block(queries, home), block(queries, ram), 1e-5)
+
+
+def _sees_the_same(layer: HTMAttention, ram: Any, home: Any) -> None:
     queries = torch.randn(3, 5, DIM)
     parameters = list(layer.parameters())
 
@@ -80,8 +90,6 @@ def the_layer_cannot_tell_it_from_ram(make: Make) -> None:
     assert_near(out, expected, 1e-5)
     for a, b in zip(found, gradients, strict=True):
         assert_near(a, b, 1e-5)
-    block = HTMBlock(DIM, heads=2, topk_mems=3, dim_head=4)
-    assert_near(block(queries, home), block(queries, ram), 1e-5)
 
 
 def every_implementation_recalls_from_it(make: Make) -> None:

@@ -288,6 +288,7 @@ def test_a_step_makes_few_operators() -> None:
     model = build(64, 1, 4, 16, 2, 16, 100, 16)
     with torch.no_grad():
         _, state = model(torch.randn(4, 65, 64))
+        _, state = model(torch.randn(4, 1, 64), state)
         for _ in range(3):
             with torch.profiler.profile() as profile:
                 _, state = model(torch.randn(4, 1, 64), state)

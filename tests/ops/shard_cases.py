@@ -74,6 +74,7 @@ def equals_one_process(group: Any, sizes: Sizes, impl: Any, counts: list[int] | 
             problem.k,
             positions=problem.positions(positions),
             chunk_mask=problem.chunk_mask,
+            recency=problem.recency(route),
             impl=impl,
         )
 
@@ -102,6 +103,7 @@ def weights_equal(group: Any, sizes: Sizes) -> None:
                 problem.k,
                 positions=problem.positions(positions),
                 chunk_mask=problem.chunk_mask,
+                recency=problem.recency(route),
             )
             return getattr(recalled, kind)
 

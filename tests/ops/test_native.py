@@ -179,7 +179,7 @@ class TestThreads:
         results = []
         for count in (1, 2, 3, 5):
             threads(count)
-            results.append(OPERATORS.pick(*self.scored(parts), None, None, None, 700, 1, 0.0))
+            results.append(OPERATORS.pick(*self.scored(parts), *(None,) * 6, 700, 1, 0.0))
         for picked, weights in results[1:]:
             assert torch.equal(picked, results[0][0])
             assert torch.equal(weights, results[0][1])

@@ -21,15 +21,20 @@ from tests.ops.native_cases import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+NOTHING = (None, None, None)
+"""What nothing fades by: ceiling, decay and ages."""
+
+
 class TestOperators:
     """The operators themselves, as a compiler or a hook may call them."""
 
     FORWARD = [
         *("pick-steps", "pick-steps-whole", "pick-summaries"),
+        *("pick-steps-fading", "pick-summaries-fading"),
         *("attend", "attend-plain", "attend_projected", "attend_projected-apart"),
     ]
     BACKWARD = [
-        *("pick_backward-steps", "pick_backward-summaries"),
+        *("pick_backward-steps", "pick_backward-summaries", "pick_backward-fading"),
         *("attend_backward", "attend_backward-plain", "attend_projected_backward"),
     ]
 
@@ -42,7 +47,7 @@ class TestOperators:
         mask, valid = torch.rand(2, 11) < 0.8, torch.rand(2, 3) < 0.8
         chunk_mask = torch.rand(2, 5, 3) < 0.8
         chunk_mask[0, 1] = False
-        picked, weights = OPERATORS.pick(route, steps, None, mask, chunk_mask, 2, 4, 0.1)
+        picked, weights = OPERATORS.pick(route, steps, None, mask, chunk_mask, *NOTHING, 2, 4, 0.1)
         assert (picked < 0).any()
         grad, grad_picks = normal(2, 5, 3, 6), normal(2, 5, 2)
         inside = (probe, steps, mask, positions, picked, weights, 4)
@@ -52,26 +57,50 @@ class TestOperators:
         queries, projected = 0.4 * normal(2, 5, 3, 5), normal(12, 2, 3, 5)
         exists = torch.rand(12) < 0.8
         together = (queries, projected, exists, picked, weights, 4, 1, 0.5)
+        ceiling, decay = normal(2, 5), normal(2, 5)
+        fading = ceiling, decay, normal(2, 5, 3).abs()
+        shared = ceiling, decay, normal(1, 1, 3).abs()
         # Two rows that share no chunk.
         own = torch.stack([torch.randperm(2) for _ in range(10)]).view(2, 5, 2)
         own = own + torch.tensor([0, 2])[:, None, None]
         own[0, 1, 1] = -1
         apart = (queries, projected, None, own, weights, 3, 2, 0.5)
         return {
-            "pick-steps": ("pick", (route, steps, None, mask, chunk_mask, 2, 4, 0.1)),
-            "pick-steps-whole": ("pick", (route, steps[:1], None, None, None, 3, 4, 0.0)),
-            "pick-summaries": ("pick", (route, summaries, valid, None, chunk_mask, 2, 1, 0.0)),
+            "pick-steps": (
+                "pick",
+                (route, steps, None, mask, chunk_mask, *NOTHING, 2, 4, 0.1),
+            ),
+            "pick-steps-whole": (
+                "pick",
+                (route, steps[:1], None, None, None, *NOTHING, 3, 4, 0.0),
+            ),
+            "pick-summaries": (
+                "pick",
+                (route, summaries, valid, None, chunk_mask, *NOTHING, 2, 1, 0.0),
+            ),
+            "pick-steps-fading": (
+                "pick",
+                (route, steps, None, mask, chunk_mask, *fading, 2, 4, 0.1),
+            ),
+            "pick-summaries-fading": (
+                "pick",
+                (route, summaries, valid, None, chunk_mask, *shared, 2, 1, 0.0),
+            ),
             "attend": ("attend", inside),
             "attend-plain": ("attend", plain),
             "attend_projected": ("attend_projected", together),
             "attend_projected-apart": ("attend_projected", apart),
             "pick_backward-steps": (
                 "pick_backward",
-                (grad_picks, route, steps, mask, picked, weights, 4, 0.1, True),
+                (grad_picks, route, steps, mask, *NOTHING, picked, weights, 4, 0.1, True),
+            ),
+            "pick_backward-fading": (
+                "pick_backward",
+                (grad_picks, route, steps, mask, *fading, picked, weights, 4, 0.1, True),
             ),
             "pick_backward-summaries": (
                 "pick_backward",
-                (grad_picks, route, summaries, None, picked, weights, 1, 0.0, False),
+                (grad_picks, route, summaries, None, *NOTHING, picked, weights, 1, 0.0, False),
             ),
             "attend_backward": ("attend_backward", (grad, *inside, True, True)),
             "attend_backward-plain": (
@@ -85,10 +114,11 @@ class TestOperators:
         }
 
     @staticmethod
-    def differentiable(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def differentiable(operator: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        ages = arguments[7] if operator == "pick" else None
         return tuple(
             part.clone().requires_grad_()
-            if isinstance(part, Tensor) and part.is_floating_point()
+            if isinstance(part, Tensor) and part.is_floating_point() and part is not ages
             else part
             for part in arguments
         )
@@ -99,7 +129,7 @@ class TestOperators:
         operator, arguments = self.samples()[name]
         checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
         if "backward" not in operator:
-            arguments = self.differentiable(arguments)
+            arguments = self.differentiable(operator, arguments)
         packet = getattr(OPERATORS, operator)
         torch.library.opcheck(packet.default, arguments, test_utils=checks)
 
@@ -111,7 +141,9 @@ class TestOperators:
             made = getattr(OPERATORS, operator)(*some)
             return made[1] if operator == "pick" else made
 
-        assert torch.autograd.gradcheck(run, self.differentiable(arguments), fast_mode=True)
+        assert torch.autograd.gradcheck(
+            run, self.differentiable(operator, arguments), fast_mode=True
+        )
 
     @pytest.mark.parametrize("name", [*FORWARD, *BACKWARD])
     def test_strides_do_not_matter(self, name: str, fences: Callable[[], None]) -> None:

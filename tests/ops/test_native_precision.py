@@ -288,12 +288,16 @@ class TestDenormals:
             assert torch.equal(got[name], value), name
 
 
+NOTHING = (None, None, None)
+"""What nothing fades by."""
+
+
 class TestTies:
     """Of equal chunks the older slots are kept, in order."""
 
     @staticmethod
     def picked(route: Tensor, summaries: Tensor, k: int, chunk_mask: Any = None) -> Tensor:
-        return OPERATORS.pick(route, summaries, None, None, chunk_mask, k, 1, 0.0)[0]
+        return OPERATORS.pick(route, summaries, None, None, chunk_mask, *NOTHING, k, 1, 0.0)[0]
 
     @pytest.mark.parametrize("count", [1, 2, 3, 5])
     @pytest.mark.parametrize("k", [1, 4, 100, 300])
@@ -312,7 +316,7 @@ class TestTies:
                 assert torch.equal(self.picked(route, summaries, k), order)
                 # Chunks as means of their steps, here of two equal ones.
                 steps = summaries.repeat_interleave(2, 1)
-                got, _ = OPERATORS.pick(route, steps, None, None, None, k, 2, 0.0)
+                got, _ = OPERATORS.pick(route, steps, None, None, None, *NOTHING, k, 2, 0.0)
                 assert torch.equal(got, order)
 
     def test_among_those_that_may_be_seen(self) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch import ChunkedMemory, Recall
-from htm_pytorch.ops import RecallImpl, blocked, recall, recall_with_weights
+from htm_pytorch.ops import RecallImpl, Recency, blocked, recall, recall_with_weights
 from tests.helpers import (
     assert_near,
     memory_of,
@@ -37,6 +37,7 @@ class Sizes(NamedTuple):
     steps: float = 1.0  # probability that a step may be attended
     valid: float = 1.0  # probability that a chunk is valid
     seen: float = 1.0  # probability that a query may see a chunk
+    ages: str = ""  # that count: "of now", "for all", or "for each" query; none do
 
 
 CASES = {
@@ -67,6 +68,13 @@ CASES = {
     "Q-is-0: nobody asks": Sizes(Q=0),
     "M-and-Q-are-0": Sizes(M=0, Q=0),
     "H-is-0: no heads": Sizes(H=0),
+    "ages: the newer of two like ones": Sizes(M=13, ages="of now"),
+    "ages-of-each: as a stream is read": Sizes(Q=33, M=13, seen=0.6, ages="for each"),
+    "ages-of-each-shared": Sizes(B=4, M=40, shared=True, valid=0.8, ages="for each"),
+    "ages-shared-masked": Sizes(B=4, M=40, shared=True, steps=0.7, ages="for all"),
+    "ages-all-masks": Sizes(Q=1, M=40, k=12, steps=0.7, valid=0.7, seen=0.7, ages="of now"),
+    "ages-of-nothing": Sizes(M=0, ages="of now"),
+    "ages-forbidden": Sizes(seen=0.0, ages="for all"),
 }
 
 
@@ -97,6 +105,19 @@ class Problem:
         self.step_mask = chance(sizes.steps, rows, m, c)
         self.valid = chance(sizes.valid, rows, m)
         self.chunk_mask = chance(sizes.seen, b, q, m)
+        self.to_recency = normal(2, d)
+        shape = {"": None, "of now": None, "for all": (1, 1, m), "for each": (b, q, m)}[sizes.ages]
+        self.ages = None if shape is None else torch.randint(50, shape, generator=generator)
+
+    def recency(self, route: Tensor) -> Recency | None:
+        """Made of the route, whose gradients then hold those of ceilings and decays."""
+        if not self.sizes.ages:
+            return None
+        both = route.double() @ self.to_recency.double().to(route.device).mT
+        # As any dtype can say them, so that all have the same.
+        both = both + (both.detach().bfloat16().double() - both.detach())
+        ceiling, decay = both.to(route.dtype).unbind(-1)
+        return Recency(ceiling, decay, self.ages)
 
     def memory(self, contents: Tensor, summaries: Tensor) -> ChunkedMemory:
         return memory_of(contents, summaries, self.valid, self.step_mask)
@@ -115,6 +136,7 @@ class Problem:
                 self.k,
                 positions=self.positions(positions),
                 chunk_mask=self.chunk_mask,
+                recency=self.recency(route),
                 impl=impl,
             )
 
@@ -137,6 +159,7 @@ class Problem:
             self.k,
             positions=self.positions(positions),
             chunk_mask=self.chunk_mask,
+            recency=self.recency(route),
         )
 
 
@@ -186,6 +209,7 @@ def test_equals_the_reference_on_any_sizes(impl: Any) -> None:
             steps=probability,
             valid=probability,
             seen=probability,
+            ages=st.sampled_from(["", "of now", "for all", "for each"]),
         ),
         st.integers(0, 2**31),
     )
@@ -199,6 +223,7 @@ PRECISION_CASES = {
     "plain": Sizes(2, 9, 4, 8, 16, 32, 3),
     "masked": Sizes(2, 9, 4, 8, 16, 32, 3, steps=0.7, seen=0.8),
     "shared": Sizes(3, 9, 4, 8, 16, 32, 3, shared=True),
+    "ages": Sizes(2, 9, 4, 8, 16, 32, 3, ages="of now"),
 }
 
 
@@ -210,6 +235,7 @@ def test_as_accurate_as_the_reference(impl: Any, sizes: Sizes, dtype: torch.dtyp
     # The truth for the rounded inputs, so that only the computation is measured.
     exact = Problem(sizes)
     exact.inputs = [part.double() for part in low.inputs]
+    exact.to_recency = low.to_recency
     assert torch.equal(low.recalled()[1].chunks, exact.recalled()[1].chunks)
     truth = exact.run("reference")
     expected, got = low.run("reference"), low.run(impl)
@@ -408,6 +434,11 @@ def test_what_was_recalled(sizes: Sizes) -> None:
     assert torch.equal(kept.sum(-1), allowed.sum(-1).clamp(max=k))
     assert (recalled.chunks[~kept] == -1).all()
     scores = torch.einsum("bqd,bmd->bqm", problem.inputs[0], problem.inputs[4])
+    recency = problem.recency(problem.inputs[0])
+    if recency is not None:
+        ages = torch.arange(m).flip(0) if recency.ages is None else recency.ages
+        limited = -torch.logaddexp(-scores, -recency.ceiling[..., None])
+        scores = limited - recency.decay[..., None] * (1 + ages).log()
     scores = scores.masked_fill(~allowed, -torch.inf)
     for row in range(b):
         for query in range(q):

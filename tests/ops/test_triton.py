@@ -241,7 +241,7 @@ class TestPick:
         masks = (arguments[name] for name in ("valid", "step_mask", "chunk_mask"))
         masks = (None if mask is None else mask.to(device) for mask in masks)
         tensors = route.to(device), source.to(device), *masks
-        return OPERATORS.triton_pick(*tensors, k, arguments["size"], 0.0)[0].cpu()
+        return OPERATORS.triton_pick(*tensors, None, None, None, k, arguments["size"], 0.0)[0].cpu()
 
     @pytest.mark.parametrize("k", [1, 4, 30, 150])
     def test_of_equals_the_older_is_kept(self, device: str, k: int) -> None:
@@ -507,7 +507,7 @@ def test_operators(device: str) -> None:
     mask, positions = torch.rand(2, 20) < 0.8, torch.randn(4, 6)
     moved = (part.to(device) for part in (route, probe, contents, mask, positions))
     route, probe, steps, mask, positions = moved
-    picked, weights = OPERATORS.triton_pick(route, steps, None, mask, None, 2, 4, 0.1)
+    picked, weights = OPERATORS.triton_pick(route, steps, None, mask, *(None,) * 4, 2, 4, 0.1)
     grad, grad_picks = torch.randn_like(probe), torch.randn_like(weights)
 
     def leaf(part: Tensor) -> Tensor:
@@ -516,9 +516,20 @@ def test_operators(device: str) -> None:
     inside = (leaf(probe), leaf(steps), mask, leaf(positions), picked, leaf(weights), 4)
     plain = tuple(p.detach() if isinstance(p, Tensor) else p for p in inside)
     samples = {
-        "pick": (leaf(route), leaf(steps), None, mask, None, 2, 4, 0.1),
+        "pick": (leaf(route), leaf(steps), None, mask, *(None,) * 4, 2, 4, 0.1),
         "attend": inside,
-        "pick_backward": (grad_picks, route, steps, mask, picked, weights, 4, 0.1, True),
+        "pick_backward": (
+            grad_picks,
+            route,
+            steps,
+            mask,
+            *(None,) * 3,
+            picked,
+            weights,
+            4,
+            0.1,
+            True,
+        ),
         "attend_backward": (grad, *plain, True, True),
     }
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]

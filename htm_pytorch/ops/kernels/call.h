@@ -56,6 +56,12 @@ struct Heads {
     _(const uint8_t*, chunk_mask) /* [B, Q, M] */                                                \
     _(int64_t, chunk_mask_by_batch)                                                              \
     _(int64_t, chunk_mask_by_query)                                                              \
+    /* A score is softmin(product, ceiling) - decay * fading; null ceilings mean the product. */ \
+    _(const void*, ceiling) /* T [X] */                                                          \
+    _(const void*, decay) /* T [X] */                                                            \
+    _(const void*, fading) /* T [B, Q, M], log(1 + age); queries may share it */                 \
+    _(int64_t, fading_by_batch)                                                                  \
+    _(int64_t, fading_by_query)                                                                  \
     _(int64_t*, picked) /* [X, K]; -1: none */                                                   \
     _(void*, weights) /* T [X, K] */                                                             \
     /* Attending. */                                                                             \
@@ -66,6 +72,8 @@ struct Heads {
     _(const void*, grad_picks) /* T [X, K], of the weights */                                    \
     _(void*, grad_scores) /* T [X, K] */                                                         \
     _(void*, grad_route) /* T [X, D] */                                                          \
+    _(void*, grad_ceiling) /* T [X] */                                                           \
+    _(void*, grad_decay) /* T [X] */                                                             \
     _(void*, grad_summaries) /* T [B, M, D], or null; zeros at first */                          \
     /* Backward of attending. */                                                                 \
     _(Heads, grad) /* T [X, H, W] */                                                             \

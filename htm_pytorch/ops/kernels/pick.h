@@ -62,6 +62,45 @@ void mean(const S* const* rows, int64_t count, double eps, int64_t width, T* out
     }
 }
 
+// What a query makes of the products of its route and summaries: the older a chunk, the less.
+template <class T>
+struct Fading {
+    T ceiling, decay;
+    const T* fading;  // [M]
+
+    Fading(const Call& call, int64_t row, int64_t query)
+        : ceiling(static_cast<const T*>(call.ceiling)[row * call.queries + query]),
+          decay(static_cast<const T*>(call.decay)[row * call.queries + query]),
+          fading(static_cast<const T*>(call.fading) +
+                 row * call.fading_by_batch +
+                 query * call.fading_by_query) {}
+
+    // Scores of blocks of kBlock chunks, of which there are `count`, unless none exceeds the threshold.
+    bool score(T* products, const int64_t* chunks, int64_t count, T threshold) const {
+        T loss[kBlock] = {};
+        for (int64_t c = 0; c < count; ++c) loss[c] = decay * fading[chunks[c]];
+        Mask<T> pass = {};
+        for (int64_t c = 0; c < kBlock; c += lanes<T>) {
+            const Vector<T> product = load<T>(products + c);
+            const Vector<T> most = choose<T>(product > ceiling, splat<T>(ceiling), product);
+            pass |= ~(most - load<T>(loss + c) <= threshold);
+        }
+        if (!__builtin_reduce_or(pass)) return false;
+        for (int64_t c = 0; c < kBlock; c += lanes<T>) {
+            const Vector<T> least = soft_minimum<T>(load<T>(products + c), splat<T>(ceiling));
+            store(products + c, least - load<T>(loss + c));
+        }
+        return true;
+    }
+
+    // How much of a score's gradient is the product's; the rest is the ceiling's.
+    T share_of_product(T product) const {
+        const bool above = product > ceiling;
+        const T odds = exponential<T>(splat<T>(above ? ceiling - product : product - ceiling))[0];
+        return (above ? odds : 1) / (1 + odds);
+    }
+};
+
 // Score the chunks [begin, end) for queries [first, last) of one row and keep the best.
 template <class T, class S>
 void pick_segment(Call& call, int64_t row, int64_t first, int64_t last, int64_t begin,
@@ -128,6 +167,11 @@ void pick_segment(Call& call, int64_t row, int64_t first, int64_t last, int64_t 
                 const T threshold = mine.threshold();
                 T* score = scores + r * kBlock;
                 for (int64_t c = count; c < kBlock; ++c) score[c] = threshold;
+                if (call.ceiling) {
+                    const Fading<T> fading(call, row, q + r);
+                    if (!fading.score(score, chunks, count, threshold)) continue;
+                    for (int64_t c = count; c < kBlock; ++c) score[c] = threshold;
+                }
                 Mask<T> pass = {};
                 for (int64_t c = 0; c < kBlock; c += lanes<T>) {
                     pass |= ~(load<T>(score + c) <= threshold);
@@ -204,7 +248,33 @@ void pick(Call& call) {
     });
 }
 
-// grad_route[x] = sum_j d_j s_j, with d the gradient of the scores.
+// The gradients of what a query's scores fade by.
+template <class T>
+struct Fades {
+    T to_ceiling, to_decay;
+};
+
+// Add a score's gradient `scale` to those of the route and of the fading. Returns the product's.
+template <class T, class S>
+T into_route(const Call& call, int64_t x, int64_t m, T scale, const S* summary, T* out,
+             Fades<T>& fades) {
+    const int64_t dim = call.dim;
+    if (call.ceiling) {
+        const Fading<T> fading(call, x / call.queries, x % call.queries);
+        const S* rows[2 * kBlock] = {summary};
+        T product[4 * kBlock];
+        products<T, S>(static_cast<const T*>(call.route) + x * dim, dim, 1, rows, 1, dim, product,
+                       kBlock);
+        const T share = scale * fading.share_of_product(product[0]);
+        fades.to_ceiling += scale - share;
+        fades.to_decay -= scale * fading.fading[m];
+        scale = share;
+    }
+    combine<T, S>(out, 0, 1, &scale, 0, 0, &summary, 0, 1, dim);
+    return scale;
+}
+
+// grad_route[x] = sum_j d_j s_j, with d the gradient of the products.
 template <class T, class S>
 void pick_backward(Call& call) {
     if (!picks_exist(call)) return;
@@ -222,22 +292,27 @@ void pick_backward(Call& call) {
             T* out = static_cast<T*>(call.grad_route) + x * dim;
             memset(out, 0, dim * sizeof(T));
             T total = 0;
+            Fades<T> fades = {};
             for (int64_t j = 0; j < k; ++j) total += weights[j] * grad[j];
             for (int64_t j = 0; j < k; ++j) {
                 const int64_t m = call.picked[x * k + j];
-                const T scale = weights[j] * (grad[j] - total);
-                grad_scores[x * k + j] = m < 0 ? 0 : scale;
+                T scale = weights[j] * (grad[j] - total);
+                grad_scores[x * k + j] = 0;
                 if (m < 0) continue;
                 if (call.summaries) {
                     const S* summary = static_cast<const S*>(call.summaries) +
                                        row * call.summaries_by_batch + m * call.summaries_by_chunk;
-                    combine<T, S>(out, 0, 1, &scale, 0, 0, &summary, 0, 1, dim);
+                    scale = into_route<T, S>(call, x, m, scale, summary, out, fades);
                 } else {
                     const int64_t there = steps_of<S>(call, row, m, steps, numbers);
                     mean<T, S>(steps, there, call.eps, dim, average);
-                    const T* summary = average;
-                    combine<T, T>(out, 0, 1, &scale, 0, 0, &summary, 0, 1, dim);
+                    scale = into_route<T, T>(call, x, m, scale, average, out, fades);
                 }
+                grad_scores[x * k + j] = scale;
+            }
+            if (call.ceiling) {
+                static_cast<T*>(call.grad_ceiling)[x] = fades.to_ceiling;
+                static_cast<T*>(call.grad_decay)[x] = fades.to_decay;
             }
         }
     });

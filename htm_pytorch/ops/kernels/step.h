@@ -47,6 +47,10 @@ struct Affine {
     _(int64_t, adds_normed) /* to what was recalled, instead of what it was made from */     \
     _(Affine, summary_queries)                                                               \
     _(Affine, summary_keys)                                                                  \
+    _(Affine, recency) /* [2, D], to ceiling and decay; null weights: nothing fades */       \
+    _(const void*, fading) /* T [M], log(1 + age), the newest chunk first */                 \
+    _(const int64_t*, next_slot) /* [B] */                                                   \
+    _(int64_t, slots) /* of the ring, those that hold nothing included */                    \
     _(Affine, queries)                                                                       \
     _(Affine, keys_values)                                                                   \
     _(Affine, to_out)                                                                        \
@@ -78,6 +82,7 @@ constexpr int64_t kRows = 16;  // rows of the batch that read the weights togeth
 template <class T>
 struct Recalled {
     T *skip, *route, *probe, *context;  // [B, D], [B, D], [B, H, D], [B, H, D]
+    T *ceiling, *decay, *fading;        // [B], [B], [B, M]
     int64_t* picked;                    // [B, K]
 };
 
@@ -193,6 +198,20 @@ void attend_near(const Step& step, int64_t row, const T* qkv, T* out, T* logits,
     memcpy(new_values + (past - 1) * inner, qkv + 2 * inner, inner * sizeof(T));
 }
 
+// What the scores of one row fade by.
+template <class T>
+void fade(const Step& step, int64_t row, const T* normed, const Recalled<T>& to, const T** room) {
+    T both[2 * kBlock];
+    apply<T>(step.recency, 0, 2, normed, step.dim, 1, step.dim, both, kBlock, room);
+    to.ceiling[row] = both[0];
+    to.decay[row] = both[1];
+    const int64_t chunks = step.recall.chunks, newest = step.next_slot[row] + step.slots - 1;
+    const T* fading = static_cast<const T*>(step.fading);
+    for (int64_t m = 0; m < chunks; ++m) {
+        to.fading[row * chunks + m] = fading[(newest - m) % step.slots];
+    }
+}
+
 template <class T>
 void before_recall(Step& step, const Recalled<T>& to, int64_t begin, int64_t end) {
     const int64_t D = step.dim, H = step.heads, E = step.width, inner = H * E, F = step.features;
@@ -212,6 +231,9 @@ void before_recall(Step& step, const Recalled<T>& to, int64_t begin, int64_t end
         apply<T>(step.to_local, 0, D, near, inner, rows, inner, steps, D, room);
         add<T>(steps, x, rows * D);
         normalise<T>(step.norm, steps, rows, D, normed);
+        for (int64_t r = 0; step.recency.weight && r < rows; ++r) {
+            fade<T>(step, first + r, normed + r * D, to, room);
+        }
         memcpy(to.skip + first * D, step.adds_normed ? normed : steps, rows * D * sizeof(T));
         apply<T>(step.summary_queries, 0, F, normed, D, rows, D, made, F, room);
         const double by_feature = 1 / __builtin_sqrt(static_cast<double>(F));
@@ -259,8 +281,9 @@ void step(Step& step) {
     const int64_t B = call.batch, D = step.dim, H = step.heads;
     Scratch<T> route(B * D), probe(B * H * D), context(B * H * D), weights(B * call.k), skip(B * D);
     Scratch<int64_t> picked(B * call.k);
-    if (!got(call, route, probe, context, weights, skip, picked)) return;
-    const Recalled<T> recalled = {skip, route, probe, context, picked};
+    Scratch<T> ceiling(B), decay(B), fading(step.recency.weight ? B * call.chunks : 0);
+    if (!got(call, route, probe, context, weights, skip, picked, ceiling, decay, fading)) return;
+    const Recalled<T> recalled = {skip, route, probe, context, ceiling, decay, fading, picked};
     const int64_t blocks = (B + kRows - 1) / kRows;
     auto rows_of = [&](int64_t block) { return block * kRows < B ? block * kRows : B; };
     parallel(call, blocks, [&](int64_t begin, int64_t end) {
@@ -272,6 +295,12 @@ void step(Step& step) {
     call.weights = weights;
     call.probe = {probe, H * D, D};
     call.context = {context, H * D, D};
+    if (step.recency.weight) {
+        call.ceiling = ceiling;
+        call.decay = decay;
+        call.fading = fading;
+        call.fading_by_batch = call.chunks;
+    }
     pick<T, T>(call);
     if (!call.failed) attend<T, T>(call);
     if (call.failed) return;

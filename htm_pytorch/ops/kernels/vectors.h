@@ -212,4 +212,23 @@ inline Vector<T> exponential(Vector<T> x) {
     return choose<T>(tiny, Vector<T>{}, scaled);
 }
 
+// log(1 + z) for z from 0 to 1, as twice the inverse hyperbolic tangent of z / (2 + z).
+template <class T>
+inline Vector<T> log_of_one_and(Vector<T> z) {
+    constexpr int terms = sizeof(T) == 4 ? 8 : 17;
+    const Vector<T> ratio = z / (z + T(2)), square = ratio * ratio;
+    Vector<T> value = splat<T>(T(1) / (2 * terms + 1));
+#pragma unroll
+    for (int i = terms - 1; i >= 0; --i) value = value * square + T(1) / (2 * i + 1);
+    return T(2) * ratio * value;
+}
+
+// log(1 / (exp(-a) + exp(-b))): the smaller of the two, but smooth.
+template <class T>
+inline Vector<T> soft_minimum(Vector<T> a, Vector<T> b) {
+    const Mask<T> above = a > b;
+    const Vector<T> apart = choose<T>(above, b - a, a - b);
+    return choose<T>(above, b, a) - log_of_one_and<T>(exponential<T>(apart));
+}
+
 }  // namespace

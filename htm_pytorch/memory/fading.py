@@ -1,0 +1,62 @@
+"""`Fading`: how the age of a chunk counts in its score.
+
+    l_j = softmin(r . s_j, ceiling) - decay log(1 + age_j)
+    softmin(a, b) = -log(exp(-a) + exp(-b))
+
+Above its ceiling a chunk is as relevant as it can be: one that has what is looked for twice is no
+better than one that has it once, so that the newest of many is found, however many there are. That
+holds at any length of the past, since the logarithm grows so slowly.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Fading(NamedTuple):
+    """What the scores of each query fade by; X are any axes, those of queries, such as B and Q."""
+
+    ceiling: Tensor
+    """[X], infinite where there is none."""
+    decay: Tensor
+    """[X], of the log of an age; 0 where all are alike, below 0 where old chunks are sought."""
+    ages: Tensor
+    """[X, M], log(1 + age), the age being how many chunks closed after one; X may be 1."""
+
+    def scores(self, products: Tensor, ages: Tensor | None = None) -> Tensor:
+        """Return the scores of chunks from the products [X, M] of route and summaries.
+
+        Args:
+            products: [X, M] of all chunks, or of those whose log ages are given.
+            ages: as many as products; None: all.
+        """
+        ages = self.ages if ages is None else ages
+        return softmin(products, self.ceiling[..., None]) - self.decay[..., None] * ages
+
+    def of(self, chunks: Tensor) -> Tensor:
+        """Return the log ages of chunks [B, Q, K] by their numbers; of -1 those of any."""
+        ages = self.ages.expand(*chunks.shape[:-1], -1)
+        return ages.gather(-1, chunks.clamp(min=0)) if ages.shape[-1] else ages[..., :0]
+
+    def part(self, start: int, end: int) -> "Fading":
+        """Return what the scores of some chunks fade by."""
+        return self._replace(ages=self.ages[..., start:end])
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Fading":
+        """Return it on a device, in a dtype."""
+        return Fading(*(part.to(device, dtype) for part in self))
+
+    def detach(self) -> "Fading":
+        """Return it cut from its graph."""
+        return Fading(*(part.detach() for part in self))
+
+
+def softmin(a: Tensor, b: Tensor) -> Tensor:
+    """Return -log(exp(-a) + exp(-b)); a where b is infinite."""
+    return torch.minimum(a, b) - torch.log1p(torch.exp(-(a - b).abs()))
+
+
+def log_ages(ages: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return log(1 + age) of ages in whole chunks; of what is not yet there, 0."""
+    return ages.clamp(min=0).to(dtype).log1p()
