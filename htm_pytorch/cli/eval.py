@@ -14,6 +14,9 @@ def evaluate(
     seed: int | None = None,
     actions: Literal["greedy", "sampled"] = "greedy",
     render: Path | None = None,
+    env_args: tuple[str, ...] = (),
+    mem_chunks: int | None = None,
+    patience: int = 1_000_000,
 ) -> None:
     """Judge a trained agent on unseen episodes.
 
@@ -23,6 +26,9 @@ def evaluate(
         seed: of the episodes; default one that the training did not use.
         actions: the most probable ones, or sampled as in training.
         render: a file for moving pictures of one episode, .gif or .mp4.
+        env_args: arguments of the environment that replace the run's, as name=value or JSON.
+        mem_chunks: chunks a layer remembers; default as in the training.
+        patience: steps of all episodes together in which one has to end.
     """
     from htm_pytorch.rl import evaluate
     from htm_pytorch.rl.evaluation import load_agent, read_config
@@ -31,7 +37,8 @@ def evaluate(
     task = tasks.find(config.task) if config.task else None
     parts = None if task is None or task.parts is None else task.parts()
     greedy = actions == "greedy"
-    print(evaluate(run_dir, episodes, seed, greedy=greedy, parts=parts, render=render))
+    others = {"env_args": env_args, "mem_chunks": mem_chunks, "patience": patience}
+    print(evaluate(run_dir, episodes, seed, greedy=greedy, parts=parts, render=render, **others))
     if task is not None and task.draw is not None:
         picture = task.draw(load_agent(run_dir, parts)[0], config, run_dir)
         if picture is not None:

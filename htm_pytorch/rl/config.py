@@ -62,6 +62,8 @@ class MemoryConfig:
     """Chunks a layer remembers."""
     window: int = 16
     """Steps that local attention covers."""
+    recency: bool = True
+    """The age of chunks counts, too."""
     detach_memories: bool = False
     """Stop gradients at the memory, as the paper does."""
 

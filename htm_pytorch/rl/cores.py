@@ -125,6 +125,7 @@ def _transformer(
         mem_chunks=chunks,
         window=window,
         mlp_ratio=ratio,
+        recency=config.recency,
         detach_memories=config.detach_memories,
         device=device,
     )

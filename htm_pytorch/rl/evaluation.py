@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,8 +57,13 @@ def evaluate(
     greedy: bool = True,
     parts: Parts | None = None,
     render: Path | None = None,
+    env_args: Sequence[str] = (),
+    mem_chunks: int | None = None,
+    patience: int = PATIENCE,
 ) -> Evaluation:
     """Play unseen episodes with the run's agent, and note the result in its folder.
+
+    They may be harder than those of the training: no parameter depends on how long the past is.
 
     Args:
         run_dir: of a run that has a checkpoint.
@@ -66,41 +72,63 @@ def evaluate(
         greedy: take the most probable actions; else sample them.
         parts: those that the agent was trained with.
         render: a file for moving pictures of one episode, .gif or .mp4.
+        env_args: arguments of the environment that replace the run's, as `htm train` takes them.
+        mem_chunks: how many chunks a layer remembers, instead of as many as in the training.
+        patience: steps of all rows together in which an episode has to end.
 
     Raises:
-        ValueError: no run there, or a broken one.
+        ValueError: no run there, or a broken one; or an argument that does not fit it.
     """
     if episodes is not None and episodes < 1:
         raise ValueError(f"episodes: expected at least 1, got {episodes}")
     if render is not None:
         render = Path(render)
         check_film(render)
-    agent, config, stage = load_agent(run_dir, parts)
+    agent, config, stage = load_agent(run_dir, parts, env_args, mem_chunks)
     count = config.budget.eval_episodes if episodes is None else episodes
     if seed is not None:
         config = config.replace(seed=seed)
-    result = judge(agent, config, count, greedy=greedy, stage=stage)
-    _note(Path(run_dir), result, config.seed if seed is None else seed)
+    result = judge(agent, config, count, greedy=greedy, stage=stage, patience=patience)
+    others = {"env_args": list(env_args), "mem_chunks": mem_chunks}
+    about = {"seed": config.seed} | {name: given for name, given in others.items() if given}
+    _note(Path(run_dir), about | result._asdict())
     if render is not None:
         write_film(film(agent, config, greedy, stage), render)
     return result
 
 
-def _note(run_dir: Path, result: Evaluation, seed: int) -> None:
+def _note(run_dir: Path, result: dict[str, Any]) -> None:
     """Add a line to the run's record of evaluations, if its folder can be written to."""
-    line = json.dumps({"seed": seed} | result._asdict())
+    line = json.dumps(result)
     with contextlib.suppress(PermissionError), (run_dir / EVALUATIONS).open("a") as file:
         file.write(line + "\n")
 
 
-def load_agent(run_dir: Path | str, parts: Parts | None = None) -> tuple[Agent, TrainConfig, int]:
+def load_agent(
+    run_dir: Path | str,
+    parts: Parts | None = None,
+    env_args: Sequence[str] = (),
+    mem_chunks: int | None = None,
+) -> tuple[Agent, TrainConfig, int]:
     """Return the run's agent, its config, and the stage of the curriculum that it had reached.
 
+    Args:
+        run_dir: of a run that has a checkpoint.
+        parts: those that the agent was trained with.
+        env_args: arguments of the environment that replace the run's, those of its stage included.
+        mem_chunks: how many chunks a layer remembers; default the run's.
+
     Raises:
-        ValueError: no run there, or a broken one.
+        ValueError: no run there, or a broken one; or an argument that does not fit it.
     """
     checkpoint = _checkpoint(run_dir)
     config, stage = checkpoint.config, int(checkpoint.progress["stage"])
+    if env_args:
+        options = config.environments
+        given = (*options.env_args, *options.curriculum[stage : stage + 1], *env_args)
+        config, stage = config.replace(env_args=given, curriculum=()), 0
+    if mem_chunks is not None:
+        config = config.replace(mem_chunks=mem_chunks)
     environments = make_environments(config, 1, stage)
     agent = make_agent(config, environments.observation_space, environments.action_space, parts)
     environments.close()
@@ -119,13 +147,19 @@ def read_config(run_dir: Path | str) -> TrainConfig:
 
 @torch.no_grad()
 def judge(
-    agent: Agent, config: TrainConfig, episodes: int, *, greedy: bool = True, stage: int = 0
+    agent: Agent,
+    config: TrainConfig,
+    episodes: int,
+    *,
+    greedy: bool = True,
+    stage: int = 0,
+    patience: int = PATIENCE,
 ) -> Evaluation:
     """Play so many unseen episodes, as many in each row, so that short ones are not preferred."""
     # Others than a batch of its own may cost a lot each.
     most = MOST_ROWS if is_batched(config) else config.environments.num_envs
     count = min(episodes, MOST_ROWS, most)
-    patience = max(PATIENCE, 2 * count * most_steps(config))
+    patience = max(patience, 2 * count * most_steps(config))
     player = _player(agent, config, count, stage)
     quota = episodes // count + (np.arange(count) < episodes % count)
     generator = None if greedy else torch.Generator().manual_seed(config.seed)
@@ -147,7 +181,7 @@ def judge(
             player.environments.close()
             raise ValueError(
                 f"env: expected episodes that end, got none that did in {waited:,} steps of "
-                f"{config.env}; --time-limit cuts them"
+                f"{config.env}; --time-limit cuts them, --patience waits longer"
             )
     player.environments.close()
     deviation = float(np.std(returns, ddof=1)) if episodes > 1 else math.nan

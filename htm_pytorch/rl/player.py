@@ -10,6 +10,9 @@ from htm_pytorch.rl.agent import Agent, Outputs
 from htm_pytorch.rl.environments import Environments, Seen
 from htm_pytorch.rl.observations import Steps, as_tensor, nested
 
+MOST_WAITING = 1024
+"""Steps that wait to enter the memory together."""
+
 
 class Episode(NamedTuple):
     """One that ended."""
@@ -76,6 +79,8 @@ class Player:
 
     def look(self) -> tuple[Steps, np.ndarray]:
         """Take note of what is seen; return it [B, 1, ...], and [B] where a decision is due."""
+        if len(self.waiting) >= MOST_WAITING:
+            self.absorb()
         step = _one_step(self.seen)
         self.waiting.append(step)
         return step, (self.held == 0) & self.seen.acts
