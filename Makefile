@@ -7,7 +7,7 @@ WORKERS ?= auto
 ARGS ?=
 DEMO_ARGS ?=
 # Those that run, on a CPU; the others are what they share.
-BENCHMARKS ?= $(filter-out $(wildcard benchmarks/gpu*.py benchmarks/triton*.py),\
+BENCHMARKS ?= $(filter-out $(wildcard benchmarks/gpu*.py benchmarks/triton*.py) benchmarks/results.py,\
 	$(sort $(shell grep -l __main__ benchmarks/*.py)))
 # More arguments for them: make bench BENCHMARKS=benchmarks/attention.py BENCH_ARGS='--only targets'
 BENCH_ARGS ?=
@@ -22,7 +22,7 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help check fix test test-narrow test-slow test-triton test-gpu test-minimal bench bench-gpu demo clean
+.PHONY: help check fix test test-narrow test-slow test-triton test-gpu test-minimal bench bench-gpu results demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z.][a-z.-]*:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -102,6 +102,17 @@ bench: .venv-bench/.installed ## run every other benchmark (BENCHMARKS=path for 
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python $(INSTALL) "$(TORCH)"
 	.venv-bench/bin/python $(INSTALL) -e '.[bench,rl,store]'
+	@touch $@
+
+# One of them: make results TASK=t-maze MEMORY=htm SEED=0
+results: .venv-results/.installed ## train every task with every memory and write docs/results.md (hours; goes on where it was)
+	.venv-results/bin/python benchmarks/results.py \
+		$(if $(TASK),--task $(TASK)) $(if $(MEMORY),--memory $(MEMORY)) $(if $(SEED),--seed $(SEED))
+
+.venv-results/.installed: $(INSTALLED_FROM)
+	$(PYTHON) -m venv .venv-results
+	.venv-results/bin/python $(INSTALL) "$(TORCH)"
+	.venv-results/bin/python $(INSTALL) -e '.[rl,tasks]'
 	@touch $@
 
 demo: .venv-demo/.installed ## train a small agent and watch it learn to remember (runs/demo)

@@ -11,7 +11,15 @@ from htm_pytorch.rl.config import TrainConfig
 if TYPE_CHECKING:
     from htm_pytorch.rl import Agent, Parts
 
-TASKS = ("ballet", "cartpole-positions", "memory-s7", "repeat-previous")
+TASKS = (
+    "ballet",
+    "cartpole-positions",
+    "endless-t-maze",
+    "memory-s7",
+    "proof-of-memory",
+    "repeat-previous",
+    "t-maze",
+)
 """Each is a file here, which has a `TASK`."""
 
 

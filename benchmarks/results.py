@@ -1,0 +1,278 @@
+"""What agents remember: every task, memory and seed, and docs/results.md from their records.
+
+    python benchmarks/results.py                                 # what is missing, then the page
+    python benchmarks/results.py --task t-maze --memory htm      # some of it
+    python benchmarks/results.py --write                         # the page alone
+
+A training that is broken off goes on where it was. What was measured is kept in docs/runs, from
+which the page and its picture are made; nothing in them comes from elsewhere.
+"""
+
+import argparse
+import csv
+import json
+import os
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RECORDS, PAGE, PICTURE = ROOT / "docs/runs", ROOT / "docs/results.md", ROOT / "docs/results.png"
+WORK = ROOT / "runs/results"
+ROWS = 200
+"""Of a metrics.csv that is kept."""
+KEPT = ("config.json", "versions.json", "evaluations.jsonl")
+COLOURS = {"htm": "#0b3c8c", "window": "#e08a00", "gru": "#7a7a7a", "lstm": "#b0b0b0"}
+
+
+@dataclass(frozen=True)
+class Level:
+    """What an agent is judged on."""
+
+    name: str
+    env_args: tuple[str, ...] = ()
+    """That replace those of the training."""
+    mem_chunks: int | None = None
+    """Chunks a layer remembers then; None: as in the training."""
+    episodes: int | None = None
+    published: str = "not available"
+    """Figures of others for the same task and metric, with their source."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training and all that its agent is judged on."""
+
+    task: str
+    about: str
+    chance: str
+    levels: tuple[Level, ...]
+    memories: tuple[str, ...] = ("htm", "window", "gru", "lstm")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+    """That differ from the task's preset."""
+
+
+ELMUR = "1.0, by imitating an oracle (ELMUR, arXiv 2510.07151)"
+PLAN = (
+    Row(
+        "t-maze",
+        "T-Maze, trained on corridors up to 100 by reinforcement alone",
+        ".5",
+        (
+            Level("100 or less"),
+            Level("9,600", ("length=9600",), 602, 100, ELMUR),
+            Level("100,000", ("length=100000",), 6_252, 100),
+        ),
+    ),
+    Row(
+        "proof-of-memory",
+        "ProofofMemory, 25,000 frames",
+        "-.3",
+        (Level("best: 1.2"),),
+    ),
+    Row(
+        "endless-t-maze",
+        "Endless T-Maze, trained on ten corridors of up to 10",
+        "",
+        (Level("uniform 10, ten corridors"),),
+    ),
+)
+
+
+def folder(row: Row, memory: str, seed: int) -> str:
+    """Return where the record of a training is, below all records."""
+    return f"{row.task}/{memory}-{seed}"
+
+
+def train(row: Row, memory: str, seed: int) -> Path:
+    """Train, from where it was broken off, and return the folder of the run."""
+    from dataclasses import replace
+
+    from htm_pytorch import rl, tasks
+
+    task = tasks.find(row.task)
+    place = WORK / folder(row, memory, seed)
+    options = dict(row.options) | {"memory": memory, "seed": seed, "run_dir": place}
+    config = replace(task.config, task=row.task).replace(resume=True, **options)
+    rl.train(config, task.parts() if task.parts else None)
+    return place
+
+
+def judge(row: Row, level: Level, place: Path) -> None:
+    """Judge an agent on one level, by its most probable actions and by sampled ones."""
+    from htm_pytorch import rl, tasks
+
+    task = tasks.find(row.task)
+    lines = _lines(place)
+    for greedy in (True, False):
+        if not any(_is_of(line, level) and line["greedy"] == greedy for line in lines):
+            rl.evaluate(
+                place,
+                level.episodes,
+                greedy=greedy,
+                parts=task.parts() if task.parts else None,
+                env_args=level.env_args,
+                mem_chunks=level.mem_chunks,
+                patience=2**40,
+            )
+
+
+def keep(place: Path, record: Path) -> None:
+    """Copy what was measured, and of the curve as many rows as a picture needs."""
+    record.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        (record / name).write_bytes((place / name).read_bytes())
+    with (place / "metrics.csv").open(newline="") as file:
+        head, *rows = csv.reader(file)
+    step = max(1, -(-len(rows) // ROWS))
+    with (record / "metrics.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([head, *rows[::-step][::-1]])
+
+
+def is_whole(row: Row, record: Path) -> bool:
+    """Say whether all that is asked of a training was measured."""
+    lines = _lines(record)
+    return all(
+        any(_is_of(line, level) and line["greedy"] == greedy for line in lines)
+        for level in row.levels
+        for greedy in (True, False)
+    )
+
+
+def _lines(place: Path) -> list[dict[str, Any]]:
+    path = place / "evaluations.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _is_of(line: dict[str, Any], level: Level) -> bool:
+    given = tuple(line.get("env_args", ())), line.get("mem_chunks")
+    wanted = level.episodes is None or line["episodes"] == level.episodes
+    return given == (level.env_args, level.mem_chunks) and wanted
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return "not run"
+    mean = statistics.mean(values)
+    return f"{mean:.3f} +- {statistics.stdev(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
+
+
+def _cell(row: Row, memory: str, level: Level, greedy: bool) -> tuple[str, int]:
+    values = [
+        line["mean"]
+        for seed in row.seeds
+        for line in _lines(RECORDS / folder(row, memory, seed))
+        if _is_of(line, level) and line["greedy"] == greedy
+    ]
+    return _spread(values), len(values)
+
+
+def table(row: Row) -> list[str]:
+    """Return the lines of a task: results, then what they took."""
+    memories = [m for m in row.memories if any(_records(row, m))]
+    if not memories:
+        return []
+    lines = [f"## {row.about}", ""]
+    lines += [f"Chance, or no memory: {row.chance}.", ""] if row.chance else []
+    lines += ["| unseen episodes | " + " | ".join(memories) + " | published |"]
+    lines += ["|---|" + "---:|" * len(memories) + "---|"]
+    for level in row.levels:
+        for greedy, how in ((True, "greedy"), (False, "sampled")):
+            cells = [_cell(row, memory, level, greedy)[0] for memory in memories]
+            lines.append(f"| {level.name}, {how} | {' | '.join(cells)} | {level.published} |")
+    lines += ["", "| of the training | " + " | ".join(memories) + " |"]
+    lines += ["|---|" + "---:|" * len(memories)]
+    facts = {memory: [_facts(record) for record in _records(row, memory)] for memory in memories}
+    for name in ("return at its end", "frames", "frames a second", "seeds"):
+        cells = []
+        for memory in memories:
+            values = [fact[name] for fact in facts[memory]]
+            if name == "return at its end":
+                cells.append(_spread(values))
+            elif name == "seeds":
+                cells.append(str(len(values)))
+            else:
+                cells.append(f"{statistics.mean(values):,.0f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _records(row: Row, memory: str) -> list[Path]:
+    places = [RECORDS / folder(row, memory, seed) for seed in row.seeds]
+    return [place for place in places if (place / "metrics.csv").exists()]
+
+
+def _curve(record: Path) -> list[dict[str, str]]:
+    with (record / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _facts(record: Path) -> dict[str, float]:
+    last = _curve(record)[-1]
+    frames, seconds = int(last["frames"]), float(last["seconds"])
+    return {
+        "return at its end": float(last["return"]),
+        "frames": frames,
+        "frames a second": frames / seconds,
+        "seeds": 1,
+    }
+
+
+def draw() -> None:
+    """Draw the curves of all tasks that were trained, the memories side by side."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in PLAN if any(_records(row, memory) for memory in row.memories)]
+    figure = Figure(figsize=(4 * min(3, len(rows)), 2.8 * -(-len(rows) // 3)), layout="constrained")
+    every = figure.subplots(-(-len(rows) // 3), min(3, len(rows)), squeeze=False).flatten()
+    for axes, row in zip(every, rows, strict=False):
+        for memory in row.memories:
+            for number, record in enumerate(_records(row, memory)):
+                curve = _curve(record)
+                x = [int(step["frames"]) for step in curve]
+                y = [float(step["return"]) for step in curve]
+                label = memory if number == 0 else None
+                axes.plot(x, y, color=COLOURS.get(memory), label=label, linewidth=1)
+        axes.set(title=row.task, xlabel="frames", ylabel="return")
+    for axes in every[len(rows) :]:
+        axes.axis("off")
+    every[0].legend()
+    figure.savefig(PICTURE, dpi=110)
+
+
+def write() -> None:
+    """Write the page and its picture from the records."""
+    draw()
+    head = (Path(__file__).with_name("results_head.md")).read_text()
+    body = [line for row in PLAN for line in table(row)]
+    PAGE.write_text(head + "\n".join(body).rstrip() + "\n")
+
+
+def main() -> None:
+    """Train what is missing, judge it, keep the record, write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", choices=[row.task for row in PLAN])
+    parser.add_argument("--memory", help="only this memory")
+    parser.add_argument("--seed", type=int, help="only this seed")
+    parser.add_argument("--write", action="store_true", help="write the page alone")
+    asked = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for row in () if asked.write else PLAN:
+        for memory in row.memories:
+            for seed in row.seeds:
+                wanted = (asked.task in (None, row.task)) and asked.memory in (None, memory)
+                record = RECORDS / folder(row, memory, seed)
+                if not wanted or asked.seed not in (None, seed) or is_whole(row, record):
+                    continue
+                print(f"{row.task}, {memory}, seed {seed}", flush=True)
+                place = train(row, memory, seed)
+                for level in row.levels:
+                    judge(row, level, place)
+                keep(place, record)
+    write()
+
+
+if __name__ == "__main__":
+    main()
