@@ -38,13 +38,16 @@ class Level:
     episodes: int | None = None
     published: str = "not available"
     """Figures of others for the same task and metric, with their source."""
+    ways: tuple[bool, ...] = (True, False)
+    """Whether the most probable actions are taken; both ways, or only one."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One training and all that its agent is judged on."""
 
-    task: str
+    name: str
+    """Of the row; where `task` is not given, of the task, too."""
     about: str
     chance: str
     levels: tuple[Level, ...]
@@ -52,9 +55,24 @@ class Row:
     seeds: tuple[int, ...] = (0, 1, 2)
     options: dict[str, Any] = field(default_factory=dict[str, Any])
     """That differ from the task's preset."""
+    task: str = ""
+    """Whose preset it is."""
 
 
 ELMUR = "1.0, by imitating an oracle (ELMUR, arXiv 2510.07151)"
+# Within the window: what is asked for is a matter of distance alone.
+_REPEAT: dict[str, Any] = {
+    "num_envs": 64,
+    "steps": 160,
+    "learning_rate": 1e-3,
+    "discount": 0.5,
+    "mem_chunk_size": 16,
+    "mem_chunks": 12,
+    "topk_mems": 2,
+    "frames": 1_000_000,
+    "stop_at": 0.97,
+    "eval_episodes": 500,
+}
 PLAN = (
     Row(
         "t-maze",
@@ -62,8 +80,8 @@ PLAN = (
         ".5",
         (
             Level("100 or less"),
-            Level("9,600", ("length=9600",), 602, 100, ELMUR),
-            Level("100,000", ("length=100000",), 6_252, 100),
+            Level("9,600", ("length=9600",), 602, 100, ELMUR, ways=(True,)),
+            Level("100,000", ("length=100000",), 6_252, 100, ways=(True,)),
         ),
     ),
     Row(
@@ -71,6 +89,22 @@ PLAN = (
         "ProofofMemory, 25,000 frames",
         "-.3",
         (Level("best: 1.2"),),
+    ),
+    Row(
+        "repeat-previous-medium",
+        "POPGym RepeatPreviousMedium: what was seen 32 steps before",
+        "-.5",
+        (Level("1.0 at best", published="MMER .789 at 15 M frames (LMU, POPGym table 3)"),),
+        options=_REPEAT | {"env": "popgym:popgym-RepeatPreviousMedium-v0", "window": 40},
+        task="repeat-previous",
+    ),
+    Row(
+        "repeat-previous-hard",
+        "POPGym RepeatPreviousHard: what was seen 64 steps before",
+        "-.5",
+        (Level("1.0 at best", published="MMER .191 at 15 M frames (LMU, POPGym table 3)"),),
+        options=_REPEAT | {"env": "popgym:popgym-RepeatPreviousHard-v0", "window": 72},
+        task="repeat-previous",
     ),
     Row(
         "endless-t-maze",
@@ -83,7 +117,7 @@ PLAN = (
 
 def folder(row: Row, memory: str, seed: int) -> str:
     """Return where the record of a training is, below all records."""
-    return f"{row.task}/{memory}-{seed}"
+    return f"{row.name}/{memory}-{seed}"
 
 
 def train(row: Row, memory: str, seed: int) -> Path:
@@ -92,10 +126,11 @@ def train(row: Row, memory: str, seed: int) -> Path:
 
     from htm_pytorch import rl, tasks
 
-    task = tasks.find(row.task)
+    name = row.task or row.name
+    task = tasks.find(name)
     place = WORK / folder(row, memory, seed)
     options = dict(row.options) | {"memory": memory, "seed": seed, "run_dir": place}
-    config = replace(task.config, task=row.task).replace(resume=True, **options)
+    config = replace(task.config, task=name).replace(resume=True, **options)
     rl.train(config, task.parts() if task.parts else None)
     return place
 
@@ -104,9 +139,9 @@ def judge(row: Row, level: Level, place: Path) -> None:
     """Judge an agent on one level, by its most probable actions and by sampled ones."""
     from htm_pytorch import rl, tasks
 
-    task = tasks.find(row.task)
+    task = tasks.find(row.task or row.name)
     lines = _lines(place)
-    for greedy in (True, False):
+    for greedy in level.ways:
         if not any(_is_of(line, level) and line["greedy"] == greedy for line in lines):
             rl.evaluate(
                 place,
@@ -137,7 +172,7 @@ def is_whole(row: Row, record: Path) -> bool:
     return all(
         any(_is_of(line, level) and line["greedy"] == greedy for line in lines)
         for level in row.levels
-        for greedy in (True, False)
+        for greedy in level.ways
     )
 
 
@@ -179,17 +214,19 @@ def table(row: Row) -> list[str]:
     lines += ["| unseen episodes | " + " | ".join(memories) + " | published |"]
     lines += ["|---|" + "---:|" * len(memories) + "---|"]
     for level in row.levels:
-        for greedy, how in ((True, "greedy"), (False, "sampled")):
+        for greedy in level.ways:
+            how = "greedy" if greedy else "sampled"
             cells = [_cell(row, memory, level, greedy)[0] for memory in memories]
             lines.append(f"| {level.name}, {how} | {' | '.join(cells)} | {level.published} |")
     lines += ["", "| of the training | " + " | ".join(memories) + " |"]
     lines += ["|---|" + "---:|" * len(memories)]
     facts = {memory: [_facts(record) for record in _records(row, memory)] for memory in memories}
-    for name in ("return at its end", "frames", "frames a second", "seeds"):
+    names = ("return at its end", "best mean return (MMER)", "frames", "frames a second", "seeds")
+    for name in names:
         cells = []
         for memory in memories:
             values = [fact[name] for fact in facts[memory]]
-            if name == "return at its end":
+            if "return" in name:
                 cells.append(_spread(values))
             elif name == "seeds":
                 cells.append(str(len(values)))
@@ -210,10 +247,12 @@ def _curve(record: Path) -> list[dict[str, str]]:
 
 
 def _facts(record: Path) -> dict[str, float]:
-    last = _curve(record)[-1]
+    curve = _curve(record)
+    last = curve[-1]
     frames, seconds = int(last["frames"]), float(last["seconds"])
     return {
         "return at its end": float(last["return"]),
+        "best mean return (MMER)": max(float(step["return"]) for step in curve),
         "frames": frames,
         "frames a second": frames / seconds,
         "seeds": 1,
@@ -235,7 +274,7 @@ def draw() -> None:
                 y = [float(step["return"]) for step in curve]
                 label = memory if number == 0 else None
                 axes.plot(x, y, color=COLOURS.get(memory), label=label, linewidth=1)
-        axes.set(title=row.task, xlabel="frames", ylabel="return")
+        axes.set(title=row.name, xlabel="frames", ylabel="return")
     for axes in every[len(rows) :]:
         axes.axis("off")
     every[0].legend()
@@ -253,7 +292,7 @@ def write() -> None:
 def main() -> None:
     """Train what is missing, judge it, keep the record, write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", choices=[row.task for row in PLAN])
+    parser.add_argument("--task", choices=[row.name for row in PLAN])
     parser.add_argument("--memory", help="only this memory")
     parser.add_argument("--seed", type=int, help="only this seed")
     parser.add_argument("--write", action="store_true", help="write the page alone")
@@ -262,11 +301,11 @@ def main() -> None:
     for row in () if asked.write else PLAN:
         for memory in row.memories:
             for seed in row.seeds:
-                wanted = (asked.task in (None, row.task)) and asked.memory in (None, memory)
+                wanted = (asked.task in (None, row.name)) and asked.memory in (None, memory)
                 record = RECORDS / folder(row, memory, seed)
                 if not wanted or asked.seed not in (None, seed) or is_whole(row, record):
                     continue
-                print(f"{row.task}, {memory}, seed {seed}", flush=True)
+                print(f"{row.name}, {memory}, seed {seed}", flush=True)
                 place = train(row, memory, seed)
                 for level in row.levels:
                     judge(row, level, place)

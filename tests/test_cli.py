@@ -67,7 +67,7 @@ def test_help_of_train_lists_the_options_in_two_screens(
     assert htm(monkeypatch, "train", *env, "--help") == 0
     printed = capsys.readouterr().out
     hidden = {"env", "task"}
-    on = {"normalize_advantages"}
+    on = {"normalize_advantages", "recency"}
     for name in set(TrainConfig().options()) - hidden:
         name = f"no_{name}" if name in on else name
         assert f"--{name.replace('_', '-')}" in printed.split()

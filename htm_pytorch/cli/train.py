@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+import textwrap
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = f"""Train an agent that remembers: htm train ENV [options]
 
-ENV is a task of ours ({", ".join(tasks.TASKS)}), whose options are set,
-or the id of any environment of Gymnasium; module:id imports a module before.
+ENV is a task of ours, whose options are set, or the id of any environment of
+Gymnasium; module:id imports a module before. The tasks are
+{textwrap.fill(", ".join(tasks.TASKS), 76, break_on_hyphens=False)}.
 `htm train ENV --help` shows the values it begins with.
 
   htm train ballet --run-dir runs/demo
