@@ -87,8 +87,8 @@ PLAN = (
     Row(
         "proof-of-memory",
         "ProofofMemory, 25,000 frames",
-        "-.3",
-        (Level("best: 1.2"),),
+        "",
+        (Level("1.2 at best"),),
     ),
     Row(
         "repeat-previous-medium",
