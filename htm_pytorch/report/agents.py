@@ -1,19 +1,23 @@
 """From an agent to the `Trace` of an episode that it never saw, noted while it plays as ever."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import gymnasium
 import numpy as np
 import torch
+from torch import Tensor
 
+from htm_pytorch.report.png import LARGEST
 from htm_pytorch.report.recorder import Recorder, transformer_of
-from htm_pytorch.report.scene import Range, Scene
+from htm_pytorch.report.scene import Plot, Scene
 from htm_pytorch.report.trace import Seen, Trace, chunk_of
 from htm_pytorch.rl import Agent, TrainConfig
 from htm_pytorch.rl.environments import Seen as Shown
 from htm_pytorch.rl.evaluation import UNSEEN
-from htm_pytorch.rl.making import make_environments, most_steps, seeds_of
+from htm_pytorch.rl.making import is_batched, make_environments, most_steps, seeds_of
 from htm_pytorch.rl.observations import Nested, nested
 from htm_pytorch.rl.player import Choice, Player
 
@@ -47,12 +51,19 @@ def check_agent(agent: Agent, config: TrainConfig) -> None:
 
 
 def begin(
-    agent: Agent, config: TrainConfig, rows: int, stage: int, scene: Scene, batch: int = UNSEEN
-) -> tuple[Player, list[Range] | None]:
-    """Begin unseen episodes, those that `htm eval` begins, and say which steps are asked about."""
-    player = Player(make_environments(config, rows, stage), agent, config.rollouts.action_repeat)
+    agent: Agent,
+    config: TrainConfig,
+    rows: int,
+    stage: int,
+    scene: Scene,
+    batch: int = UNSEEN,
+    render_mode: str | None = None,
+) -> tuple[Player, list[Plot] | None]:
+    """Begin unseen episodes, those that `htm eval` begins, and say what is hidden of them."""
+    environments = make_environments(config, rows, stage, render_mode)
+    player = Player(environments, agent, config.rollouts.action_repeat)
     player.begin(seeds_of(config, batch, range(rows)))
-    return player, None if scene.asked is None else scene.asked(player.environments)
+    return player, None if scene.plots is None else scene.plots(environments)
 
 
 def play(player: Player, generator: torch.Generator | None) -> Iterator[Step]:
@@ -94,14 +105,20 @@ def trace_agent(
     """
     check_agent(agent, config)
     scene = scene or Scene()
-    player, asked = begin(agent, config, 1, stage, scene)
+    player, plots = begin(agent, config, 1, stage, scene)
+    if scene.frames_of(_stacked([player.seen.observation])) is None and _draws_itself(player):
+        player.environments.close()
+        config = _batched_if_it_was(config)
+        player, plots = begin(agent, config, 1, stage, scene, render_mode="rgb_array")
     generator = None if greedy else torch.Generator().manual_seed(config.seed)
     most = most_steps(config) or MOST_STEPS
     steps: list[Step] = []
+    drawn: list[Tensor | None] = []
     try:
         with Recorder(agent) as recorder:
             for step in play(player, generator):
                 steps.append(step)
+                drawn.append(_drawn(player))
                 if step.shown.ended[0]:
                     break
                 if len(steps) > most:
@@ -111,47 +128,78 @@ def trace_agent(
                     )
     finally:
         player.environments.close()
-    return _made(player, recorder, steps, None if asked is None else asked[0], scene, title)
+    observed = _stacked([step.shown.observation for step in steps])
+    frames = scene.frames_of(observed)
+    if frames is None and all(picture is not None for picture in drawn):
+        frames = torch.stack([picture for picture in drawn if picture is not None])
+    labels = scene.labels_of(observed)
+    plot = None if plots is None else plots[0]
+    if plot is not None:
+        labels = [plot.label_of(number) or label for number, label in enumerate(labels)]
+    trace = recorder.trace(title or player.environments.name, labels=labels, frames=frames)
+    return _with_outcomes(trace, player, recorder, steps, plot, scene)
 
 
-def _made(
+def _with_outcomes(
+    trace: Trace,
     player: Player,
     recorder: Recorder,
     steps: list[Step],
-    asked: Range | None,
+    plot: Plot | None,
     scene: Scene,
-    title: str,
 ) -> Trace:
-    observed = _stacked([step.shown.observation for step in steps])
-    trace = recorder.trace(
-        title or player.environments.name,
-        labels=scene.labels_of(observed),
-        frames=scene.frames_of(observed),
-    )
+    """Return the trace with actions, values, rewards, and what was asked about."""
     rewards = [float(step.shown.reward[0]) for step in steps]
     decisions = [step.choice for step in steps if step.choice is not None]
     moments = [
         moment._replace(
             action=scene.action_of(player.agent.policy.to_environment(choice.actions)[0]),
             value=float(choice.values[0]),
-            asked=None if asked is None else _asked(trace, asked, moment.step),
+            asked=None if plot is None else _asked(trace, plot, moment.step),
         )
         for moment, choice in zip(trace.moments, decisions, strict=True)
     ]
     facts = {
         "return": f"{sum(rewards):.3g}",
-        "steps": f"{len(steps)}, {len(moments)} of them decisions",
-        "check": "what is shown was recomputed beside the run; outputs differ by at most "
+        "steps": f"{len(steps)}, decisions at {len(moments)} of them",
+        "check": "the weights were computed beside the run; its outputs were found again within "
         f"{recorder.difference:.1g} of the largest",
     }
     seen = tuple(Seen(old.label, reward) for old, reward in zip(trace.steps, rewards, strict=True))
     return replace(trace, steps=seen, moments=tuple(moments), facts=facts)
 
 
-def _asked(trace: Trace, asked: Range, step: int | None) -> int | None:
+def _asked(trace: Trace, plot: Plot, step: int | None) -> int | None:
     """Return the chunk that was asked about, of those that had closed when it was asked."""
     closed = [s for s in trace.chunks if step is None or s.first_step + s.count <= step]
-    return chunk_of(closed, *asked)
+    return chunk_of(closed, *plot.asked)
+
+
+def _draws_itself(player: Player) -> bool:
+    return "rgb_array" in (player.environments.vector.metadata.get("render_modes") or ())
+
+
+def _batched_if_it_was(config: TrainConfig) -> TrainConfig:
+    """Return the config of the same environments, which asking for pictures would change."""
+    return config.replace(vectorize="vector_entry_point") if is_batched(config) else config
+
+
+def _drawn(player: Player) -> Tensor | None:
+    """Return the environment's picture of what is seen, if it has one."""
+    if player.environments.vector.render_mode != "rgb_array":
+        return None
+    try:
+        shown = player.environments.vector.render()
+    except gymnasium.error.DependencyNotInstalled:
+        return None
+    picture = None if shown is None else np.asarray(shown[0])
+    is_picture = picture is not None and picture.ndim == 3 and picture.shape[2] == 3
+    if picture is None or not is_picture or picture.dtype != np.uint8:
+        return None
+    made = torch.from_numpy(picture.copy())
+    # Large pictures of a long episode would fill the RAM.
+    step = math.ceil(max(made.shape[:2]) / LARGEST)
+    return made[::step, ::step].contiguous()
 
 
 def _stacked(observations: list[Nested]) -> Any:

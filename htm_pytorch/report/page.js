@@ -6,7 +6,8 @@ const DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/
 const HEAD = 16, LANE = 74, VALUE = 56, GAP = 8;
 const { axis, chunks, moments, stops, frames } = trace;
 const length = axis.reduce((sum, part) => sum + part[1], 0);
-const valued = moments.map((m, n) => ({ step: m[0], value: m[2], n })).filter((m) => m.value !== null);
+const known = moments.map((m) => ({ step: m[0], value: m[2] })).filter((m) => m.value !== null);
+const valued = known.length > 1 ? known : [];
 let now = 0, width = 0, dynamic = null, saying = 0;
 
 const percent = (w) => (w > 0 && w < 0.01 ? "<1" : Math.round(100 * w)) + " %";
@@ -128,10 +129,11 @@ function card(list, moment, [chunk, weight, text]) {
 }
 
 function sentence(step, moment) {
-  const where = step === null ? (moment ? moment[5] : "") : `Step ${step}${labelOf(step) ? ", " + labelOf(step) : ""}`;
-  if (!moment) return `${where}. ${stops[now][1] < -1 ? "What was recalled here was left out of the page."
+  const label = step === null ? moment[5] : labelOf(step);
+  const where = step === null ? label : `Step ${step}${label ? ": " + label : ""}`;
+  if (!moment) return `${where}${/[.?!]$/.test(where) ? "" : "."} ${stops[now][1] < -1 ? "What was recalled here was left out of the page."
     : "Nothing is asked of the memory here."}`;
-  const parts = [where + "."];
+  const parts = [/[.?!]$/.test(where) ? where : where + "."];
   if (moment[1] !== null) parts.push(`Decides ${moment[1]}.`);
   moment[4].forEach((layer, n) => {
     const name = trace.layers > 1 ? `Layer ${n + 1} recalls` : "Recalls";
@@ -143,7 +145,7 @@ function sentence(step, moment) {
     if (moment[3] !== null) {
       const rank = layer.findIndex(([chunk]) => chunk === moment[3]);
       parts.push(rank < 0 ? "The chunk asked about is not among them."
-        : rank ? "The chunk asked about is among them." : "That is the chunk asked about.");
+        : `Chunk ${chunks[moment[3]][0]} is the one asked about.`);
     }
   });
   return parts.join(" ");
@@ -154,7 +156,7 @@ function show(stop) {
   const [step, which] = stops[now], moment = which < 0 ? null : moments[which];
   el("scrub").value = now;
   const said = sentence(step, moment);
-  el("scrub").setAttribute("aria-valuetext", said.split(".")[0]);
+  el("scrub").setAttribute("aria-valuetext", step === null ? `query ${now + 1}` : `step ${step}${moment ? ", a decision" : ""}`);
   clearTimeout(saying);
   saying = setTimeout(() => { el("said").textContent = said; }, 200);
   el("label").textContent = (moment && moment[5]) || (step === null ? "" : labelOf(step)) || "";
@@ -197,11 +199,10 @@ el("next").addEventListener("click", () => jump(1));
 el("timeline").addEventListener("pointerdown", (event) => { el("timeline").setPointerCapture(event.pointerId); drag(event); });
 el("timeline").addEventListener("pointermove", (event) => { if (event.buttons) drag(event); });
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.altKey || event.metaKey) return;
-  const to = { ArrowRight: now + 1, ArrowUp: now + 1, ArrowLeft: now - 1, ArrowDown: now - 1, Home: 0, End: stops.length - 1 };
-  if (event.key in to && event.target.tagName !== "SUMMARY") { show(to[event.key]); event.preventDefault(); }
-  else if (event.key === "n") jump(1);
-  else if (event.key === "p") jump(-1);
+  // In the slider the browser does it; elsewhere only what scrolls nothing is taken.
+  if (event.target !== document.body || event.ctrlKey || event.altKey || event.metaKey) return;
+  if (event.key === "ArrowRight") show(now + 1);
+  if (event.key === "ArrowLeft") show(now - 1);
 });
 el("sheet").addEventListener("load", () => show(now));
 new ResizeObserver(() => { if (el("timeline").clientWidth !== width) draw(); }).observe(el("timeline"));

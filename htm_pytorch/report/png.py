@@ -8,6 +8,11 @@ import zlib
 import torch
 from torch import Tensor
 
+LARGEST = 240
+"""Pixels along the longer side of a frame that is not halved."""
+_SMALLEST = 16
+"""Pixels along the shorter side below which no frame is halved."""
+
 
 def encode(picture: Tensor) -> bytes:
     """Return a picture [H, W, 3] uint8 as PNG, with a palette where there are few colours."""
@@ -46,7 +51,7 @@ def sprite_sheet(frames: Tensor, most_bytes: int) -> tuple[bytes, list[int], int
         sheet, columns = _sheet(different)
         made = encode(sheet)
         height, width = different.shape[1:3]
-        large = max(height, width) > _LARGEST or len(made) > most_bytes
+        large = max(height, width) > LARGEST or len(made) > most_bytes
         if not large or min(height, width) < 2 * _SMALLEST:
             return made, place.tolist(), columns, (width, height)
         halved = different[:, : height // 2 * 2, : width // 2 * 2].permute(0, 3, 1, 2).float()
@@ -72,7 +77,3 @@ def _sheet(frames: Tensor) -> tuple[Tensor, int]:
 def _chunk(name: bytes, data: bytes) -> bytes:
     check = zlib.crc32(name + data)
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", check)
-
-
-_LARGEST, _SMALLEST = 320, 16
-"""Pixels along the longer side of a frame that is not halved, and along one that never is."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,19 @@ Range = tuple[int, int]
 """The first of some steps, and the one after the last."""
 
 
+class Plot(NamedTuple):
+    """What is hidden of an episode, known when it begins."""
+
+    asked: Range
+    """The steps that the agent will be asked about."""
+    acts: tuple[tuple[Range, str], ...] = ()
+    """What happens in which steps, in a few words."""
+
+    def label_of(self, step: int) -> str | None:
+        """Return what happens in a step; None: nothing that is known."""
+        return next((text for (first, end), text in self.acts if first <= step < end), None)
+
+
 @dataclass(frozen=True)
 class Scene:
     """How the episodes of a task are shown; what is left out follows from the observations."""
@@ -25,9 +38,8 @@ class Scene:
     """From observations [T, ...] of one row to a few words on each."""
     actions: Sequence[str] = ()
     """The names of the actions of a Discrete space."""
-    asked: Callable[[Environments], list[Range]] | None = None
-    """From environments whose episodes have just begun to the steps that each row will be asked
-    about."""
+    plots: Callable[[Environments], list[Plot]] | None = None
+    """From environments whose episodes have just begun to what is hidden of each row's."""
 
     def frames_of(self, observation: Nested) -> Tensor | None:
         """Return pictures of observations [T, ...]; None: there are none."""

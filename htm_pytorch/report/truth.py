@@ -8,7 +8,7 @@ import torch
 
 from htm_pytorch.report.agents import begin, check_agent, play
 from htm_pytorch.report.recorder import Recorder
-from htm_pytorch.report.scene import Range, Scene
+from htm_pytorch.report.scene import Plot, Scene
 from htm_pytorch.report.trace import Moment, chunk_of
 from htm_pytorch.rl import Agent, TrainConfig
 from htm_pytorch.rl.evaluation import MOST_ROWS, UNSEEN
@@ -81,7 +81,7 @@ def measure(
     """
     if episodes < 1:
         raise ValueError(f"episodes: expected at least 1, got {episodes}")
-    if scene.asked is None:
+    if scene.plots is None:
         raise ValueError(
             f"episodes: expected a task that knows which steps are asked about, as ballet does, "
             f"got {config.env}; without --episodes its report is written"
@@ -137,8 +137,8 @@ def _play_batch(
     batch: int,
 ) -> tuple[list[_Asked], list[float]]:
     """Play the first episode of each row; return its first decision, and its return."""
-    player, asked = begin(agent, config, rows, stage, scene, batch)
-    assert asked is not None
+    player, plots = begin(agent, config, rows, stage, scene, batch)
+    assert plots is not None
     totals, over = np.zeros(rows), np.zeros(rows, bool)
     found: dict[int, _Asked] = {}
     recorder = Recorder(agent, range(rows))
@@ -151,7 +151,7 @@ def _play_batch(
             if step.choice is not None and len(found) < rows:
                 for row in np.flatnonzero(step.decides & ~over):
                     if row not in found:
-                        found[int(row)] = _first(recorder, int(row), asked[row])
+                        found[int(row)] = _first(recorder, int(row), plots[row])
                 if len(found) == rows:
                     # The rest is only played.
                     recorder.__exit__(None, None, None)
@@ -165,12 +165,12 @@ def _play_batch(
     return list(found.values()), totals.tolist()
 
 
-def _first(recorder: Recorder, row: int, asked: Range) -> _Asked:
+def _first(recorder: Recorder, row: int, plot: Plot) -> _Asked:
     """Return what the row recalled when it was asked last."""
     moment, chunks = recorder.moments(row)[-1], recorder.chunks(row)
     closed = [span for span in chunks if span.first_step + span.count <= (moment.step or 0)]
     k = max((len(layer) for layer in moment.layers), default=0)
-    return _Asked(moment, chunk_of(closed, *asked), max(len(closed), 1), k)
+    return _Asked(moment, chunk_of(closed, *plot.asked), max(len(closed), 1), k)
 
 
 def _layer(known: list[_Asked], number: int) -> LayerTruth:

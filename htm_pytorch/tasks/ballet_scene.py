@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.envs import ballet_tables as tables
-from htm_pytorch.report.scene import Range, Scene
+from htm_pytorch.report.scene import Plot, Scene
 from htm_pytorch.rl.environments import Environments
 
 
@@ -22,18 +22,27 @@ def _labels(observation: dict[str, Any]) -> list[str]:
     return [word if word == "watch" else f"who danced {word}?" for word in words]
 
 
-def _asked(environments: Environments) -> list[Range]:
-    """Return the steps in which each row's target performs."""
+def _plots(environments: Environments) -> list[Plot]:
+    """Return who dances when in each row, and when its target does."""
     vector: Any = environments.vector.unwrapped
     if hasattr(vector, "levels"):
         one, levels = vector, vector.levels()
     else:
         one = vector.envs[0].unwrapped
         levels = [env.unwrapped.level for env in vector.envs]
-    period = one.choice_step // one.num_dancers
+    period, names = one.choice_step // one.num_dancers, tuple(tables.DANCES)
     # The first observation shows the first dancer after its first move.
-    firsts = [level.target * period for level in levels]
-    return [(first, first + tables.DANCE_LENGTH) for first in firsts]
+    solos = [(n * period, n * period + tables.DANCE_LENGTH) for n in range(one.num_dancers)]
+    return [
+        Plot(
+            solos[level.target],
+            tuple(
+                (solo, f"dancer {number + 1} does {names[dance]}")
+                for number, (solo, dance) in enumerate(zip(solos, level.dances, strict=True))
+            ),
+        )
+        for level in levels
+    ]
 
 
-SCENE = Scene(_frames, _labels, tuple(tables.DIRECTIONS), _asked)
+SCENE = Scene(_frames, _labels, tuple(tables.DIRECTIONS), _plots)
