@@ -102,8 +102,8 @@ function drawRecall(moment, layer) {
 }
 
 function paint(canvas, step) {
-  const place = frames ? frames.places[step - trace.first] : undefined, ready = el("sheet").complete;
-  canvas.hidden = place === undefined;
+  const place = frames ? frames.places[step - trace.first] ?? -1 : -1, ready = el("sheet").complete;
+  canvas.hidden = place < 0;
   if (canvas.hidden || !ready) return;
   [canvas.width, canvas.height] = frames.size;
   const [w, h] = frames.size;
@@ -206,5 +206,6 @@ document.addEventListener("keydown", (event) => {
 });
 el("sheet").addEventListener("load", () => show(now));
 new ResizeObserver(() => { if (el("timeline").clientWidth !== width) draw(); }).observe(el("timeline"));
-now = Math.max(stops.findIndex(([, which]) => which >= 0), 0);
+const telling = (test) => stops.findIndex(([, which]) => which >= 0 && test(moments[which]));
+now = Math.max(telling((m) => m[4].some((layer) => layer.length)), 0);
 draw();

@@ -33,8 +33,8 @@ def write_report(
     """Write one HTML file in which the trace can be scrubbed by mouse, keyboard and touch.
 
     Nothing is loaded from anywhere, which the page's own Content-Security-Policy enforces. Where
-    it would be too large, frames are halved, then every second, fourth, ... moment is kept; the
-    page says so.
+    it would be too large, frames are halved; then of frames, and of moments, every second, fourth,
+    ... is kept, and the page says so.
 
     Args:
         trace: of an episode or sequence.
@@ -62,18 +62,18 @@ def render(trace: Trace, most_bytes: int = MOST_BYTES) -> str:
     frames, sheet = None, _NO_PICTURE
     if trace.frames is not None:
         budget = int(most_bytes * _PICTURES * 3 / 4)
-        png, places, columns, size = sprite_sheet(trace.frames.cpu(), budget)
-        frames = {"places": places, "columns": columns, "size": list(size)}
-        sheet = data_uri(png)
+        made = sprite_sheet(trace.frames.cpu(), budget)
+        frames = {"places": made.places, "columns": made.columns, "size": list(made.size)}
+        sheet = data_uri(made.png)
     stride = 1
     while True:
         page = _page(trace, frames, sheet, stride)
-        size_now = len(page.encode("utf-8"))
-        if size_now <= most_bytes:
+        size = len(page.encode("utf-8"))
+        if size <= most_bytes:
             return page
         if stride >= len(trace.moments):
             raise ValueError(
-                f"trace: expected a page of at most {most_bytes:,} bytes, got {size_now:,} with "
+                f"trace: expected a page of at most {most_bytes:,} bytes, got {size:,} with "
                 f"{len(trace.steps):,} steps and hardly a moment; trace a shorter piece"
             )
         stride *= 2
@@ -114,6 +114,8 @@ def _page(trace: Trace, frames: dict[str, Any] | None, sheet: str, stride: int) 
         facts["left out"] = (
             f"every moment but one in {stride} of {len(trace.moments):,}, for the size of the page"
         )
+    if frames and (hidden := sum(place < 0 for place in frames["places"])):
+        facts["pictures"] = f"{hidden:,} of {len(trace.steps):,} left out, for the size of the page"
     data = json.dumps(
         as_data(trace, stride) | {"frames": frames}, allow_nan=False, separators=(",", ":")
     )

@@ -159,7 +159,8 @@ class Recorder:
         # Every layer has the same steps, so chunks are the same in all of them.
         memory = state[0].memory
         assert memory is not None
-        read = memory.unroll(x.new_zeros(x.shape).to(memory.dtype), is_first, mask).read
+        zeros = x.new_zeros(x.shape).to(memory.dtype)
+        read, _, after = memory.unroll(zeros, is_first, mask)
         exists = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         exists = exists if mask is None else mask
         numbers = memory.step_count[:, None] + exists.cumsum(1) - 1
@@ -172,14 +173,17 @@ class Recorder:
                 recalls = (*(_taken(recall, at) for recall in recalls[:-1]), recalls[-1])
         for place, row in enumerate(self.rows):
             self._first.setdefault(row, int(memory.step_count[place]))
-            new = torch.arange(memory.chunks, read.chunks, device=x.device)
-            self._note_chunks(row, read, place, new)
+            # One that closed with the last step can be recalled by none of this call.
+            self._note_chunks(row, read, place)
+            self._note_chunks(row, after, place)
             self._note_row(row, read, place, numbers[place], recalls)
 
-    def _note_chunks(self, row: int, read: ChunkedMemory, place: int, chunks: Tensor) -> None:
-        chunks = chunks[read.valid[place, chunks]]
-        for span in read.spans(chunks, place):
-            self._spans[row][span.first_step] = span
+    def _note_chunks(self, row: int, memory: ChunkedMemory, place: int) -> None:
+        spans = self._spans[row]
+        valid = memory.valid[place].nonzero()[:, 0]
+        firsts = memory.first_steps[place, valid].tolist()
+        new = [n for n, first in enumerate(firsts) if first not in spans]
+        spans |= {span.first_step: span for span in memory.spans(valid[new], place)}
 
     def _note_row(
         self,
@@ -194,8 +198,6 @@ class Recorder:
         kept = torch.cat([recall.chunks[place].flatten() for recall in recalls]).unique()
         kept = kept[kept >= 0]
         spans = dict(zip(kept.tolist(), read.spans(kept, place), strict=True))
-        for span in spans.values():
-            self._spans[row][span.first_step] = span
         layers = [_layer(recall, place, spans) for recall in recalls]
         for query, number in enumerate(numbers.tolist()):
             if number >= 0:
