@@ -34,12 +34,21 @@ def report(
         moment: the number of the decision that the picture shows; -1 is the last.
     """
     from htm_pytorch.report import draw_moment, film_moments, measure, trace_agent, write_report
+    from htm_pytorch.report.page import check_path
+    from htm_pytorch.report.picture import PICTURES
     from htm_pytorch.report.scene import Scene
     from htm_pytorch.rl.evaluation import load_agent, read_config
+    from htm_pytorch.rl.plots import check_film
 
     if episodes < 0:
         raise ValueError(f"episodes: expected 0 or more, got {episodes}")
     name = read_config(run_dir).task
+    # Before an episode is played.
+    page = check_path(run_dir / "report.html" if out is None else out, ".html")
+    if picture is not None:
+        check_path(picture, *PICTURES)
+    if film is not None:
+        check_film(film)
     task = tasks.find(name) if name else None
     parts = None if task is None or task.parts is None else task.parts()
     scene = Scene() if task is None or task.scene is None else task.scene()
@@ -54,8 +63,7 @@ def report(
         truth = measure(agent, config, episodes, scene, stage=stage, greedy=greedy)
         print(truth)
         facts["unseen episodes"] = str(truth)
-        (run_dir / "recall.json").write_text(json.dumps(truth.as_dict(), indent=2) + "\n")
-    page = run_dir / "report.html" if out is None else out
+        page.with_suffix(".json").write_text(json.dumps(truth.as_dict(), indent=2) + "\n")
     write_report(dataclasses.replace(trace, facts=facts), page)
     print(f"{page}: {page.stat().st_size / 1000:.0f} kB")
     if picture is not None:

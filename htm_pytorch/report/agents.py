@@ -106,9 +106,10 @@ def trace_agent(
     check_agent(agent, config)
     scene = scene or Scene()
     player, plots = begin(agent, config, 1, stage, scene)
-    if scene.frames_of(_stacked([player.seen.observation])) is None and _draws_itself(player):
+    has_frames = scene.frames_of(_stacked([player.seen.observation])) is not None
+    # A batch of environments would become single ones, whose episodes are others.
+    if not has_frames and not is_batched(config) and _draws_itself(player):
         player.environments.close()
-        config = _batched_if_it_was(config)
         player, plots = begin(agent, config, 1, stage, scene, render_mode="rgb_array")
     generator = None if greedy else torch.Generator().manual_seed(config.seed)
     most = most_steps(config) or MOST_STEPS
@@ -177,11 +178,6 @@ def _asked(trace: Trace, plot: Plot, step: int | None) -> int | None:
 
 def _draws_itself(player: Player) -> bool:
     return "rgb_array" in (player.environments.vector.metadata.get("render_modes") or ())
-
-
-def _batched_if_it_was(config: TrainConfig) -> TrainConfig:
-    """Return the config of the same environments, which asking for pictures would change."""
-    return config.replace(vectorize="vector_entry_point") if is_batched(config) else config
 
 
 def _drawn(player: Player) -> Tensor | None:

@@ -44,12 +44,22 @@ def write_report(
     Raises:
         ValueError: no such folder, or even a few moments are too many.
     """
+    path = check_path(path, ".html")
+    path.write_text(render(trace, most_bytes), encoding="utf-8", newline="\n")
+    return path
+
+
+def check_path(path: str | os.PathLike[str], *kinds: str) -> Path:
+    """Return the path of a file that can be written, of one of these kinds.
+
+    Raises:
+        ValueError: another kind of file, or a folder that is not there.
+    """
     path = Path(path)
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"path: expected a file .html, got {str(path)!r}")
+    if path.suffix not in kinds:
+        raise ValueError(f"path: expected a file {' or '.join(kinds)}, got {str(path)!r}")
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"path: expected a file in a folder that exists, got {str(path)!r}")
-    path.write_text(render(trace, most_bytes), encoding="utf-8", newline="\n")
     return path
 
 

@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from htm_pytorch.report.page import check_path
 from htm_pytorch.report.trace import Moment, Trace
 from htm_pytorch.rl.plots import check_film, write_film
 
+PICTURES = (".png", ".pdf", ".svg")
+"""Kinds of files."""
 MOST_MOMENTS = 60
 """That moving pictures show, evenly spread."""
 
@@ -28,11 +31,7 @@ def draw_moment(
     Raises:
         ValueError: no such moment, layer or folder.
     """
-    path = Path(path)
-    if path.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"path: expected a file .png, .pdf or .svg, got {str(path)!r}")
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"path: expected a file in a folder that exists, got {str(path)!r}")
+    path = check_path(path, *PICTURES)
     _check("number", number, len(trace.moments), "moments")
     _check("layer", layer, len(trace.moments[0].layers), "layers")
     _figure(trace, trace.moments[number], layer, best).savefig(path, dpi=150)

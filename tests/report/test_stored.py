@@ -61,7 +61,7 @@ def test_steps_that_are_masked_have_no_weight() -> None:
 def test_words_of_the_past_are_shown_where_they_are_given() -> None:
     memory = ChunkedMemory.from_steps(torch.randn(1, 8, 8), 4)
     layer = HTMAttention(dim=8, heads=2, dim_head=4, topk_mems=1)
-    words = "a b c d e f g h".split()
+    words = ["a", "b", "c", "d", "e", "f", "g", "h"]
     data = as_data(trace_memory(layer, torch.randn(1, 1, 8), memory, "words", steps=words))
     assert data["labels"] == words
     assert sum(count for _, count, _ in data["axis"]) == 8
