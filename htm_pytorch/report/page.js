@@ -10,7 +10,7 @@ const known = moments.map((m) => ({ step: m[0], value: m[2] })).filter((m) => m.
 const valued = known.length > 1 ? known : [];
 let now = 0, width = 0, dynamic = null, saying = 0;
 
-const percent = (w) => (w > 0 && w < 0.01 ? "<1" : Math.round(100 * w)) + " %";
+const percent = (w) => (w > 0 && w < 0.01 ? "<1" : Math.round(100 * w)) + "%";
 const number = (v) => String(Number(v.toPrecision(3)));
 const decode = (text) => Array.from({ length: text.length / 2 },
   (_, i) => (DIGITS.indexOf(text[2 * i]) * 64 + DIGITS.indexOf(text[2 * i + 1])) / 4095);

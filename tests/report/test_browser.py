@@ -61,7 +61,7 @@ def said(page: Any) -> str:
 
 def test_it_opens_at_the_first_moment_that_recalls(opened: Any) -> None:
     assert now(opened) == 4
-    text = "Step 4: word4. Decides N. Recalls chunk 0 with 100 %, most of it step 3. "
+    text = "Step 4: word4. Decides N. Recalls chunk 0 with 100%, most of it step 3. "
     assert said(opened) == text + "Chunk 0 is the one asked about."
     assert opened.inner_text("#numbers").split() == [
         "step",
@@ -73,7 +73,7 @@ def test_it_opens_at_the_first_moment_that_recalls(opened: Any) -> None:
         "reward",
         "0",
     ]
-    assert opened.locator("#recalled li.asked h3").inner_text() == "chunk 0: 100 %"
+    assert opened.locator("#recalled li.asked h3").inner_text() == "chunk 0: 100%"
     assert opened.locator("#frame").is_visible()
 
 
@@ -86,7 +86,7 @@ def test_keys(opened: Any) -> None:
     for key, stop in (("Home", 0), ("ArrowRight", 1), ("ArrowUp", 2), ("ArrowLeft", 1), ("End", 8)):
         opened.keyboard.press(key)
         assert now(opened) == stop
-    assert "Decides S. Recalls chunk 1 with 75 %, most of it step 4; chunk 0 with 25 %" in said(
+    assert "Decides S. Recalls chunk 1 with 75%, most of it step 4; chunk 0 with 25%" in said(
         opened
     )
     assert opened.get_attribute("#scrub", "aria-valuetext") == "step 8, a decision"
@@ -153,7 +153,7 @@ def test_a_stronger_bar_is_taller_and_denser(opened: Any) -> None:
     )
     assert len(bars) == 4
     assert bars == sorted(bars) and bars[0] < bars[-1]
-    assert "100 %" in opened.locator("svg").text_content()
+    assert "100%" in opened.locator("svg").text_content()
 
 
 def test_frames_are_those_of_the_steps(opened: Any) -> None:

@@ -128,6 +128,30 @@ def test_only_the_steps_asked_about_are_moments() -> None:
 
 
 @torch.no_grad()
+def test_steps_asked_about_among_those_that_do_not_exist() -> None:
+    model, x = make_model(mem_chunks=20).double(), torch.randn(2, STEPS, 8, dtype=torch.float64)
+    mask = torch.ones(2, STEPS, dtype=torch.bool)
+    mask[1, [3, 4, 20]] = False
+    with Recorder(model, rows=[1]) as every:
+        model(x, mask=mask)
+    with Recorder(model, rows=[1]) as some:
+        model(x, mask=mask, at=torch.tensor([[0, 1, 2], [20, 19, 25]]))
+    moments = every.moments(1)
+    near(some.moments(1), (moments[17], moments[22]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits(dtype: torch.dtype) -> None:
+    model, x = make_model(depth=1).to(dtype), torch.randn(1, STEPS, 8, dtype=dtype)
+    with Recorder(model) as recorder:
+        model(x)
+    trace = recorder.trace("16 bits")
+    assert len(trace.moments) == STEPS
+    assert 0 <= recorder.difference < 0.1
+
+
+@torch.no_grad()
 def test_a_stream_that_went_on_before_is_shown_from_where_it_is() -> None:
     model, x = make_model(), torch.randn(1, STEPS, 8)
     _, state = model(x[:, :10])
