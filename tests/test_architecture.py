@@ -10,7 +10,7 @@ import htm_pytorch
 PACKAGE = "htm_pytorch"
 ROOT = Path(htm_pytorch.__file__).parent
 
-# shapes <- memory <- ops <- nn <- { check, rl <- tasks } <- cli, and envs <- tasks.
+# shapes <- memory <- ops <- nn <- { check, rl <- report <- tasks } <- cli, and envs <- tasks.
 # "__init__" is the public list.
 MAY_IMPORT: dict[str, set[str]] = {
     "shapes": set(),
@@ -21,8 +21,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "check": {"shapes", "memory", "ops", "nn"},
     "envs": set(),
     "rl": {"shapes", "memory", "ops", "nn", "__init__"},
-    "tasks": {"shapes", "memory", "ops", "nn", "__init__", "envs", "rl"},
-    "cli": {"memory", "check", "rl", "tasks", "__init__"},
+    "report": {"shapes", "memory", "ops", "nn", "__init__", "rl"},
+    "tasks": {"shapes", "memory", "ops", "nn", "__init__", "envs", "rl", "report"},
+    "cli": {"memory", "check", "rl", "report", "tasks", "__init__"},
     "__main__": {"cli"},
 }
 

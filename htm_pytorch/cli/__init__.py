@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 
-COMMANDS = ("train", "eval", "check", "memory")
+COMMANDS = ("train", "eval", "report", "check", "memory")
 _OF_EXTRAS = {
     *("filelock", "gymnasium", "matplotlib", "numpy", "PIL", "safetensors", "tqdm", "tyro"),
     *("lance", "obstore", "pyarrow"),
@@ -18,6 +18,10 @@ def train() -> None:
 
 def eval() -> None:
     """Judge a trained agent on unseen episodes."""
+
+
+def report() -> None:
+    """Show what a trained agent recalled in an unseen episode, as one HTML file."""
 
 
 def check() -> None:
@@ -36,14 +40,14 @@ def main() -> None:
         sys.exit(f"htm: needs the extra `rl` or `store`, pip install '.[rl]' ({error})")
     name, *arguments = sys.argv[1:] or [""]
     try:
-        if name in ("train", "eval") and not {"", os.getcwd()} & set(sys.path):
+        if name in ("train", "eval", "report") and not {"", os.getcwd()} & set(sys.path):
             # Environments of the user's own, as `python -m` finds them; nothing is hidden by them.
             sys.path.append(os.getcwd())
         if name in COMMANDS:
             importlib.import_module(f"{__name__}.{name}").main(arguments)
             return
         tyro.extras.subcommand_cli_from_dict(
-            {command.__name__: command for command in (train, eval, check, memory)},
+            {command.__name__: command for command in (train, eval, report, check, memory)},
             prog="htm",
             description="Agents that remember, the layer, and memories on disk.",
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from htm_pytorch.rl.config import TrainConfig
 
 if TYPE_CHECKING:
+    from htm_pytorch.report.scene import Scene
     from htm_pytorch.rl import Agent, Parts
 
 TASKS = (
@@ -33,6 +34,8 @@ class Task:
     """Of the agent's own parts; None: what fits the spaces."""
     draw: "Callable[[Agent, TrainConfig, Path], Path | None] | None" = None
     """Draws what the agent recalled in an unseen episode, into the folder of its run."""
+    scene: "Callable[[], Scene] | None" = None
+    """Of how reports show its episodes; None: as the observations say."""
 
 
 def find(name: str) -> Task:

@@ -7,6 +7,7 @@ from htm_pytorch.rl.config import TrainConfig
 from htm_pytorch.tasks import Task
 
 if TYPE_CHECKING:
+    from htm_pytorch.report.scene import Scene
     from htm_pytorch.rl import Agent, Parts
 
 
@@ -21,6 +22,12 @@ def _draw(agent: "Agent", config: TrainConfig, run_dir: Path) -> Path | None:
     from htm_pytorch.tasks.ballet_picture import draw
 
     return draw(agent, config, run_dir / "recall.png")
+
+
+def _scene() -> "Scene":
+    from htm_pytorch.tasks.ballet_scene import SCENE
+
+    return SCENE
 
 
 TASK = Task(
@@ -45,4 +52,5 @@ TASK = Task(
     ),
     _parts,
     _draw,
+    _scene,
 )

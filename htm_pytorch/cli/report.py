@@ -1,0 +1,77 @@
+"""`htm report`: what a trained agent recalled, as a page, a picture and numbers."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from htm_pytorch import tasks
+
+
+def report(
+    run_dir: tyro.conf.Positional[Path],
+    out: Path | None = None,
+    episodes: int = 0,
+    seed: int | None = None,
+    actions: Literal["greedy", "sampled"] = "greedy",
+    picture: Path | None = None,
+    film: Path | None = None,
+    moment: int = 0,
+) -> None:
+    """Show what a trained agent recalled in an unseen episode, as one HTML file.
+
+    Args:
+        run_dir: folder of the run.
+        out: the file; default report.html in the folder of the run.
+        episodes: over so many unseen episodes, measure how often the chunk asked about is
+            recalled, where the task knows it; 0 measures nothing.
+        seed: of the episodes; default one that the training did not use.
+        actions: the most probable ones, or sampled as in training.
+        picture: a file for a picture of one moment, .png, .pdf or .svg.
+        film: a file for moving pictures of all moments, .gif or .mp4.
+        moment: the number of the decision that the picture shows; -1 is the last.
+    """
+    from htm_pytorch.report import draw_moment, film_moments, measure, trace_agent, write_report
+    from htm_pytorch.report.page import check_path
+    from htm_pytorch.report.picture import PICTURES
+    from htm_pytorch.report.scene import Scene
+    from htm_pytorch.rl.evaluation import load_agent, read_config
+    from htm_pytorch.rl.plots import check_film
+
+    if episodes < 0:
+        raise ValueError(f"episodes: expected 0 or more, got {episodes}")
+    name = read_config(run_dir).task
+    # Before an episode is played.
+    page = check_path(run_dir / "report.html" if out is None else out, ".html")
+    if picture is not None:
+        check_path(picture, *PICTURES)
+    if film is not None:
+        check_film(film)
+    task = tasks.find(name) if name else None
+    parts = None if task is None or task.parts is None else task.parts()
+    scene = Scene() if task is None or task.scene is None else task.scene()
+    agent, config, stage = load_agent(run_dir, parts)
+    if seed is not None:
+        config = config.replace(seed=seed)
+    greedy = actions == "greedy"
+    title = f"What {run_dir.resolve().name} recalled: {name or config.env}"
+    trace = trace_agent(agent, config, stage=stage, greedy=greedy, scene=scene, title=title)
+    facts = dict(trace.facts)
+    if episodes:
+        truth = measure(agent, config, episodes, scene, stage=stage, greedy=greedy)
+        print(truth)
+        facts["unseen episodes"] = str(truth)
+        page.with_suffix(".json").write_text(json.dumps(truth.as_dict(), indent=2) + "\n")
+    write_report(dataclasses.replace(trace, facts=facts), page)
+    print(f"{page}: {page.stat().st_size / 1000:.0f} kB")
+    if picture is not None:
+        print(draw_moment(trace, picture, moment))
+    if film is not None:
+        print(film_moments(trace, film))
+
+
+def main(arguments: list[str]) -> None:
+    """Parse and report."""
+    tyro.cli(report, args=arguments, prog="htm report")
