@@ -1,5 +1,6 @@
 """Which rank holds which chunk: number g lies with rank g % R, as that rank's chunk g // R."""
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,21 @@ def end(sizes: Sequence[int]) -> int:
     """Return the least number above all chunks of ranks that hold so many, in turn or not."""
     ranks = len(sizes)
     return max((rank + 1 + (n - 1) * ranks for rank, n in enumerate(sizes) if n), default=0)
+
+
+def ages(following: Tensor | None, sizes: Sequence[int], rank: int, device: torch.device) -> Tensor:
+    """Return how many chunks closed after each of a rank's, [B, M] int64; B may be 1.
+
+    Args:
+        following: the number of the chunk [B] that a ring writes next; None: it is no ring.
+        sizes: how many chunks each rank holds, by rank.
+        rank: whose chunks these are.
+        device: where the result is.
+    """
+    total = end(sizes)
+    newest = total if following is None else following[:, None]
+    numbers = torch.arange(sizes[rank], device=device) * len(sizes) + rank
+    return ((newest - 1 - numbers) % max(total, 1)).view(-1, sizes[rank])
 
 
 def held_before(number: Tensor, rank: int | Tensor, ranks: int) -> Tensor:
@@ -83,3 +99,16 @@ def own_spans(
         "spans": [spans[number]._replace(chunk=number * ranks + rank) for number in held],
         "before": [until.get(number, 0) for number in before],
     }
+
+
+def asked(chunks: Tensor) -> dict[str, int | torch.dtype | None]:
+    """Return what ranks that ask for these chunks must have alike."""
+    return {
+        "chunks: U": len(chunks),
+        "chunks (a checksum)": zlib.crc32(repr(chunks.tolist()).encode()),
+    }
+
+
+def spell(sizes: tuple[int, ...]) -> str:
+    """Return how many chunks ranks hold, for an error."""
+    return str(list(sizes)) if len(sizes) <= 16 else f"{min(sizes)} to {max(sizes)}"

@@ -155,7 +155,7 @@ class ShardedMemory:
         if self._next is None:
             raise ValueError(
                 "append: expected chunks dealt out in turn, chunk g on rank g % R, at least one a "
-                f"rank, and one open chunk; got parts of {_spell(self.sizes)} chunks"
+                f"rank, and one open chunk; got parts of {dealing.spell(self.sizes)} chunks"
             )
         new = copy.copy(self)
         new.changes = self._changed("append", steps.shape[:2], is_first)
@@ -208,7 +208,7 @@ class ShardedMemory:
         """
         with self.ranks.refusing(self.device):
             check_numbers("chunks", chunks, self.chunks)
-        self.ranks.agree("fetch", _same(chunks), [], self.device)
+        self.ranks.agree("fetch", dealing.asked(chunks), [], self.device)
         chunks = chunks.to(self.device)
         number = chunks // self.ranks.size
         mine = (chunks % self.ranks.size == self.ranks.rank) & (number < self.local.chunks)
@@ -249,7 +249,7 @@ class ShardedMemory:
                 with_newest=self._open is not None,
             )
             own = json.dumps(known).encode()
-        same = _same(chunks) | {"row": row}
+        same = dealing.asked(chunks) | {"row": row}
         lengths = self.ranks.agree("spans", same, [len(own)], self.device)
         texts = self.ranks.gather_texts("spans", own, [n for (n,) in lengths], self.device)
         answers = [json.loads(text) for text in texts]
@@ -354,27 +354,19 @@ class ShardedMemory:
         body = b"" if mask is None else mask.cpu().numpy().tobytes()
         return zlib.crc32(body, zlib.crc32(repr((self.changes, call, *shape)).encode()))
 
-    def own_columns(self, mask: Tensor | None) -> Tensor | None:
-        """Return the columns of `mask` [B, Q, M] that are this rank's chunks."""
-        if mask is None:
-            return None
-        return mask[:, :, self.ranks.rank :: self.ranks.size][:, :, : self.local.chunks]
+    def own_columns(self, of_all: Tensor) -> Tensor:
+        """Return the columns of what is said of all chunks [B, Q, M] that are this rank's."""
+        return of_all[:, :, self.ranks.rank :: self.ranks.size][:, :, : self.local.chunks]
 
     def own_ages(self, ages: Tensor | None) -> Tensor:
         """Return how many chunks closed after each of this rank's, [B, Q, M]; B and Q may be 1.
 
-        Args:
-            ages: [B, Q, M] int64, those of all ranks' chunks; None: by the order they closed in.
+        `ages` [B, Q, M] int64 are those of all ranks' chunks; None: by the order they closed in.
         """
         if ages is not None:
-            own = ages[:, :, self.ranks.rank :: self.ranks.size]
-            return own[:, :, : self.local.chunks]
-        slots = torch.arange(self.local.chunks, device=self.device)
-        slots = slots * self.ranks.size + self.ranks.rank
-        newest = self.chunks
-        if self._next is not None and self._open is None:
-            newest = self._next[:, None]
-        return ((newest - 1 - slots) % max(self.chunks, 1)).view(-1, 1, self.local.chunks)
+            return self.own_columns(ages)
+        following = self._next if self._open is None else None
+        return dealing.ages(following, self.sizes, self.ranks.rank, self.device)[:, None]
 
     def _where_to_write(self) -> tuple[Tensor | None, ChunkedMemory | None]:
         """The number of the next chunk [B], and the open chunk where `local` cannot hold it.
@@ -402,15 +394,3 @@ class ShardedMemory:
         if self._open is None:
             slot = slot % self.chunks
         return (slot % self.ranks.size == self.ranks.rank) & (order < plan.closings[:, None])
-
-
-def _same(chunks: Tensor) -> dict[str, int | torch.dtype | None]:
-    """What ranks that ask for these chunks must have alike."""
-    return {
-        "chunks: U": len(chunks),
-        "chunks (a checksum)": zlib.crc32(repr(chunks.tolist()).encode()),
-    }
-
-
-def _spell(sizes: tuple[int, ...]) -> str:
-    return str(list(sizes)) if len(sizes) <= 16 else f"{min(sizes)} to {max(sizes)}"

@@ -127,7 +127,7 @@ def recall(
         if recency is not None:
             ceiling, decay = fades
             fading = Fading(ceiling, decay, log_ages(memory.own_ages(recency.ages), dtype))
-        mask = memory.own_columns(chunk_mask)
+        mask = None if chunk_mask is None else memory.own_columns(chunk_mask)
         picked = _pick(route, local, min(k, local.chunks), mask, fading, with_kernel)
         scores = _score(route, local, picked, fading)
         in_order = where_best(scores.detach(), picked.shape[2], picked)
