@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-NEEDS = {"torchrl.md": "torchrl"}
+NEEDS = {"torchrl.md": ("torchrl", "gymnasium"), "transformers.md": ("transformers", "lance")}
 
 
 @pytest.mark.parametrize("name", NEEDS)
 def test_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip(NEEDS[name])
+    for package in NEEDS[name]:
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     page = (DOCS / name).read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
