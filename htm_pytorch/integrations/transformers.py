@@ -98,14 +98,16 @@ def add_memory(
     exactly what it did before. The model's parameters keep their names.
 
     The memories travel in an `HTMCache`, beside keys and values: feeding a text in pieces equals
-    feeding it whole. Without a cache a call remembers within itself, as in training.
+    feeding it whole, and no gradient goes from piece to piece through a memory. Without a cache,
+    as in training, a call remembers within itself.
 
     Args:
         model: a decoder, such as Llama, Qwen, Mistral or GPT-2; it is changed in place.
         layers: the numbers of the layers, from 0.
         topk_mems: how many chunks a step recalls.
         mem_chunk_size: how many steps a chunk holds.
-        mem_chunks: how many chunks a layer remembers before it forgets the oldest.
+        mem_chunks: how many chunks a layer remembers before it forgets the oldest; a cache takes
+            the room for all of them at once.
         heads: how many heads attend inside each chunk.
         dim_head: how many numbers a query has in each head.
         detach_memories: whether gradients stop at the memories, as in the paper; otherwise they
@@ -309,8 +311,11 @@ def _recomputes(layer: nn.Module) -> bool:
 
 
 def _keeps(decoder: nn.Module, use_cache: bool | None, config: Any) -> bool:
-    """Return whether a call without a cache makes one."""
-    if any(_recomputes(module) for module in decoder.modules()):
+    """Return whether a call without a cache is given one.
+
+    Not in training, where nobody goes on and the room for all chunks would be taken in vain.
+    """
+    if decoder.training and torch.is_grad_enabled():
         return False
     return bool(getattr(config, "use_cache", False) if use_cache is None else use_cache)
 

@@ -228,7 +228,9 @@ def test_an_optimizer_step_opens_the_memory() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
     for _ in range(2):
         optimizer.zero_grad()
-        model(tokens(), labels=tokens()).loss.backward()
+        made = model(tokens(), labels=tokens())
+        assert type(made.cache) is DynamicCache, "room for all chunks was taken in training"
+        made.loss.backward()
         optimizer.step()
     (block,) = blocks(model)
     assert block.attn.attn.to_out.weight.any()
