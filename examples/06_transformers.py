@@ -1,9 +1,9 @@
 """A memory in a language model of Hugging Face transformers, asked for what it read long ago.
 
 A text is 8 pairs of a key and a value, noise, and the 8 keys again in another order; the model
-names their values. It is a small Mistral whose layers attend to the newest 16 tokens, while the
-pairs lie 200 to 516 tokens back. So without a memory it can only guess, 1 of 16 values. With a
-memory after its first layer it learns to look the pairs up.
+names their values. It is a small Qwen2 whose layers attend to the newest 8 tokens, while the pairs
+lie 200 to 516 tokens back. So without a memory it can only guess, 1 of 16 values. With a memory
+after its first layer it learns to look the pairs up.
 
     python examples/06_transformers.py
 """
@@ -14,12 +14,12 @@ import time
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from htm_pytorch.integrations.transformers import HTMCache, add_memory
 
 PAIRS, KEYS, VALUES, NOISE = 8, 16, 16, 32
-DIM, WINDOW, CHUNK = 64, 16, 16
+DIM, WINDOW, CHUNK = 64, 8, 8
 STAGES = [(36, 60), (61, 120), (103, 240), (200, 500)]  # tokens of noise; harder when mastered
 TOKENS = 4096  # in a batch
 RATE = 3e-3
@@ -36,8 +36,8 @@ def texts(rows: int, least: int, most: int) -> tuple[Tensor, Tensor]:
     return torch.cat([pairs, between, keys.gather(1, order)], 1), values.gather(1, order)
 
 
-def make_model(has_memory: bool) -> MistralForCausalLM:
-    config = MistralConfig(
+def make_model(has_memory: bool) -> Qwen2ForCausalLM:
+    config = Qwen2Config(
         vocab_size=KEYS + VALUES + NOISE,
         hidden_size=DIM,
         intermediate_size=2 * DIM,
@@ -45,12 +45,15 @@ def make_model(has_memory: bool) -> MistralForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=1024,
+        use_sliding_window=True,
+        max_window_layers=0,  # in all layers
         sliding_window=WINDOW,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # for near positions
         initializer_range=DIM**-0.5,
         bos_token_id=None,
         eos_token_id=None,
     )
-    model = MistralForCausalLM(config)
+    model = Qwen2ForCausalLM(config)
     if has_memory:
         add_memory(
             model,
@@ -65,7 +68,7 @@ def make_model(has_memory: bool) -> MistralForCausalLM:
     return model
 
 
-def train(model: MistralForCausalLM, updates: int) -> None:
+def train(model: Qwen2ForCausalLM, updates: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
     stage, shares = 0, []
     for update in range(1, updates + 1):
@@ -90,7 +93,7 @@ def train(model: MistralForCausalLM, updates: int) -> None:
 
 
 @torch.no_grad()
-def judge(model: MistralForCausalLM) -> tuple[float, float]:
+def judge(model: Qwen2ForCausalLM) -> tuple[float, float]:
     """Return the share that is right where texts are read whole, and in pieces with `generate`."""
     model.eval()
     whole, generated = [], []
