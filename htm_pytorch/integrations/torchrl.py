@@ -1,5 +1,6 @@
 """`HTMModule`: an `HTMTransformer` as a recurrent module of TorchRL."""
 
+import secrets
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class HTMModule(TensorDictModuleBase):
         in_key: the entry that is read, [..., D].
         out_key: the entry that is written, [..., D].
         is_init_key: the entry that marks the first step of an episode, [..., 1] bool.
-        step_key: the entry that numbers the steps, [..., 1] int64.
+        step_key: the entry that numbers the steps, [..., 1] int64; each module needs its own.
         windows: of how many windows, the newest, the memories they begin with are kept.
         default_recurrent_mode: what holds where `set_recurrent_mode` says nothing.
     """
@@ -75,7 +76,7 @@ class HTMModule(TensorDictModuleBase):
         self._default_recurrent_mode = default_recurrent_mode
         self._state: TransformerState | None = None
         self._expected: Tensor | None = None
-        self._next_number = 1
+        self._next_number = _first_number()
         self._is_beginning = False
         self._beginnings: dict[int, TransformerState] = {}
 
@@ -102,7 +103,7 @@ class HTMModule(TensorDictModuleBase):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the memories: what acts in another process begins with nothing."""
         nothing: dict[str, Any] = {"_state": None, "_expected": None, "_beginnings": {}}
-        return dict(super().__getstate__()) | nothing
+        return dict(super().__getstate__()) | nothing | {"_next_number": _first_number()}
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the outputs of one step of each environment, or of whole windows.
@@ -155,7 +156,8 @@ class HTMModule(TensorDictModuleBase):
             raise ValueError(
                 f"tensordict: expected rows that begin an episode or go on where the module is, "
                 f"got others in rows {goes_on.nonzero()[:, 0].tolist()}; act in other "
-                "environments, as for an evaluation, with a copy (copy.deepcopy)"
+                "environments, as for an evaluation, with a copy (copy.deepcopy), and give each "
+                "module a step_key of its own"
             )
         if self._is_beginning:
             # By number, so that rows are found in whatever order they are read.
@@ -191,3 +193,8 @@ class HTMModule(TensorDictModuleBase):
                 "shifted=True to the value estimator"
             )
         return TransformerState.cat(parts).select(torch.cat(places).argsort())
+
+
+def _first_number() -> int:
+    """Return where a module begins to count, so that no two have the same numbers."""
+    return secrets.randbits(60)

@@ -18,64 +18,19 @@ from htm_pytorch.shapes import check_at_least, check_number, may_look_at
 
 try:
     from safetensors import safe_open
-    from transformers import DynamicCache, PreTrainedModel
+    from transformers import PreTrainedModel
+
+    from htm_pytorch.integrations.transformers_cache import HTMCache, remember
 except ImportError as error:
     raise ImportError(
         "htm_pytorch.integrations.transformers needs transformers: "
         "pip install 'htm-pytorch[transformers]'"
     ) from error
 
+__all__ = ["HTMCache", "add_memory", "add_stored_memory", "load_memory"]
+
 PAST, STORED = "htm", "htm_stored"
 """The names of the blocks in a decoder layer: for its own past, and for a stored memory."""
-
-
-class HTMCache(DynamicCache):
-    """The keys and values of a model, and beside them the memories of its layers.
-
-    It is used as any other cache of transformers is. An empty `DynamicCache`, such as `generate`
-    makes by itself, is turned into one by the first call of a model that has a memory.
-    """
-
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        self.memories: dict[int, ChunkedMemory] = {}
-        """By the number of the layer; each memory holds what the layer's block was given."""
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the rows `beam_idx` [B], as beam search does."""
-        super().reorder_cache(cast(torch.LongTensor, beam_idx))
-        self._select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices` [R] alone, in this order."""
-        super().batch_select_indices(indices)
-        self._select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
-        super().batch_repeat_interleave(repeats)
-        for number, memory in self.memories.items():
-            rows = torch.arange(memory.batch, device=memory.device).repeat_interleave(repeats)
-            self.memories[number] = memory.select_rows(rows)
-
-    def reset(self) -> None:
-        """Forget all."""
-        super().reset()
-        self.memories.clear()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to take tokens back, as assisted generation does: chunks may have closed."""
-        if tokens_to_remove and self.memories:
-            raise ValueError(
-                f"tokens_to_remove: expected 0, since a memory does not take steps back, got "
-                f"{tokens_to_remove}; generate without an assistant, or keep a copy.deepcopy of "
-                "the cache"
-            )
-        super().crop(tokens_to_remove)
-
-    def _select(self, rows: Tensor) -> None:
-        for number, memory in self.memories.items():
-            self.memories[number] = memory.select_rows(rows.to(memory.device))
 
 
 def add_memory(
@@ -220,13 +175,15 @@ class _Call:
         given = signature.bind_partial(*args, **kwargs).arguments
         given = given.get("kwargs", {}) | given
         inputs = given.get("input_ids")
-        length = (given["inputs_embeds"] if inputs is None else inputs).shape[1]
-        self.mask = _padding(given.get("attention_mask"), length)
+        inputs = given.get("inputs_embeds") if inputs is None else inputs
+        if not isinstance(inputs, Tensor):
+            return args, kwargs  # The model says what is missing.
+        self.mask = _padding(given.get("attention_mask"), inputs.shape[1])
         name = "cache" if "cache" in signature.parameters else "past_key_values"
         cache = given.get("cache", given.get("past_key_values"))
         config = cast(Any, decoder).config
         if cache is not None:
-            _remember(cache)
+            remember(cache)
         elif _keeps(decoder, given.get("use_cache"), config):
             kwargs = kwargs | {name: HTMCache(config=config)}
         return args, kwargs
@@ -268,7 +225,7 @@ class _Past:
             # Not before: what was read may lie where the new chunks are written.
             memory = memory if cache is None else reached.after()
         else:
-            read, visible, memory = memory.unroll(steps, mask=self.call.mask)
+            read, visible, memory = memory.unroll(steps, mask=self.call.mask.to(x.device))
             y = _run(block, again, x, read, visible)
         if cache is not None:
             cache.memories[self.number] = memory.detach()
@@ -330,24 +287,6 @@ def _padding(mask: Any, length: int) -> Tensor | None:
         )
     mask = mask[:, -length:].bool()
     return None if may_look_at(mask) and mask.all() else mask
-
-
-def _remember(cache: Any) -> None:
-    """Turn an empty `DynamicCache` into an `HTMCache`, the same object, which others hold."""
-    if isinstance(cache, HTMCache):
-        return
-    if type(cache) is not DynamicCache:
-        raise ValueError(
-            f"cache: expected an HTMCache, which carries the memories, got "
-            f"{type(cache).__name__}; pass HTMCache(config=model.config)"
-        )
-    if cache.get_seq_length():
-        raise ValueError(
-            f"cache: expected an HTMCache or an empty DynamicCache, got a DynamicCache of "
-            f"{cache.get_seq_length()} tokens, whose memories are missing"
-        )
-    cache.__class__ = HTMCache
-    cast(HTMCache, cache).memories = {}
 
 
 def _decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:

@@ -169,6 +169,20 @@ def test_no_memory_goes_along_to_another_process(parts: Parts) -> None:
     assert len(pickle.dumps(parts.memory)) < 2 * len(pickle.dumps(parts.memory.htm))
 
 
+def test_two_memories_of_one_policy_have_keys_of_their_own() -> None:
+    for key, fails in (("htm_step", True), ("other_step", False)):
+        parts = Parts()
+        other = HTMModule(transformer(), in_key="embedded", out_key="other", step_key=key)
+        if not fails:
+            parts.env.append_transform(other.make_tensordict_primer())
+        policy = TensorDictSequential(parts.actor, other)
+        if fails:
+            with pytest.raises(ValueError, match="a step_key of its own"):
+                parts.env.rollout(3, policy)
+        else:
+            assert parts.env.rollout(3, policy)["other"].shape == (ROWS, 3, DIM)
+
+
 def unprimed() -> None:
     parts = Parts(primed=False)
     parts.actor(parts.env.reset())
