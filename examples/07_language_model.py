@@ -129,7 +129,7 @@ def write(model: LanguageModel, text: Tensor, length: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--updates", type=int, default=400)
+    parser.add_argument("--updates", type=int, default=300)
     parser.add_argument("--most", type=int, default=20_000, help="characters read of each module")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -7,7 +7,11 @@ from typing import Any
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-NEEDS = {"torchrl.md": ("torchrl", "gymnasium"), "transformers.md": ("transformers", "lance")}
+NEEDS = {
+    "torchrl.md": ("torchrl", "gymnasium"),
+    "training_sequence_models.md": (),
+    "transformers.md": ("transformers", "lance"),
+}
 
 
 @pytest.mark.parametrize("name", NEEDS)
