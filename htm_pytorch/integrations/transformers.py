@@ -87,8 +87,7 @@ def add_memory(
             **made,
         )
 
-    call = _call_of(model)
-    _add(model, layers, PAST, make, lambda number: _Past(number, mem_chunks, call).after)
+    _add(model, layers, PAST, make, lambda number: _Past(number, mem_chunks, _call_of(model)).after)
 
 
 def add_stored_memory(
