@@ -10,7 +10,8 @@ import htm_pytorch
 PACKAGE = "htm_pytorch"
 ROOT = Path(htm_pytorch.__file__).parent
 
-# shapes <- memory <- ops <- nn <- { check, rl <- report <- tasks } <- cli, and envs <- tasks.
+# shapes <- memory <- ops <- nn <- { check, integrations, rl <- report <- tasks } <- cli,
+# and envs <- tasks.
 # "__init__" is the public list.
 MAY_IMPORT: dict[str, set[str]] = {
     "shapes": set(),
@@ -19,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nn": {"shapes", "memory", "ops"},
     "__init__": {"shapes", "memory", "ops", "nn"},
     "check": {"shapes", "memory", "ops", "nn"},
+    "integrations": {"shapes", "memory", "ops", "nn"},
     "envs": set(),
     "rl": {"shapes", "memory", "ops", "nn", "__init__"},
     "report": {"shapes", "memory", "ops", "nn", "__init__", "rl"},

@@ -32,6 +32,8 @@ def test_every_example_has_a_test() -> None:
         "03_train_ballet.py",
         "04_sharded.py",
         "05_library.py",
+        "06_transformers.py",
+        "07_language_model.py",
         "ppo_htm.py",
     }
 
@@ -86,6 +88,32 @@ def test_a_reader_with_a_library_is_better(tmp_path: Path) -> None:
     losses = re.findall(r"^(without|with) memory +([\d.]+) nats", printed, re.MULTILINE)
     without, with_memory = (float(loss) for _, loss in losses)
     assert with_memory < without
+
+
+def test_a_small_qwen_trains_and_generates_with_a_memory() -> None:
+    pytest.importorskip("transformers")
+    printed = run("06_transformers.py", arguments=("--updates", "4"))
+    shares = re.findall(r"^  ([\d.]+) right, ([\d.]+) by generate", printed, re.MULTILINE)
+    assert len(shares) == 2 and all(0 <= float(share) < 0.3 for pair in shares for share in pair)
+
+
+@pytest.mark.slow
+def test_a_small_qwen_names_what_it_read_long_ago() -> None:
+    pytest.importorskip("transformers")
+    printed = run("06_transformers.py")
+    shares = re.findall(r"^  ([\d.]+) right, ([\d.]+) by generate", printed, re.MULTILINE)
+    with_memory, window_only = ([float(share) for share in pair] for pair in shares)
+    assert min(with_memory) >= 0.95
+    assert max(window_only) <= 0.12  # chance is 1 of 16
+
+
+def test_a_language_model_learns_with_a_memory_and_writes() -> None:
+    printed = run("07_language_model.py", arguments=("--updates", "12", "--most", "3000"))
+    found = re.findall(r"^(with|without) memory: perplexity ([\d.]+) on unseen", printed, re.M)
+    assert [name for name, _ in found] == ["without", "with"]
+    # Of 128 characters; a model that has learned nothing is above 128.
+    assert all(1 < float(perplexity) < 100 for _, perplexity in found)
+    assert len(printed.partition(" s\nwith")[2]) > 300
 
 
 SHIFTED = """

@@ -22,6 +22,7 @@ OPTIONAL = {
     "tensordict",
     "torchrl",
     "tqdm",
+    "transformers",
     "triton",
     "tyro",
 }

@@ -1,0 +1,200 @@
+"""`HTMModule`: an `HTMTransformer` as a recurrent module of TorchRL."""
+
+import secrets
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from htm_pytorch.nn import HTMTransformer, TransformerState
+from htm_pytorch.shapes import check_at_least, is_transformed
+
+try:
+    from tensordict import TensorDictBase, unravel_key
+    from tensordict.nn import TensorDictModuleBase
+    from torchrl.data import Unbounded
+    from torchrl.envs import TensorDictPrimer
+    from torchrl.modules.tensordict_module.rnn import recurrent_mode
+except ImportError as error:
+    raise ImportError(
+        "htm_pytorch.integrations.torchrl needs TorchRL: pip install 'htm-pytorch[torchrl]'"
+    ) from error
+
+Key = str | tuple[str, ...]
+
+
+class HTMModule(TensorDictModuleBase):
+    """An `HTMTransformer` between two entries of a tensordict.
+
+    Outside recurrent mode each element of the tensordict is one step of one environment. The
+    module holds the memories, one row an environment, and a row whose `is_init` is True begins
+    with nothing. In recurrent mode, which `torchrl.modules.set_recurrent_mode` switches on, the
+    last dimension of the tensordict is time: all steps are computed at once, with gradients. Both
+    give the same outputs.
+
+    The tensordict carries no memory, since a copy at every step would be too large. It carries
+    the number of each step. By that the module refuses to go on with the memory of another
+    rollout, and finds the memory that a window begins with. A window may begin with an episode;
+    or where acting went on after a window was read, as the batches of on-policy training do; or
+    after `begin_window`. Any other beginning is a ValueError. The memory that a window begins with
+    was made by the weights that acted, and carries no gradient.
+
+    Environments need `InitTracker()` and the primer of `make_tensordict_primer`.
+
+    Args:
+        htm: the transformer, as wide as the entry that it reads.
+        in_key: the entry that is read, [..., D].
+        out_key: the entry that is written, [..., D].
+        is_init_key: the entry that marks the first step of an episode, [..., 1] bool.
+        step_key: the entry that numbers the steps, [..., 1] int64; each module needs its own.
+        windows: of how many windows, the newest, the memories they begin with are kept.
+        default_recurrent_mode: what holds where `set_recurrent_mode` says nothing.
+    """
+
+    def __init__(
+        self,
+        htm: HTMTransformer,
+        *,
+        in_key: Key,
+        out_key: Key,
+        is_init_key: Key = "is_init",
+        step_key: Key = "htm_step",
+        windows: int = 1,
+        default_recurrent_mode: bool = False,
+    ):
+        super().__init__()
+        if not isinstance(htm, HTMTransformer):
+            raise ValueError(f"htm: expected an HTMTransformer, got {type(htm).__name__}")
+        check_at_least("windows", windows, 1)
+        self.htm = htm
+        self.windows = windows
+        next_step = step_key if isinstance(step_key, tuple) else (step_key,)
+        keys: list[Any] = [in_key, is_init_key, step_key, out_key, ("next", *next_step)]
+        keys = [unravel_key(key) for key in keys]
+        self.in_keys = keys[:3]
+        self.out_keys = keys[3:]
+        self._default_recurrent_mode = default_recurrent_mode
+        self._state: TransformerState | None = None
+        self._expected: Tensor | None = None
+        self._next_number = _first_number()
+        self._is_beginning = False
+        self._beginnings: dict[int, TransformerState] = {}
+
+    @property
+    def recurrent_mode(self) -> bool:
+        """Whether the last dimension of a tensordict is time."""
+        mode = recurrent_mode()
+        return self._default_recurrent_mode if mode is None else bool(mode)
+
+    def make_tensordict_primer(self) -> TensorDictPrimer:
+        """Return the transform by which environments carry the numbers of steps."""
+        spec = Unbounded(shape=torch.Size([1]), dtype=torch.int64)
+        return TensorDictPrimer({self.in_keys[2]: spec}, default_value=0, expand_specs=True)
+
+    def begin_window(self) -> None:
+        """Keep the memories as they are: a window may begin with the next step."""
+        self._is_beginning = True
+
+    def reset(self) -> None:
+        """Forget all memories; the next step must be the first of an episode in every row."""
+        self._state = self._expected = None
+        self._beginnings.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the memories: what acts in another process begins with nothing."""
+        nothing: dict[str, Any] = {"_state": None, "_expected": None, "_beginnings": {}}
+        return dict(super().__getstate__()) | nothing | {"_next_number": _first_number()}
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the outputs of one step of each environment, or of whole windows.
+
+        Raises:
+            ValueError: an entry is missing; a row goes on whose memory the module does not hold;
+                or a window begins inside an episode at a step whose memory was not kept.
+        """
+        if is_transformed():
+            raise ValueError(
+                "tensordict: expected a call outside torch.vmap, since rows have memories of "
+                "their own; pass deactivate_vmap=True to the value estimator"
+            )
+        x, first, numbers = (self._entry(tensordict, key) for key in self.in_keys)
+        shape = tensordict.shape
+        if self.recurrent_mode:
+            if not shape:
+                raise ValueError("tensordict: expected time as its last dimension, got shape []")
+            rows = shape[:-1].numel(), shape[-1]
+            y = self._read(x.reshape(*rows, -1), first.reshape(rows), numbers.reshape(rows))
+        else:
+            rows = shape.numel()
+            inputs = x.reshape(rows, 1, -1), first.reshape(rows), numbers.reshape(rows)
+            y, following = self._act(*inputs)
+            tensordict.set(self.out_keys[1], following.reshape(*shape, 1))
+        tensordict.set(self.out_keys[0], y.reshape(*shape, y.shape[-1]))
+        return tensordict
+
+    def _entry(self, tensordict: TensorDictBase, key: Any) -> Tensor:
+        value = tensordict.get(key, None)
+        if isinstance(value, Tensor):
+            return value
+        ways = {
+            self.in_keys[1]: "; append InitTracker() to the environment",
+            self.in_keys[2]: "; append make_tensordict_primer() to the environment",
+        }
+        found = sorted(map(str, tensordict.keys(True, True)))
+        raise ValueError(f"tensordict: expected an entry {key!r}, got {found}{ways.get(key, '')}")
+
+    @torch.no_grad()
+    def _act(self, x: Tensor, first: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the outputs of one step of each row, and the numbers of the steps to come."""
+        rows = len(x)
+        state, expected = self._state, self._expected
+        if expected is None or state is None or len(expected) != rows:
+            goes_on, state = ~first, self.htm.initial_state(rows)
+        else:
+            goes_on = ~first & (numbers != expected)
+        if goes_on.any():
+            raise ValueError(
+                f"tensordict: expected rows that begin an episode or go on where the module is, "
+                f"got others in rows {goes_on.nonzero()[:, 0].tolist()}; act in other "
+                "environments, as for an evaluation, with a copy (copy.deepcopy), and give each "
+                "module a step_key of its own"
+            )
+        if self._is_beginning:
+            # By number, so that rows are found in whatever order they are read.
+            self._beginnings[self._next_number] = state
+            while len(self._beginnings) > self.windows:
+                del self._beginnings[min(self._beginnings)]
+            self._is_beginning = False
+        y, self._state = self.htm(x, state, first[:, None])
+        self._next_number += rows
+        self._expected = torch.arange(rows, device=numbers.device) + self._next_number
+        return y, self._expected
+
+    def _read(self, x: Tensor, first: Tensor, numbers: Tensor) -> Tensor:
+        state = None if first[:, 0].all() else self._beginning(first[:, 0], numbers[:, 0])
+        self._is_beginning = True
+        return self.htm(x, state, first)[0]
+
+    def _beginning(self, first: Tensor, numbers: Tensor) -> TransformerState:
+        """Return the memories that the rows of a window begin with, by the numbers of steps."""
+        left = ~first
+        parts = [self.htm.initial_state(int(first.sum()))]
+        places = [first.nonzero()[:, 0]]
+        for number, state in self._beginnings.items():
+            held = left & (numbers >= number) & (numbers < number + state.batch)
+            parts.append(state.select(numbers[held] - number))
+            places.append(held.nonzero()[:, 0])
+            left = left & ~held
+        if left.any():
+            raise ValueError(
+                f"tensordict: expected windows that begin with an episode or where a batch did, "
+                f"got others in rows {left.nonzero()[:, 0].tolist()}; call begin_window() where "
+                f"windows are to begin, keep more of them (windows={self.windows}), and pass "
+                "shifted=True to the value estimator"
+            )
+        return TransformerState.cat(parts).select(torch.cat(places).argsort())
+
+
+def _first_number() -> int:
+    """Return where a module begins to count, so that no two have the same numbers."""
+    return secrets.randbits(60)

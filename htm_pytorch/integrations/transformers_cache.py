@@ -1,0 +1,80 @@
+"""`HTMCache`: the cache of a language model of transformers, with the memories of its layers."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from htm_pytorch.memory import ChunkedMemory
+
+
+class HTMCache(DynamicCache):
+    """The keys and values of a model, and beside them the memories of its layers.
+
+    It is used as any other cache of transformers is. An empty `DynamicCache`, such as `generate`
+    makes by itself, is turned into one by the first call of a model that has a memory.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.memories: dict[int, ChunkedMemory] = {}
+        """By the number of the layer; each memory holds what the layer's block was given."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the rows `beam_idx` [B], as beam search does."""
+        super().reorder_cache(cast(torch.LongTensor, beam_idx))
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` [R] alone, in this order."""
+        super().batch_select_indices(indices)
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        super().batch_repeat_interleave(repeats)
+        for number, memory in self.memories.items():
+            rows = torch.arange(memory.batch, device=memory.device).repeat_interleave(repeats)
+            self.memories[number] = memory.select_rows(rows)
+
+    def reset(self) -> None:
+        """Forget all."""
+        super().reset()
+        self.memories.clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse to take tokens back, as assisted generation does: chunks may have closed."""
+        if tokens_to_remove and self.memories:
+            raise ValueError(
+                f"tokens_to_remove: expected 0, since a memory does not take steps back, got "
+                f"{tokens_to_remove}; generate without an assistant, or keep a copy.deepcopy of "
+                "the cache"
+            )
+        super().crop(tokens_to_remove)
+
+    def _select(self, rows: Tensor) -> None:
+        for number, memory in self.memories.items():
+            self.memories[number] = memory.select_rows(rows.to(memory.device))
+
+
+def remember(cache: Any) -> None:
+    """Turn an empty `DynamicCache` into an `HTMCache`, the same object, which others hold.
+
+    Raises:
+        ValueError: it is another cache, or not empty.
+    """
+    if isinstance(cache, HTMCache):
+        return
+    if type(cache) is not DynamicCache:
+        raise ValueError(
+            f"cache: expected an HTMCache, which carries the memories, got "
+            f"{type(cache).__name__}; pass HTMCache(config=model.config)"
+        )
+    if cache.get_seq_length():
+        raise ValueError(
+            f"cache: expected an HTMCache or an empty DynamicCache, got a DynamicCache of "
+            f"{cache.get_seq_length()} tokens, whose memories are missing"
+        )
+    cache.__class__ = HTMCache
+    cast(HTMCache, cache).memories = {}
