@@ -45,7 +45,7 @@ def from_markdown(
 ) -> None:
     """Turn what Gymnasium's docstrings have of Markdown into reStructuredText, before napoleon."""
     if what in ("attribute", "data"):
-        # Napoleon takes what stands before a colon of the first line for a type; a comment has none.
+        # Napoleon takes what is before a colon of the first line for a type; a comment has none.
         lines[:0] = ["..", ""]
     changed: list[str] = []
     is_code = False

@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"shapes", "memory"},
     "nn": {"shapes", "memory", "ops"},
     "__init__": {"shapes", "memory", "ops", "nn"},
-    "check": {"shapes", "memory", "ops", "nn"},
+    "check": {"shapes", "memory", "ops", "nn", "__init__"},
     "envs": set(),
     "rl": {"shapes", "memory", "ops", "nn", "__init__"},
     "tasks": {"shapes", "memory", "ops", "nn", "__init__", "envs", "rl"},

@@ -16,6 +16,9 @@ def compare(config: Annotated[CheckConfig, tyro.conf.arg(name="")]) -> None:
         sys.exit(1)
 
 
+COMMAND = compare
+
+
 def main(arguments: list[str]) -> None:
     """Parse and compare."""
     options = (tyro.conf.FlagCreatePairsOff,)

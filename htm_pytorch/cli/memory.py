@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 import tyro
 
 from htm_pytorch import memory
+from htm_pytorch.cli import refuse_unknown
 from htm_pytorch.memory import Span
 
 Path_ = tyro.conf.Positional[str]
@@ -157,6 +158,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def main(arguments: list[str]) -> None:
     """Run one of the commands."""
+    arguments = arguments or ["--help"]
+    if not arguments[0].startswith("-"):
+        refuse_unknown(arguments[0], COMMANDS, "htm memory")
     tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog="htm memory",
