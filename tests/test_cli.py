@@ -351,6 +351,12 @@ def test_a_memory_is_copied_shown_and_forgotten(
     told = capsys.readouterr().out
     assert "chunk 2: steps 4 to 5, episode 0, 2001-09-09 01:46:40 to" in told
     assert "'page 5'  [1, 1, 1, 1, 1, 1, ...]" in told
+    assert htm(monkeypatch, "memory", "show", tmp_path / "copy", "--chunk=2", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["first_step"], shown["keys"]) == (4, ["page 4", "page 5"])
+    assert shown["steps"] == [[1.0] * 8] * 2
+    assert htm(monkeypatch, "memory", "verify", place, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"chunks": 7, "problems": []}
     assert_one_line(htm(monkeypatch, "memory", "show", place, "--chunk=9"), "from 0 to 6")
     assert_one_line(htm(monkeypatch, "memory", "forget", place), "expected --episodes, --before")
     assert htm(monkeypatch, "memory", "forget", place, "--before=1.5e9") == 0
@@ -372,6 +378,8 @@ def test_a_damaged_memory_is_repaired(
     data.write_bytes(stored)
     assert htm(monkeypatch, "memory", "verify", place) == 1
     assert "checksum is wrong; `htm memory repair`" in capsys.readouterr().out
+    assert htm(monkeypatch, "memory", "verify", place, "--json") == 1
+    assert len(json.loads(capsys.readouterr().out)["problems"]) == 1
     assert htm(monkeypatch, "memory", "repair", place) == 0
     told = capsys.readouterr().out
     assert "now it holds 599 steps" in told

@@ -32,15 +32,19 @@ def info(path: Path_, json: bool = False) -> None:
         print(f"{name:30} {value:,}" if is_count else f"{name:30} {value}")
 
 
-def verify(path: Path_) -> None:
+def verify(path: Path_, json: bool = False) -> None:
     """Read everything, and compare it with its checksums.
 
     Args:
         path: its folder, or its place in an object store.
+        json: for programs: the chunks and the problems as one JSON object.
     """
     with memory.open(path, read_only=True) as stored:
         problems = stored.verify()
         chunks = stored.chunks
+    if json:
+        print(json_text.dumps({"chunks": chunks, "problems": problems}, indent=2))
+        sys.exit(1 if problems else 0)
     if problems:
         print(*problems, sep="\n")
         sys.exit(1)
@@ -83,12 +87,13 @@ def save(path: Path_, copy: Path_) -> None:
         print(f"{stored.steps:,} steps are in {copy}")
 
 
-def show(path: Path_, chunk: int) -> None:
+def show(path: Path_, chunk: int, json: bool = False) -> None:
     """Show what a chunk holds: its steps, when they happened, their keys, and some numbers.
 
     Args:
         path: its folder, or its place in an object store.
         chunk: its number; negative numbers count from the newest.
+        json: for programs: where it comes from, and all numbers, as one JSON object.
     """
     import torch
 
@@ -97,11 +102,14 @@ def show(path: Path_, chunk: int) -> None:
         chosen = torch.tensor([number])
         (span,) = stored.spans(chosen)
         part = stored.fetch(chosen)
+    steps = part.contents[0, 0, -span.count :].float()
+    if json:
+        print(json_text.dumps({**span._asdict(), "steps": steps.tolist()}, indent=2))
+        return
     last = span.first_step + span.count - 1
     print(
         f"chunk {number}: steps {span.first_step} to {last}, episode {span.episode}{_times(span)}"
     )
-    steps = part.contents[0, 0, -span.count :].float()
     keys = span.keys or (None,) * span.count
     for place, (key, step) in enumerate(zip(keys, steps, strict=True)):
         few = ", ".join(f"{value:.4g}" for value in step[:6].tolist())
