@@ -124,7 +124,8 @@ def test_help_of_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 
 def test_help_needs_neither_torch_nor_gymnasium() -> None:
-    for arguments in ([], ["--version"], ["train", "--help"], ["train", "ballet", "--help"]):
+    helps = (["train"], ["train", "ballet"], ["eval"], ["check"], ["memory"], ["memory", "info"])
+    for arguments in ([], ["--version"], *([*words, "--help"] for words in helps)):
         code = (
             f"import sys; sys.argv = ['htm', *{arguments}]\n"
             "from htm_pytorch.cli import main\n"

@@ -5,12 +5,14 @@ import math
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import tyro
 
-from htm_pytorch import memory
 from htm_pytorch.cli import refuse_unknown
-from htm_pytorch.memory import Span
+
+if TYPE_CHECKING:
+    from htm_pytorch.memory import Span
 
 Path_ = tyro.conf.Positional[str]
 
@@ -22,6 +24,8 @@ def info(path: Path_, json: bool = False) -> None:
         path: its folder, or its place in an object store.
         json: for programs: everything as one JSON object.
     """
+    from htm_pytorch import memory
+
     with memory.open(path, read_only=True) as stored:
         found = stored.info()
     if json:
@@ -39,6 +43,8 @@ def verify(path: Path_, json: bool = False) -> None:
         path: its folder, or its place in an object store.
         json: for programs: the chunks and the problems as one JSON object.
     """
+    from htm_pytorch import memory
+
     with memory.open(path, read_only=True) as stored:
         problems = stored.verify()
         chunks = stored.chunks
@@ -57,6 +63,8 @@ def compact(path: Path_) -> None:
     Args:
         path: its folder, or its place in an object store.
     """
+    from htm_pytorch import memory
+
     with memory.open(path) as stored:
         stored.compact()
     info(path)
@@ -68,6 +76,8 @@ def index(path: Path_) -> None:
     Args:
         path: its folder, or its place in an object store.
     """
+    from htm_pytorch import memory
+
     with memory.open(path) as stored:
         share = stored.build_index().index_recall()
     print(f"of the 8 best chunks of queries like its summaries it finds {share:.1%}")
@@ -81,6 +91,8 @@ def save(path: Path_, copy: Path_) -> None:
         path: its folder, or its place in an object store.
         copy: the folder to be made.
     """
+    from htm_pytorch import memory
+
     with memory.open(path, read_only=True) as stored:
         stored.save(copy)
     with memory.open(copy, read_only=True) as stored:
@@ -96,6 +108,8 @@ def show(path: Path_, chunk: int, json: bool = False) -> None:
         json: for programs: where it comes from, and all numbers, as one JSON object.
     """
     import torch
+
+    from htm_pytorch import memory
 
     with memory.open(path, read_only=True) as stored:
         number = chunk + stored.chunks if chunk < 0 else chunk
@@ -124,6 +138,8 @@ def repair(path: Path_) -> None:
     Args:
         path: its folder.
     """
+    from htm_pytorch import memory
+
     report = memory.repair(path)
     if not report.problems:
         print(f"nothing is damaged; it holds {report.steps:,} steps")
@@ -150,6 +166,8 @@ def forget(
         before: all steps that happened before this time, in seconds since 1970.
         before_step: all steps with lower numbers.
     """
+    from htm_pytorch import memory
+
     if not episodes and before is None and before_step is None:
         raise ValueError("forget: expected --episodes, --before or --before-step, got none of them")
     with memory.open(path) as stored:
@@ -178,7 +196,7 @@ def main(arguments: list[str]) -> None:
     )
 
 
-def _times(span: Span) -> str:
+def _times(span: "Span") -> str:
     if span.first_time is None or span.last_time is None:
         return ""
     if not all(math.isfinite(t) and 0 <= t < 2**33 for t in (span.first_time, span.last_time)):
