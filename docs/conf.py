@@ -30,7 +30,8 @@ autodoc_default_options = {
     "members": True,
     "show-inheritance": True,
     # What torch, gymnasium and Python give to every class is theirs to document.
-    "inherited-members": "Module,Env,VectorEnv,Protocol,Generic,tuple,ValueError,RuntimeError",
+    "inherited-members": "Module,Env,VectorEnv,Protocol,Generic,tuple,object,"
+    "ValueError,RuntimeError",
     # How parts of the package speak with each other.
     "exclude-members": "extra_repr,check_queries,moment,become,distrust,inherit,recover,reopens_as",
 }
