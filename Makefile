@@ -22,7 +22,7 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help check fix test test-narrow test-slow test-triton test-gpu test-minimal bench bench-gpu results demo clean
+.PHONY: help check fix test test-narrow test-slow test-triton test-gpu test-minimal bench bench-gpu results demo docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z.][a-z.-]*:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,7 +32,7 @@ help: ## list the targets
 .venv/.installed: $(INSTALLED_FROM)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python $(INSTALL) "$(TORCH)"
-	$(BIN)/python $(INSTALL) -e '.[rl,store,dev]'
+	$(BIN)/python $(INSTALL) -e '.[rl,store,dev,docs]'
 	@touch $@
 
 check: .venv/.installed ## lint, formatting and types; changes no file
@@ -124,8 +124,11 @@ demo: .venv-demo/.installed ## train a small agent and watch it learn to remembe
 	.venv-demo/bin/python $(INSTALL) -e '.[rl]'
 	@touch $@
 
+docs: .venv/.installed ## build the documentation (docs/_build/html/index.html); warnings are errors
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env docs docs/_build/html
+
 clean: ## remove environments, caches and build products; keeps runs/
-	rm -rf .venv .venv-bench .venv-demo .venv-minimal .venv-triton build dist *.egg-info
+	rm -rf .venv .venv-bench .venv-demo .venv-minimal .venv-triton build dist docs/_build *.egg-info
 	rm -f htm_pytorch/ops/kernels/recall-*
 	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

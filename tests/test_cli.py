@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+import htm_pytorch
 from htm_pytorch import cli, memory
 from htm_pytorch.check import CheckConfig
-from htm_pytorch.ops import blocked
+from htm_pytorch.ops import blocked, kernels
 from htm_pytorch.rl import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,7 +58,47 @@ def test_help_names_the_commands(
     assert htm(monkeypatch, "--help") == 0
     printed = capsys.readouterr().out
     assert printed.startswith("usage: htm ")
-    assert "train" in printed and "eval" in printed and "check" in printed
+    assert all(f"\n  {command} " in printed for command in cli.COMMANDS)
+    assert htm(monkeypatch) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_every_command_is_a_file_and_every_file_a_command() -> None:
+    files = {path.stem for path in Path(cli.__file__).parent.glob("*.py")} - {"__init__"}
+    assert set(cli.COMMANDS) == files
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert htm(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"htm_pytorch {htm_pytorch.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["trian"], "did you mean `htm train`?"),
+        (["memory", "inof", "x"], "did you mean `htm memory info`?"),
+        (["frobnicate"], "`htm --help` lists those there are"),
+    ],
+    ids=str,
+)
+def test_an_unknown_command_is_refused_and_the_nearest_named(
+    arguments: list[str],
+    meant: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert htm(monkeypatch, *arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "no command" in printed.err and printed.err.endswith(f"; {meant}\n")
+
+
+def test_a_memory_command_alone_prints_its_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert htm(monkeypatch, "memory") == 0
+    assert "verify" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("env", [[], ["ballet"], ["CartPole-v1"]], ids=str)
@@ -82,12 +124,14 @@ def test_help_of_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 
 def test_help_needs_neither_torch_nor_gymnasium() -> None:
-    for arguments in (["--help"], ["train", "--help"], ["train", "ballet", "--help"]):
+    helps = (["train"], ["train", "ballet"], ["eval"], ["check"], ["memory"], ["memory", "info"])
+    for arguments in ([], ["--version"], *([*words, "--help"] for words in helps)):
         code = (
             f"import sys; sys.argv = ['htm', *{arguments}]\n"
             "from htm_pytorch.cli import main\n"
             "try:\n    main()\nexcept SystemExit:\n"
-            "    print('loaded', {'torch', 'gymnasium'} & set(sys.modules))"
+            "    pass\n"
+            "print('loaded', {'torch', 'gymnasium'} & set(sys.modules))"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.stdout.splitlines()[-1] == "loaded set()", done.stderr
@@ -308,6 +352,12 @@ def test_a_memory_is_copied_shown_and_forgotten(
     told = capsys.readouterr().out
     assert "chunk 2: steps 4 to 5, episode 0, 2001-09-09 01:46:40 to" in told
     assert "'page 5'  [1, 1, 1, 1, 1, 1, ...]" in told
+    assert htm(monkeypatch, "memory", "show", tmp_path / "copy", "--chunk=2", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["first_step"], shown["keys"]) == (4, ["page 4", "page 5"])
+    assert shown["steps"] == [[1.0] * 8] * 2
+    assert htm(monkeypatch, "memory", "verify", place, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"chunks": 7, "problems": []}
     assert_one_line(htm(monkeypatch, "memory", "show", place, "--chunk=9"), "from 0 to 6")
     assert_one_line(htm(monkeypatch, "memory", "forget", place), "expected --episodes, --before")
     assert htm(monkeypatch, "memory", "forget", place, "--before=1.5e9") == 0
@@ -329,6 +379,8 @@ def test_a_damaged_memory_is_repaired(
     data.write_bytes(stored)
     assert htm(monkeypatch, "memory", "verify", place) == 1
     assert "checksum is wrong; `htm memory repair`" in capsys.readouterr().out
+    assert htm(monkeypatch, "memory", "verify", place, "--json") == 1
+    assert len(json.loads(capsys.readouterr().out)["problems"]) == 1
     assert htm(monkeypatch, "memory", "repair", place) == 0
     told = capsys.readouterr().out
     assert "now it holds 599 steps" in told
@@ -357,6 +409,108 @@ def test_stopping_says_how_to_go_on(
     monkeypatch.setattr(htm_pytorch.rl, "train", stopped)
     assert htm(monkeypatch, "train", "ballet", f"--run-dir={tmp_path}/run") == 130
     assert "--resume goes on" in capsys.readouterr().err
+
+
+def test_stopping_another_command_says_no_more(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("htm_pytorch.cli.info.main", stopped)
+    assert htm(monkeypatch, "info") == 130
+    assert capsys.readouterr().err == "htm: stopped\n"
+
+
+def test_debug_shows_where_an_error_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments in (["--debug", "check", "--steps=0"], ["check", "--steps=0", "--debug"]):
+        monkeypatch.setattr(sys, "argv", ["htm", *arguments])
+        with pytest.raises(ValueError, match="steps: expected an integer"):
+            cli.main()
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    command = [sys.executable, "-c", "from htm_pytorch.cli import main; main()", "info", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(100)) == (b"", 141)
+
+
+def test_another_broken_pipe_is_told(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> None:
+        raise BrokenPipeError("a worker is gone")
+
+    monkeypatch.setattr("htm_pytorch.cli.info.main", broken)
+    assert_one_line(htm(monkeypatch, "info"), "a worker is gone")
+
+
+def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    assert htm(monkeypatch, "info", *options) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    return printed.out
+
+
+def test_info_says_what_is_here_and_what_auto_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Not even the command line of the extras is needed.
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    found = json.loads(told(monkeypatch, capsys, "--json"))
+    assert found["htm_pytorch"]["version"] == htm_pytorch.__version__
+    assert found["torch"]["version"] == torch.__version__
+    assert found["kernel"]["is_there"] == kernels.IS_AVAILABLE
+    assert found["devices"]["cpu"]["auto"] == ("native" if kernels.IS_AVAILABLE else "blocked")
+
+    monkeypatch.setattr(kernels, "IS_AVAILABLE", False)
+    lines = told(monkeypatch, capsys).splitlines()
+    assert any(
+        line.startswith("kernel ") and "no kernel for this machine" in line for line in lines
+    )
+    (cpu,) = (line for line in lines if line.startswith("cpu "))
+    assert "auto takes blocked; native has no kernel" in cpu and "; triton " in cpu
+
+
+def test_info_finds_another_package_of_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = json.loads(told(monkeypatch, capsys, "--json"))["others"]
+    (tmp_path / "htm_pytorch").mkdir()
+    (tmp_path / "htm_pytorch" / "__init__.py").touch()
+    metadata = tmp_path / "htm_pytorch-0.0.4.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: htm-pytorch\nVersion: 0.0.4\n")
+    (metadata / "RECORD").write_text("htm_pytorch/__init__.py,,\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    other = {"name": "htm-pytorch", "version": "0.0.4", "folder": str(tmp_path / "htm_pytorch")}
+    found = json.loads(told(monkeypatch, capsys, "--json"))["others"]
+    assert [one for one in found if one not in before] == [other]
+    assert f"htm-pytorch 0.0.4 in {tmp_path}/htm_pytorch has" in told(monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(
+    shell: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert not htm(monkeypatch, "completion", shell)
+    script = capsys.readouterr().out
+    known = (*cli.COMMANDS, "verify", "--run-dir", "--episodes", "--topk-mems", "--before-step")
+    assert all(f"'{name}'" in script for name in known)
+    if shutil.which(shell) is None:
+        return
+    (tmp_path / "script").write_text(script)
+    subprocess.run([shell, "-n", tmp_path / "script"], check=True, timeout=60)
+    if shell == "bash":
+        asked = "COMP_WORDS=(htm memory co) COMP_CWORD=2; _tyro_htm; echo ${COMPREPLY[@]}"
+        line = f"source {tmp_path}/script; {asked}"
+        done = subprocess.run([shell, "-c", line], capture_output=True, text=True, timeout=60)
+        assert done.stdout == "compact\n", done.stderr
 
 
 def test_without_the_extra_the_message_says_what_to_install(

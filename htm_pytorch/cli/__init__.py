@@ -1,10 +1,24 @@
 """`htm`: parses, calls, prints. Each command is a file, imported when it is called."""
 
+import difflib
 import importlib
 import os
+import select
 import sys
+from collections.abc import Iterable
 
-COMMANDS = ("train", "eval", "report", "check", "memory")
+COMMANDS = {
+    "train": "Train an agent on a task of ours or on any environment of Gymnasium.",
+    "eval": "Judge a trained agent on unseen episodes.",
+    "report": "Show what a trained agent recalled in an unseen episode, as one HTML file.",
+    "check": "Compare the layer on this machine with the plain reference: output and gradients.",
+    "memory": "Look after a memory: info, verify, save, show, compact, index, forget, repair.",
+    "info": "Say what is installed here, and what `auto` takes on each device.",
+    "completion": "Print what completes `htm` in bash, zsh or fish.",
+}
+"""The files of this folder, and what each does."""
+
+_NEEDS_NO_EXTRA = {"info"}
 _OF_EXTRAS = {
     *("filelock", "gymnasium", "matplotlib", "numpy", "PIL", "safetensors", "tqdm", "tyro"),
     *("lance", "obstore", "pyarrow"),
@@ -12,52 +26,100 @@ _OF_EXTRAS = {
 """Modules that the extras `rl` and `store` bring."""
 
 
-def train() -> None:
-    """Train an agent on a task of ours or on any environment of Gymnasium."""
-
-
-def eval() -> None:
-    """Judge a trained agent on unseen episodes."""
-
-
-def report() -> None:
-    """Show what a trained agent recalled in an unseen episode, as one HTML file."""
-
-
-def check() -> None:
-    """Compare the layer on this machine with the plain reference: output and gradients."""
-
-
-def memory() -> None:
-    """Look after a memory on disk: info, verify, save, compact, index, forget, repair."""
-
-
 def main() -> None:
-    """Run the command line."""
+    """Run the command line: data to stdout, messages to stderr, the status that shells expect."""
+    arguments = sys.argv[1:]
+    is_debugging = "--debug" in arguments
+    if is_debugging:
+        arguments.remove("--debug")
+    name = arguments[0] if arguments else ""
     try:
-        import tyro
-    except ImportError as error:
-        sys.exit(f"htm: needs the extra `rl` or `store`, pip install '.[rl]' ({error})")
-    name, *arguments = sys.argv[1:] or [""]
-    try:
-        if name in ("train", "eval", "report") and not {"", os.getcwd()} & set(sys.path):
-            # Environments of the user's own, as `python -m` finds them; nothing is hidden by them.
-            sys.path.append(os.getcwd())
-        if name in COMMANDS:
-            importlib.import_module(f"{__name__}.{name}").main(arguments)
-            return
-        tyro.extras.subcommand_cli_from_dict(
-            {command.__name__: command for command in (train, eval, report, check, memory)},
-            prog="htm",
-            description="Agents that remember, the layer, and memories on disk.",
+        try:
+            _run(arguments)
+        finally:
+            # Here, since at exit nobody could be silent about a reader that has gone.
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        if is_debugging:
+            raise
+        how = "; htm train --resume goes on from the last checkpoint" * (name == "train")
+        print(f"htm: stopped{how}", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _has_no_reader():
+            sys.exit(141)
+        if is_debugging or not (told := _told(name, error)):
+            raise
+        sys.exit(f"htm: {told}")
+
+
+def refuse_unknown(name: str, commands: Iterable[str], prog: str) -> None:
+    """Exit with status 2 unless there is such a command, and name the one that was meant."""
+    if name in commands:
+        return
+    near = difflib.get_close_matches(name, commands, 1)
+    meant = (
+        f"did you mean `{prog} {near[0]}`?" if near else f"`{prog} --help` lists those there are"
+    )
+    print(f"{prog}: no command {name!r}; {meant}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _run(arguments: list[str]) -> None:
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print(_help())
+        return
+    if name == "--version":
+        from htm_pytorch import __version__
+
+        print(f"htm_pytorch {__version__}")
+        return
+    refuse_unknown(name, COMMANDS, "htm")
+    if name not in _NEEDS_NO_EXTRA:
+        try:
+            import tyro  # noqa: F401
+        except ImportError as error:
+            sys.exit(f"htm: needs the extra `rl` or `store`, pip install '.[rl]' ({error})")
+    if name in ("train", "eval", "report") and not {"", os.getcwd()} & set(sys.path):
+        # Environments of the user's own, as `python -m` finds them; nothing is hidden by them.
+        sys.path.append(os.getcwd())
+    importlib.import_module(f"{__name__}.{name}").main(rest)
+
+
+def _help() -> str:
+    """Return what there is; by hand, since nothing else could be as quick."""
+    return "\n".join(
+        (
+            "usage: htm [-h] [--version] COMMAND [options]",
+            "",
+            "Agents that remember, the layer, and memories on disk.",
+            "",
+            *(f"  {name:12} {does}" for name, does in COMMANDS.items()),
+            "",
+            "`htm COMMAND --help` says what it takes; --debug shows where an error comes from.",
         )
-    except ImportError as error:
+    )
+
+
+def _told(name: str, error: Exception) -> str:
+    """Return an error as a line for the user; nothing if a traceback says more."""
+    if isinstance(error, ImportError):
         # Of any other module, where it was asked for says more than a line of ours.
         if name != "memory" and (error.name or "").partition(".")[0] not in _OF_EXTRAS:
-            raise
-        sys.exit(f"htm: `htm {name}` needs an extra, pip install '.[rl]' ({error})")
-    except (ValueError, OSError) as error:
-        sys.exit(f"htm: {error}")
-    except KeyboardInterrupt:
-        print("htm: stopped; htm train --resume goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+            return ""
+        return f"`htm {name}` needs an extra, pip install '.[rl]' ({error})"
+    return str(error) if isinstance(error, ValueError | OSError) else ""
+
+
+def _has_no_reader() -> bool:
+    """Say whether it is the output that nobody reads any more, and let go of it."""
+    poll = getattr(select, "poll", None)
+    if poll is None:
+        return False
+    waiting = poll()
+    waiting.register(sys.stdout, 0)
+    if not waiting.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True

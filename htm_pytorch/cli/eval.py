@@ -45,6 +45,9 @@ def evaluate(
             print(f"what it recalled: {picture}")
 
 
+COMMAND = evaluate
+
+
 def main(arguments: list[str]) -> None:
     """Parse and judge."""
     tyro.cli(evaluate, args=arguments, prog="htm eval")

@@ -5,11 +5,14 @@ import math
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import tyro
 
-from htm_pytorch import memory
-from htm_pytorch.memory import Span
+from htm_pytorch.cli import refuse_unknown
+
+if TYPE_CHECKING:
+    from htm_pytorch.memory import Span
 
 Path_ = tyro.conf.Positional[str]
 
@@ -21,6 +24,8 @@ def info(path: Path_, json: bool = False) -> None:
         path: its folder, or its place in an object store.
         json: for programs: everything as one JSON object.
     """
+    from htm_pytorch import memory
+
     with memory.open(path, read_only=True) as stored:
         found = stored.info()
     if json:
@@ -31,15 +36,21 @@ def info(path: Path_, json: bool = False) -> None:
         print(f"{name:30} {value:,}" if is_count else f"{name:30} {value}")
 
 
-def verify(path: Path_) -> None:
+def verify(path: Path_, json: bool = False) -> None:
     """Read everything, and compare it with its checksums.
 
     Args:
         path: its folder, or its place in an object store.
+        json: for programs: the chunks and the problems as one JSON object.
     """
+    from htm_pytorch import memory
+
     with memory.open(path, read_only=True) as stored:
         problems = stored.verify()
         chunks = stored.chunks
+    if json:
+        print(json_text.dumps({"chunks": chunks, "problems": problems}, indent=2))
+        sys.exit(1 if problems else 0)
     if problems:
         print(*problems, sep="\n")
         sys.exit(1)
@@ -52,6 +63,8 @@ def compact(path: Path_) -> None:
     Args:
         path: its folder, or its place in an object store.
     """
+    from htm_pytorch import memory
+
     with memory.open(path) as stored:
         stored.compact()
     info(path)
@@ -63,6 +76,8 @@ def index(path: Path_) -> None:
     Args:
         path: its folder, or its place in an object store.
     """
+    from htm_pytorch import memory
+
     with memory.open(path) as stored:
         share = stored.build_index().index_recall()
     print(f"of the 8 best chunks of queries like its summaries it finds {share:.1%}")
@@ -76,31 +91,39 @@ def save(path: Path_, copy: Path_) -> None:
         path: its folder, or its place in an object store.
         copy: the folder to be made.
     """
+    from htm_pytorch import memory
+
     with memory.open(path, read_only=True) as stored:
         stored.save(copy)
     with memory.open(copy, read_only=True) as stored:
         print(f"{stored.steps:,} steps are in {copy}")
 
 
-def show(path: Path_, chunk: int) -> None:
+def show(path: Path_, chunk: int, json: bool = False) -> None:
     """Show what a chunk holds: its steps, when they happened, their keys, and some numbers.
 
     Args:
         path: its folder, or its place in an object store.
         chunk: its number; negative numbers count from the newest.
+        json: for programs: where it comes from, and all numbers, as one JSON object.
     """
     import torch
+
+    from htm_pytorch import memory
 
     with memory.open(path, read_only=True) as stored:
         number = chunk + stored.chunks if chunk < 0 else chunk
         chosen = torch.tensor([number])
         (span,) = stored.spans(chosen)
         part = stored.fetch(chosen)
+    steps = part.contents[0, 0, -span.count :].float()
+    if json:
+        print(json_text.dumps({**span._asdict(), "steps": steps.tolist()}, indent=2))
+        return
     last = span.first_step + span.count - 1
     print(
         f"chunk {number}: steps {span.first_step} to {last}, episode {span.episode}{_times(span)}"
     )
-    steps = part.contents[0, 0, -span.count :].float()
     keys = span.keys or (None,) * span.count
     for place, (key, step) in enumerate(zip(keys, steps, strict=True)):
         few = ", ".join(f"{value:.4g}" for value in step[:6].tolist())
@@ -115,6 +138,8 @@ def repair(path: Path_) -> None:
     Args:
         path: its folder.
     """
+    from htm_pytorch import memory
+
     report = memory.repair(path)
     if not report.problems:
         print(f"nothing is damaged; it holds {report.steps:,} steps")
@@ -141,6 +166,8 @@ def forget(
         before: all steps that happened before this time, in seconds since 1970.
         before_step: all steps with lower numbers.
     """
+    from htm_pytorch import memory
+
     if not episodes and before is None and before_step is None:
         raise ValueError("forget: expected --episodes, --before or --before-step, got none of them")
     with memory.open(path) as stored:
@@ -157,6 +184,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def main(arguments: list[str]) -> None:
     """Run one of the commands."""
+    arguments = arguments or ["--help"]
+    if not arguments[0].startswith("-"):
+        refuse_unknown(arguments[0], COMMANDS, "htm memory")
     tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog="htm memory",
@@ -166,7 +196,7 @@ def main(arguments: list[str]) -> None:
     )
 
 
-def _times(span: Span) -> str:
+def _times(span: "Span") -> str:
     if span.first_time is None or span.last_time is None:
         return ""
     if not all(math.isfinite(t) and 0 <= t < 2**33 for t in (span.first_time, span.last_time)):

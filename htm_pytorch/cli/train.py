@@ -28,6 +28,16 @@ Gymnasium; module:id imports a module before. The tasks are
 """
 
 
+def taken(
+    env: tyro.conf.Positional[str],
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig(),  # noqa: B008
+) -> None:
+    """Take what `htm train ENV` takes, so that it can be completed."""
+
+
+COMMAND = taken
+
+
 def main(arguments: list[str]) -> None:
     """Train, then judge on unseen episodes."""
     # On a busy machine, threads that wait by spinning make each other 10 times slower.

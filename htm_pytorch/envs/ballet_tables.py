@@ -14,6 +14,7 @@ TILE = 9
 
 AGENT_START = (5, 5)
 DANCER_SQUARES = ((2, 2), (2, 5), (2, 8), (5, 2), (5, 8), (8, 2), (8, 5), (8, 8))
+"""Where dancers may stand, as (row, column) of the board."""
 DANCE_LENGTH = 16
 
 DIRECTIONS = {
@@ -46,6 +47,7 @@ DANCES = {
     "chevron_down": "NW S SE NE N SW NE SW NE S SW NW N SE NW SE",
     "chevron_up": "SE N NW SW S NE SW NE SW N NE SE S NW SE NW",
 }
+"""The moves of each dance, by its name."""
 
 COLOURS = {
     "red": (255, 0, 0),
@@ -68,6 +70,7 @@ COLOURS = {
     "light_green": (200, 255, 200),
     "light_yellow": (255, 255, 200),
 }
+"""The colour of a dancer, as (red, green, blue), by its name."""
 
 _BITMAPS = """
 triangle empty_square plus inverse_plus ex
@@ -115,7 +118,9 @@ def _read_bitmaps(text: str) -> dict[str, np.ndarray]:
 
 
 SHAPES = _read_bitmaps(_BITMAPS)
+"""The bitmap of each shape, bool [9, 9], by its name."""
 INSTRUCTIONS = ("watch", *DANCES)
+"""What the instruction of an observation can be, by its number."""
 
 EMPTY, WALL, AGENT, FIRST_DANCER = range(4)
 """Symbols of the view. A dancer is `FIRST_DANCER + shape * len(COLOURS) + colour`."""

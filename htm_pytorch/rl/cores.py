@@ -45,7 +45,8 @@ class Core(Protocol):
 
 def select_rows(state: State, rows: Tensor) -> State:
     """Return a copy of some rows [R] int64 of a state."""
-    if hasattr(state, "select"):
+    # A tensor alone is a tree, too; its own `select` is another one.
+    if hasattr(state, "select") and not isinstance(state, Tensor):
         return state.select(rows)
     return pytree.tree_map(lambda part: part[rows], state)
 

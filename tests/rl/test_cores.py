@@ -140,3 +140,9 @@ def test_parameters_are_as_many_as_the_papers(kind: Any, depth: int, dim: int) -
     paper = count_parameters(MemoryConfig(depth=depth, dim=dim, heads=4))
     assert abs(count / paper - 1) < 0.1
     assert count == sum(p.numel() for p in make_core(config).parameters())
+
+
+def test_a_tensor_alone_is_a_state() -> None:
+    state = torch.arange(6.0).reshape(3, 2).requires_grad_()
+    assert select_rows(state, torch.tensor([2, 0])).tolist() == [[4.0, 5.0], [0.0, 1.0]]
+    assert not detach(state).requires_grad
