@@ -30,7 +30,7 @@ class Recorder:
     """Notes what the rows of a transformer recall, while a program runs it as ever.
 
     What the program gets is untouched: beside each call the same steps are put to
-    `HTMTransformer.recall`, with a copy of the state, and both outputs are compared.
+    `HTMTransformer.recall`, with a copy of the state, and both outputs are compared::
 
         with Recorder(model) as recorder:
             outputs, state = model(steps)
