@@ -128,7 +128,7 @@ docs: .venv/.installed ## build the documentation (docs/_build/html/index.html);
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env docs docs/_build/html
 
 clean: ## remove environments, caches and build products; keeps runs/
-	rm -rf .venv .venv-bench .venv-demo .venv-minimal .venv-triton build dist docs/_build *.egg-info
+	rm -rf .venv .venv-bench .venv-demo .venv-minimal .venv-results .venv-triton build dist docs/_build *.egg-info
 	rm -f htm_pytorch/ops/kernels/recall-*
 	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

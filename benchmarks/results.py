@@ -85,6 +85,15 @@ PLAN = (
         ),
     ),
     Row(
+        "t-maze-million",
+        "The same, 1,000,000 steps (7 GB of memory for 50 episodes at once)",
+        ".5",
+        (Level("1,000,000", ("length=1000000",), 62_502, 50, ways=(True,)),),
+        memories=("htm",),
+        seeds=(0,),
+        task="t-maze",
+    ),
+    Row(
         "proof-of-memory",
         "ProofofMemory, 25,000 frames",
         "",
