@@ -42,7 +42,8 @@ def main() -> None:
     except KeyboardInterrupt:
         if is_debugging:
             raise
-        how = "; htm train --resume goes on from the last checkpoint" * (name == "train")
+        how = "; the same command with --resume goes on from the last checkpoint, if there is one"
+        how = how if name == "train" else ""
         print(f"htm: stopped{how}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:

@@ -1,6 +1,7 @@
 """An `HTMBlock` after decoder layers of a causal language model of Hugging Face transformers."""
 
 import inspect
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +145,12 @@ def load_memory(model: PreTrainedModel, folder: str | Path) -> None:
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"folder: {str(folder)!r} holds no safetensors file")
+    added, saved = _described(model), _saved(Path(folder))
+    if saved is not None and saved != added:
+        raise ValueError(
+            f"folder: expected the memories that the model has, {added}, got {saved}; add the "
+            "memory with the arguments that the saved model had"
+        )
     found: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
@@ -157,6 +164,26 @@ def load_memory(model: PreTrainedModel, folder: str | Path) -> None:
                 "memory with the arguments that the saved model had"
             )
     model.load_state_dict(found, strict=False)
+
+
+def _described(model: PreTrainedModel) -> dict[str, dict[str, int]]:
+    """Return the sizes of a model's memory blocks, by their names."""
+    return {
+        name: {
+            "heads": block.attn.attn.heads,
+            "dim_head": block.attn.attn.dim_head,
+            "topk_mems": block.attn.topk_mems,
+            "mem_chunk_size": block.attn.mem_chunk_size,
+        }
+        for name, block in model.named_modules()
+        if isinstance(block, HTMBlock)
+    }
+
+
+def _saved(folder: Path) -> dict[str, dict[str, int]] | None:
+    """Return what `_described` said of a model that was saved; None if nothing is known."""
+    path = folder / "config.json"
+    return json.loads(path.read_text()).get("htm_memory") if path.exists() else None
 
 
 @dataclass(eq=False)
@@ -338,3 +365,5 @@ def _add(
         nn.init.zeros_(output.bias)
         layer.add_module(name, block.train(layer.training))
         layer.register_forward_hook(hook(number), with_kwargs=True)
+    # So that what is saved says what it needs.
+    model.config.htm_memory = _described(model)

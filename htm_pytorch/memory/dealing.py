@@ -32,9 +32,9 @@ def ages(following: Tensor | None, sizes: Sequence[int], rank: int, device: torc
         device: where the result is.
     """
     total = end(sizes)
-    newest = total if following is None else following[:, None]
+    newest = torch.tensor([total], device=device) if following is None else following
     numbers = torch.arange(sizes[rank], device=device) * len(sizes) + rank
-    return ((newest - 1 - numbers) % max(total, 1)).view(-1, sizes[rank])
+    return (newest[:, None] - 1 - numbers) % max(total, 1)
 
 
 def held_before(number: Tensor, rank: int | Tensor, ranks: int) -> Tensor:

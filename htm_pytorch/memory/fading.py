@@ -1,17 +1,21 @@
 """`Fading`: how the age of a chunk counts in its score.
 
-    l_j = softmin(r . s_j, ceiling) - decay log(1 + age_j)
-    softmin(a, b) = -log(exp(-a) + exp(-b))
+    l_j = limited(r . s_j, ceiling) - decay log(1 + age_j)
+    limited(a, c) = a - (1 - LEAK) log(1 + exp(a - c))
 
-Above its ceiling a chunk is as relevant as it can be: one that has what is looked for twice is no
-better than one that has it once, so that the newest of many is found, however many there are. That
-holds at any length of the past, since the logarithm grows so slowly.
+Above its ceiling a chunk is about as relevant as it can be: one that has what is looked for twice
+is hardly better than one that has it once, so that the newest of many is found, however many there
+are. That holds at any length of the past, since the logarithm grows so slowly. What leaks through
+the ceiling keeps the order of products, which would all be rounded to one score without it.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+LEAK = 2.0**-10
+"""How much of what is above the ceiling counts."""
 
 
 class Fading(NamedTuple):
@@ -32,7 +36,7 @@ class Fading(NamedTuple):
             ages: as many as products; None: all.
         """
         ages = self.ages if ages is None else ages
-        return softmin(products, self.ceiling[..., None]) - self.decay[..., None] * ages
+        return limited(products, self.ceiling[..., None]) - self.decay[..., None] * ages
 
     def of(self, chunks: Tensor) -> Tensor:
         """Return the log ages of chunks [B, Q, K] by their numbers; of -1 those of any."""
@@ -52,9 +56,11 @@ class Fading(NamedTuple):
         return Fading(*(part.detach() for part in self))
 
 
-def softmin(a: Tensor, b: Tensor) -> Tensor:
-    """Return -log(exp(-a) + exp(-b)); a where b is infinite."""
-    return torch.minimum(a, b) - torch.log1p(torch.exp(-(a - b).abs()))
+def limited(products: Tensor, ceiling: Tensor) -> Tensor:
+    """Return products that hardly rise above a ceiling; as they are where it is far above them."""
+    above = products - ceiling
+    bend = torch.log1p(torch.exp(-above.abs()))
+    return torch.minimum(products, ceiling) - bend + LEAK * (above.clamp(min=0) + bend)
 
 
 def log_ages(ages: Tensor, dtype: torch.dtype) -> Tensor:

@@ -31,6 +31,8 @@ class Value:
     """[B] int64, the episode of the newest step, counted from 0; -1 before the first step."""
     keep_across_episodes: bool = False
     """Whether chunks of earlier episodes stay visible after `is_first`."""
+    _is_reach: bool = False
+    """Whether it holds what the steps of a call could recall, and is only read."""
 
     @property
     def contents(self) -> Tensor:
@@ -59,7 +61,16 @@ class Value:
 
     @property
     def ages(self) -> Tensor:
-        """[B, M] int64, how many chunks of the ring are newer than each."""
+        """[B, M] int64, how many chunks of the ring are newer than each.
+
+        Raises:
+            ValueError: it is of `unroll`, where that differs from step to step.
+        """
+        if self._is_reach:
+            raise ValueError(
+                "ages: expected to be given beside what the steps of a call could recall, as they "
+                "differ from step to step; HTMTransformer does that, or take recency=False"
+            )
         slots = torch.arange(self.chunks, device=self.device)
         return (self.next_slot[:, None] - 1 - slots) % max(self.chunks, 1)
 
@@ -144,7 +155,7 @@ class Value:
 
     def _reading(self, found: Reach) -> Self:
         """Return the chunks within reach as a memory that is read."""
-        return self._changed(_ring=self._ring.lend(found.slots), valid=found.valid)
+        return self._changed(_ring=self._ring.lend(found.slots), valid=found.valid, _is_reach=True)
 
 
 _FIELDS = tuple(field.name for field in fields(Value))

@@ -49,6 +49,13 @@ class Moment:
         return seen
 
     @property
+    def allowed(self) -> Tensor | None:
+        """[M] bool, the chunks that were chosen; None: all."""
+        if self._chosen is None:
+            return None
+        return torch.cat([self._chosen.mask(state.catalog) for state in self.states])
+
+    @property
     def ages(self) -> Tensor:
         """[1, M] int64, how many chunks of the same memory closed after each."""
         lengths = [state.catalog.length for state in self.states]
@@ -97,9 +104,9 @@ class ScoredMoment(Moment):
     @property
     def valid(self) -> Tensor:
         """[1, M] bool, the chunks that can be recalled."""
-        if self._chosen is None:
-            return torch.ones(1, self.chunks, dtype=torch.bool, device=CPU)
-        return torch.cat([self._chosen.mask(state.catalog) for state in self.states])[None]
+        if (allowed := self.allowed) is None:
+            allowed = torch.ones(self.chunks, dtype=torch.bool, device=CPU)
+        return allowed[None]
 
 
 class SearchedMoment(Moment):

@@ -24,6 +24,8 @@ from htm_pytorch.shapes import (
 CEILING, SHARPNESS = 3.0, 2.0
 """What a layer with recency begins with: its ceiling, and by what weights of the router are larger;
 newest-of-many is learned from there (`docs/log.md`, 2026-11-27)."""
+NO_CEILING = 1e4
+"""Far above all products; not infinite, which optimizers with weight decay would make no number."""
 Memories = Tensor | ChunkedMemory | Home
 """What a layer attends to."""
 
@@ -92,6 +94,8 @@ class HTMAttention(nn.Module):
         for name, size in sizes.items():
             check_at_least(name, size, 1)
         check_impl(impl)
+        if not isinstance(recency, bool):
+            raise ValueError(f"recency: expected True or False, got {recency!r}")
         self.dim = dim
         self.dim_memory = dim_memory
         self.dim_features = dim_features
@@ -324,10 +328,11 @@ class StepProjections(nn.Module):
 def _fit_state(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     # Positions are computed here; the package `htm-pytorch` 0.0.4 saved their frequencies.
     state_dict.pop(f"{prefix}pos_emb.inv_freqs", None)
-    name = f"{prefix}to_recency."
-    others = f"{prefix}to_summary_queries.weight" in state_dict
-    if isinstance(module, HTMAttention) and module.recency and others:
-        # Weights from before ages counted: there is no ceiling, and none does.
-        like = module.to_recency.bias
-        state_dict.setdefault(f"{name}weight", torch.zeros_like(module.to_recency.weight))
-        state_dict.setdefault(f"{name}bias", like.new_tensor([torch.inf, 0.0]))
+    if not (isinstance(module, HTMAttention) and module.recency):
+        return
+    names = [name for name in state_dict if name.startswith(prefix)]
+    known = [state_dict[n] for n in names if n.startswith(f"{prefix}to_summary_queries.")]
+    if known and not any(name.startswith(f"{prefix}to_recency.") for name in names):
+        # Weights from before ages counted: none do, and no product comes near the ceiling.
+        state_dict[f"{prefix}to_recency.weight"] = known[0].new_zeros(2, module.dim)
+        state_dict[f"{prefix}to_recency.bias"] = known[0].new_tensor([NO_CEILING, 0.0])

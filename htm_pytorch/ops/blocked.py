@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.memory import ChunkedMemory
-from htm_pytorch.memory.fading import Fading
+from htm_pytorch.memory.fading import LEAK, Fading
 from htm_pytorch.ops import operators
 from htm_pytorch.ops.reference import Selection, masked_softmax
 from htm_pytorch.ops.topk import best_chunks, merge, scores_alone
@@ -154,7 +154,7 @@ def _backward(
     fading = _fading(ceiling, decay, ages)
     if fading is not None:
         products = torch.einsum("bqd,bqkd->bqk", route, kept_summaries)
-        share = torch.sigmoid(fading.ceiling[..., None] - products)
+        share = 1 - (1 - LEAK) * torch.sigmoid(products - fading.ceiling[..., None])
         grad_ceiling = (grad_scores * (1 - share)).sum(-1)
         grad_decay = -(grad_scores * fading.of(chunks)).sum(-1)
         grad_scores = grad_scores * share

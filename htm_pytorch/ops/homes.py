@@ -79,8 +79,7 @@ def _fetch(
             raise ValueError(f"chunk_mask: expected None beside an index ({kind}), got a mask")
         chunks = home.search(exact, k if recency is None else _CANDIDATES * k)
         if recency is not None:
-            is_old = bool((recency.decay < 0).any())
-            chunks = _with_ends(chunks, home.chunks, _CANDIDATES * k, with_oldest=is_old)
+            chunks = _with_ends(chunks, home, recency, _CANDIDATES * k)
     else:
         kind = type(home).__name__
         raise ValueError(f"memory: expected a ScoredHome or a SearchedHome, got {kind}")
@@ -96,13 +95,23 @@ def _fetch(
     return Fetched(memory, keeps[..., :-1].to(route.device), numbers.to(route.device), ages)
 
 
-def _with_ends(chunks: Tensor, total: int, count: int, *, with_oldest: bool) -> Tensor:
-    """Return the chunks [B, Q, K] with the newest of all that are not among them, or both ends."""
-    number = torch.arange(total, device=chunks.device)
-    ends = number[(number >= total - count) | ((number < count) & with_oldest)]
-    ends = ends.expand(*chunks.shape[:2], -1)
-    known = (ends[..., None] == chunks[..., None, :]).any(-1)
-    return torch.cat([chunks, ends.masked_fill(known, -1)], -1)
+def _with_ends(chunks: Tensor, home: Home | Moment, recency: Recency, count: int) -> Tensor:
+    """Return the chunks [B, Q, K], and the newest that are not among them; or those of both ends.
+
+    Of a view, those that are chosen.
+    """
+    assert recency.ages is not None
+    allowed = home.allowed if isinstance(home, Moment) else None
+    numbers = torch.arange(home.chunks, device=chunks.device)
+    ages = recency.ages
+    if allowed is not None:
+        numbers, ages = numbers[allowed], ages[..., allowed]
+    count = min(count, len(numbers))
+    ends = [ages.topk(count, largest=False).indices]
+    if bool((recency.decay < 0).any()):
+        ends.append(ages.topk(count).indices)
+    every = numbers[torch.cat(ends, -1)].expand(*chunks.shape[:2], -1)
+    return torch.cat([chunks, every], -1)
 
 
 def _score(

@@ -13,8 +13,8 @@ from htm_pytorch.shapes import check_device, check_floating, check_tensor
 class Recency(NamedTuple):
     """How much a query prefers new chunks, and how relevant any chunk can be.
 
-    Chunks are scored by softmin(route . s_j, ceiling) - decay log(1 + age_j), where age_j is how
-    many chunks closed after chunk j and softmin(a, b) = -log(exp(-a) + exp(-b)).
+    Chunks are scored by limited(route . s_j, ceiling) - decay log(1 + age_j), where age_j is how
+    many chunks closed after chunk j, and limited(a, c) = a - (1 - 2^-10) log(1 + exp(a - c)).
     """
 
     ceiling: Tensor

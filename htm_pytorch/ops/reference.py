@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.memory import ChunkedMemory, ScoredHome
-from htm_pytorch.memory.fading import Fading, softmin
+from htm_pytorch.memory.fading import Fading, limited
 from htm_pytorch.ops.topk import best_chunks
 
 
@@ -138,7 +138,7 @@ def htm_attention(
         ceiling, decay = project("to_recency", queries).unbind(-1)
         ages = torch.arange(relevance.shape[2] - 1, -1, -1, device=relevance.device)
         forgotten = decay[..., None] * torch.log1p(ages.to(relevance.dtype))
-        relevance = softmin(relevance, ceiling[..., None]) - forgotten
+        relevance = limited(relevance, ceiling[..., None]) - forgotten
     allowed = allowed_chunks(memory, chunk_mask).expand_as(relevance)
     relevance = relevance.masked_fill(~allowed, -torch.inf)
     top, chunks = relevance.sort(dim=-1, descending=True, stable=True)

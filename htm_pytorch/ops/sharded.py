@@ -199,6 +199,9 @@ def _agree(
         "positions": None if positions is None else positions.dtype,
         "chunk_mask (a checksum)": None if chunk_mask is None else _checksum(chunk_mask),
         "recency (1 if it counts)": int(recency is not None),
+        "recency.ages (a checksum)": None
+        if recency is None or recency.ages is None
+        else _checksum(recency.ages),
         "torch.is_grad_enabled()": torch.is_grad_enabled(),
     }
     local = memory.local
@@ -227,7 +230,7 @@ def _agree(
 
 
 def _checksum(mask: Tensor) -> int:
-    """Return a number that tells a mask [B, Q, M] from others."""
+    """Return a number that tells a mask [B, Q, M], or ages, from others."""
     flat = mask.flatten(0, 1)
     down, across = (torch.arange(1, size + 1, device=mask.device) for size in flat.shape)
     return int((flat.sum(1) * down).sum() * 65_537 + (flat.sum(0) * across).sum()) % 2**62

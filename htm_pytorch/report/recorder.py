@@ -15,8 +15,9 @@ from htm_pytorch.report.trace import Moment, Recalled, Seen, Trace
 
 TOLERANCE = 1e-2
 """Of the outputs, relative to the largest: how far what is noted may be from what ran."""
-HALF_TOLERANCE = 0.1
-"""The same for outputs in 16 bits, whose parts are rounded on the way."""
+HALF_TOLERANCE = 0.5
+"""The same in 16 bits or under autocast, where what is rounded on the way changes which chunks of
+nearly equal scores are kept; how far it was stands in `difference`."""
 
 
 class _Noted(NamedTuple):
@@ -208,7 +209,8 @@ class Recorder:
         largest = float(ran.abs().max()) or 1.0
         difference = float((ran - noted.double()).abs().max()) / largest
         self.difference = max(self.difference, difference)
-        allowed = TOLERANCE if output[0].dtype.itemsize >= 4 else HALF_TOLERANCE
+        is_half = output[0].dtype.itemsize < 4 or torch.is_autocast_enabled(output[0].device.type)
+        allowed = HALF_TOLERANCE if is_half else TOLERANCE
         if not difference <= allowed:
             raise ValueError(
                 f"model: expected recall(...) to give the outputs of the run within {allowed}, "

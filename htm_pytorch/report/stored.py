@@ -50,14 +50,15 @@ def trace_memory(
     kept = chunks[chunks >= 0].unique()
     of_memory = row if memory.batch > 1 else 0
     spans = memory.spans(kept, of_memory)
-    step_mask = memory.fetch(kept).step_mask if len(kept) else None
+    # What is fetched of many memories has one row, with the chunks of all.
+    fetched = memory.fetch(kept) if len(kept) else None
+    step_mask = None if fetched is None else fetched.step_mask
+    at = 0 if fetched is None or fetched.batch == 1 else row
     columns: list[list[int]] = []
     for place in range(len(kept)):
         exists = torch.ones(memory.chunk_size, dtype=torch.bool)
         columns.append(
-            (exists if step_mask is None else step_mask[of_memory, place].cpu())
-            .nonzero()[:, 0]
-            .tolist()
+            (exists if step_mask is None else step_mask[at, place].cpu()).nonzero()[:, 0].tolist()
         )
     order = sorted(range(len(spans)), key=lambda place: spans[place].first_step)
     place_of = {spans[place].chunk: (new, columns[place]) for new, place in enumerate(order)}

@@ -230,6 +230,8 @@ class TrainConfig:
         if isinstance(record, dict):
             record |= {n: math.inf for n in ("stop_at", "promote_at") if record.get(n, "") is None}
             record.setdefault("stop_at", math.inf)
+            # Of a run from before ages counted.
+            record.setdefault("recency", False)
         expected = set(cls().options()) - set(_ABOUT_THE_CALL)
         found = set(record) if isinstance(record, dict) else set()
         if others := sorted(found ^ expected):

@@ -81,6 +81,8 @@ def evaluate(
     """
     if episodes is not None and episodes < 1:
         raise ValueError(f"episodes: expected at least 1, got {episodes}")
+    if patience < 1:
+        raise ValueError(f"patience: expected at least 1 step, got {patience}")
     if render is not None:
         render = Path(render)
         check_film(render)
@@ -128,6 +130,9 @@ def load_agent(
         given = (*options.env_args, *options.curriculum[stage : stage + 1], *env_args)
         config, stage = config.replace(env_args=given, curriculum=()), 0
     if mem_chunks is not None:
+        if config.memories.memory != "htm":
+            kind = config.memories.memory
+            raise ValueError(f"mem_chunks: expected none for a run with {kind}, got {mem_chunks}")
         config = config.replace(mem_chunks=mem_chunks)
     environments = make_environments(config, 1, stage)
     agent = make_agent(config, environments.observation_space, environments.action_space, parts)

@@ -193,7 +193,8 @@ class Checkpoint:
                 f"init_from: expected a run whose agent is like this one, got "
                 f"{str(self.path.parent)!r}: of {count:,} parameters only {taken:,} fit"
             )
-        agent.load_state_dict(own | fits)
+        # What is missing stays, or becomes what layers know to be without it.
+        agent.load_state_dict(fits, strict=False)
         return taken
 
     def restore_agent(self, agent: nn.Module) -> None:
@@ -207,8 +208,10 @@ class Checkpoint:
             agent.load_state_dict(weights)
         except RuntimeError as error:
             what = " ".join(str(error).split())
+            what = what if len(what) <= 300 else f"{what[:300]} ..."
             raise MemoryFileError(
-                f"path: {str(self.path)!r} holds another model: {what}"
+                f"path: {str(self.path)!r} holds another model; where it was trained with parts of "
+                f"one's own, evaluate(run_dir, parts=...) takes them: {what}"
             ) from error
 
     def restore_optimizer(self, optimizer: torch.optim.Optimizer) -> None:

@@ -256,3 +256,31 @@ def test_no_index_of_what_was_forgotten_is_left(tmp_path: Path) -> None:
         held.forget(before_step=held.next_step).compact()
         assert not indices.exists() or not list(indices.iterdir())
         assert held.append(topics(3, 6)).flush().find(torch.ones(1, 6), 1).chunks.shape == (1, 1)
+
+
+def test_with_ages_a_view_shows_what_was_chosen(tmp_path: Path) -> None:
+    """The newest are looked at as well; those of others' episodes are none of them."""
+    layer = HTMAttention(6, heads=2, topk_mems=2, dim_head=4, recency=True)
+    torch.nn.init.normal_(layer.to_recency.weight, std=0.3)
+    queries = torch.randn(1, 5, 6)
+    with make(tmp_path / "m", 6) as writer:
+        is_first = torch.zeros(1, 800, dtype=torch.bool)
+        is_first[0, [0, 400]] = True
+        writer.append(topics(400, 6), is_first).build_index()
+        old = writer.where(episodes=[0])
+        _, recalled = layer.recall(queries, old)
+        spans = [old.spans(chunks) for chunks in recalled.chunks[0]]
+        assert {span.episode for found in spans for span in found} == {0}
+        assert not layer(queries, writer.where(episodes=[])).any()
+
+
+def test_ages_that_are_given_say_which_are_the_newest(tmp_path: Path) -> None:
+    with make(tmp_path / "m", 6) as writer:
+        writer.append(topics(400, 6)).build_index()
+        layer = HTMAttention(6, heads=2, topk_mems=1, dim_head=4, recency=True)
+        torch.nn.init.zeros_(layer.to_recency.weight)
+        layer.to_recency.bias.data[1] = 1e3
+        ages = torch.arange(1, 401)
+        ages[123] = 0
+        _, recalled = layer.recall(torch.randn(1, 4, 6), writer, ages=ages[None, None])
+        assert (recalled.chunks == 123).all()

@@ -181,3 +181,55 @@ def test_bad_recency_is_refused(changes: dict[str, Tensor], message: str) -> Non
     with pytest.raises(ValueError, match="recency: expected a Recency, got tuple"):
         both: Any = (torch.zeros(2, 5), torch.zeros(2, 5))
         recall(torch.randn(2, 5, 6), torch.randn(2, 5, 1, 6), memory, 2, recency=both)
+
+
+def test_high_products_keep_their_order_however_the_ring_turned() -> None:
+    """Far above the ceiling scores would be rounded to one, and slots decide."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = build().float()
+        for name, parameter in model.named_parameters():
+            if name.endswith("to_recency.weight"):
+                nn.init.zeros_(parameter)
+            if name.endswith("to_summary_queries.weight"):
+                parameter.data *= 30
+        x, is_first = torch.randn(2, 60, 12), torch.zeros(2, 60, dtype=torch.bool)
+        everything = torch.ones(2, 60, dtype=torch.bool)
+        whole, _ = model(x)
+        assert_near(pieces(model, x, is_first, everything, list(range(1, 60))), whole, 1e-4)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_old_weights_stay_numbers_in_training(kind: Any) -> None:
+    old, new = HTMBlock(16, heads=2), HTMBlock(16, heads=2, recency=True)
+    new.load_state_dict(old.state_dict())
+    optimizer = kind(new.parameters(), lr=1e-2, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        new(torch.randn(2, 3, 16), torch.randn(2, 640, 16)).square().sum().backward()
+        optimizer.step()
+    assert all(parameter.isfinite().all() for parameter in new.parameters())
+
+
+def test_old_weights_are_assigned() -> None:
+    state = HTMAttention(8, 2, dim_head=4).half().state_dict()
+    with torch.device("meta"):
+        layer = HTMAttention(8, 2, dim_head=4, recency=True)
+    layer.load_state_dict(state, assign=True)
+    assert {p.dtype for p in layer.parameters()} == {torch.float16}
+    assert {p.device.type for p in layer.parameters()} == {"cpu"}
+
+
+def test_what_a_call_could_recall_has_no_ages_of_its_own() -> None:
+    memory = ChunkedMemory.empty(1, 4, 2, 8).append(torch.randn(1, 13, 8))
+    unrolled = memory.unroll(torch.randn(1, 5, 8))
+    layer = HTMAttention(8, 2, dim_head=4, recency=True)
+    with pytest.raises(ValueError, match="ages: expected to be given"):
+        layer(torch.randn(1, 5, 8), unrolled.read, chunk_attn_mask=unrolled.visible)
+    assert unrolled.after.ages.shape == (1, 4)
+
+
+def test_recency_is_yes_or_no() -> None:
+    wrong: Any = "yes"
+    with pytest.raises(ValueError, match="recency: expected True or False, got 'yes'"):
+        HTMAttention(8, recency=wrong)

@@ -57,6 +57,7 @@ CASES = {
     "M-is-0: empty memory": Sizes(M=0),
     "Q-is-0: nobody asks": Sizes(Q=0),
     "ages: the newer of like ones": Sizes(M=13, ages="of now"),
+    "ages-of-one: the other ranks have none": Sizes(M=1, k=1, ages="of now"),
     "ages-of-each: masked": Sizes(M=11, seen=0.7, valid=0.8, ages="for each"),
     "H-is-0: no heads": Sizes(H=0),
 }

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t kSegment = 64;  // chunks that are worth a thread's while
 constexpr int64_t kBlock = 16;    // chunks scored at a time: their summaries fit the nearest cache
+constexpr double kLeak = 0x1p-10;  // of products above a ceiling
 constexpr int64_t kQueries = 64;  // queries that read the summaries together
 
 template <class T>
@@ -81,23 +82,33 @@ struct Fading {
         for (int64_t c = 0; c < count; ++c) loss[c] = decay * fading[chunks[c]];
         Mask<T> pass = {};
         for (int64_t c = 0; c < kBlock; c += lanes<T>) {
-            const Vector<T> product = load<T>(products + c);
-            const Vector<T> most = choose<T>(product > ceiling, splat<T>(ceiling), product);
+            const Vector<T> most = bent(load<T>(products + c), Vector<T>{});
             pass |= ~(most - load<T>(loss + c) <= threshold);
         }
         if (!__builtin_reduce_or(pass)) return false;
         for (int64_t c = 0; c < kBlock; c += lanes<T>) {
-            const Vector<T> least = soft_minimum<T>(load<T>(products + c), splat<T>(ceiling));
-            store(products + c, least - load<T>(loss + c));
+            const Vector<T> product = load<T>(products + c), above = product - ceiling;
+            const Vector<T> near = exponential<T>(choose<T>(above > 0, -above, above));
+            store(products + c, bent(product, log_of_one_and<T>(near)) - load<T>(loss + c));
         }
         return true;
+    }
+
+    // The product, of which little is left above the ceiling; without the bend, no less than that.
+    Vector<T> bent(Vector<T> product, Vector<T> bend) const {
+        const Vector<T> above = product - ceiling;
+        const Mask<T> is_above = above > 0;
+        const Vector<T> most = choose<T>(is_above, splat<T>(ceiling), product);
+        const Vector<T> leak = choose<T>(is_above, above, Vector<T>{}) + bend;
+        return most - bend + static_cast<T>(kLeak) * leak;
     }
 
     // How much of a score's gradient is the product's; the rest is the ceiling's.
     T share_of_product(T product) const {
         const bool above = product > ceiling;
         const T odds = exponential<T>(splat<T>(above ? ceiling - product : product - ceiling))[0];
-        return (above ? odds : 1) / (1 + odds);
+        const T share = (above ? odds : 1) / (1 + odds);
+        return static_cast<T>(kLeak) + static_cast<T>(1 - kLeak) * share;
     }
 };
 

@@ -223,12 +223,4 @@ inline Vector<T> log_of_one_and(Vector<T> z) {
     return T(2) * ratio * value;
 }
 
-// log(1 / (exp(-a) + exp(-b))): the smaller of the two, but smooth.
-template <class T>
-inline Vector<T> soft_minimum(Vector<T> a, Vector<T> b) {
-    const Mask<T> above = a > b;
-    const Vector<T> apart = choose<T>(above, b - a, a - b);
-    return choose<T>(above, b, a) - log_of_one_and<T>(exponential<T>(apart));
-}
-
 }  // namespace
