@@ -75,6 +75,14 @@ def is_damage(error: BaseException) -> bool:
     return type(error).__module__ == "pyo3_runtime"
 
 
+def _raise_interrupt(error: BaseException) -> None:
+    """Raise a Ctrl-C that the engine has made an error of its own."""
+    if isinstance(
+        error, ValueError | RuntimeError | OSError
+    ) and "External error: KeyboardInterrupt" in str(error):
+        raise KeyboardInterrupt from error
+
+
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
     """Where the engine reads: say `what` cannot be read, and what to do."""
@@ -83,6 +91,7 @@ def reading(what: str) -> Iterator[None]:
     except MemoryFileError:
         raise
     except BaseException as error:
+        _raise_interrupt(error)
         if not is_damage(error):
             raise
         raise MemoryFileError(
@@ -97,6 +106,7 @@ def writing(uri: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        _raise_interrupt(error)
         is_of_the_system = isinstance(error, OSError) and error.errno is not None
         if is_of_the_system or not is_damage(error):
             raise

@@ -145,7 +145,7 @@ class TestFails:
 
 
 def break_blocked(monkeypatch: pytest.MonkeyPatch, change: Callable[..., tuple[Any, ...]]) -> None:
-    """Let `change` spoil the arguments: route, probe, memory, k, positions and chunk mask."""
+    """Let `change` spoil the arguments: route, probe, memory, k, positions, chunk mask, fading."""
     right = blocked.recall
     monkeypatch.setattr(blocked, "recall", lambda *arguments: right(*change(*arguments)))
 
@@ -156,13 +156,13 @@ def test_fails_a_chunk_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fails_positions_that_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    break_blocked(monkeypatch, lambda r, p, memory, k, _, mask: (r, p, memory, k, None, mask))
+    break_blocked(monkeypatch, lambda r, p, memory, k, _, *rest: (r, p, memory, k, None, *rest))
     assert "output" in wrong(check(small(impl="blocked")))
     assert check(small(impl="blocked", add_pos_enc=False)).ok
 
 
 def test_fails_a_chunk_that_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    break_blocked(monkeypatch, lambda *arguments: (*arguments[:-1], None))
+    break_blocked(monkeypatch, lambda r, p, memory, k, x, *_: (r, p, memory, k, x, None))
     assert "output" in wrong(check(small(impl="blocked", masked=True)))
     assert check(small(impl="blocked")).ok
 

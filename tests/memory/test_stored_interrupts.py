@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from htm_pytorch import memory
-from htm_pytorch.memory import StoredMemory, stored, versions
+from htm_pytorch.memory import MemoryFileError, StoredMemory, lance_access, stored, versions
 from htm_pytorch.memory.cache import ChunkCache
 from htm_pytorch.memory.formats import Format
 from htm_pytorch.memory.many import open_many
@@ -217,3 +217,13 @@ def test_a_joint_append_is_interrupted(tmp_path: Path) -> None:
             count += 1
         assert count > 20
         assert torch.equal(many["b"].read(0, held), steps[:1].repeat(1, held // 3, 1))
+
+
+@pytest.mark.parametrize("name", ["reading", "writing"])
+def test_an_interrupt_that_the_engine_made_an_error_is_one(name: str) -> None:
+    """Not a damaged file."""
+    place = getattr(lance_access, name)
+    with pytest.raises(KeyboardInterrupt), place("rows"):
+        raise ValueError("External error: KeyboardInterrupt: ")
+    with pytest.raises((MemoryFileError, OSError)), place("rows"):
+        raise ValueError("External error: something else")

@@ -437,7 +437,8 @@ def test_what_was_recalled(sizes: Sizes) -> None:
     recency = problem.recency(problem.inputs[0])
     if recency is not None:
         ages = torch.arange(m).flip(0) if recency.ages is None else recency.ages
-        limited = -torch.logaddexp(-scores, -recency.ceiling[..., None])
+        above = torch.nn.functional.softplus(scores - recency.ceiling[..., None])
+        limited = scores - (1 - 2**-10) * above
         scores = limited - recency.decay[..., None] * (1 + ages).log()
     scores = scores.masked_fill(~allowed, -torch.inf)
     for row in range(b):
