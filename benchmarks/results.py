@@ -58,6 +58,11 @@ class Row:
     task: str = ""
     """Whose preset it is."""
 
+    @property
+    def preset(self) -> str:
+        """The name of the task whose preset it is."""
+        return self.task or self.name
+
 
 ELMUR = "1.0, by imitating an oracle (ELMUR, arXiv 2510.07151)"
 # Within the window: what is asked for is a matter of distance alone.
@@ -73,6 +78,22 @@ _REPEAT: dict[str, Any] = {
     "stop_at": 0.97,
     "eval_episodes": 500,
 }
+
+
+def _repeat(kind: str, distance: int, published: str) -> Row:
+    """Return POPGym's RepeatPrevious, with a window that covers its distance."""
+    name = f"RepeatPrevious{kind}"
+    mmer = f"MMER {published} at 15 M frames (LMU, POPGym table 3)"
+    return Row(
+        f"repeat-previous-{kind.lower()}",
+        f"POPGym {name}: what was seen {distance} steps before",
+        "-.5",
+        (Level("1.0 at best", published=mmer),),
+        options=_REPEAT | {"env": f"popgym:popgym-{name}-v0", "window": distance + 8},
+        task="repeat-previous",
+    )
+
+
 PLAN = (
     Row(
         "t-maze",
@@ -99,22 +120,8 @@ PLAN = (
         "",
         (Level("1.2 at best"),),
     ),
-    Row(
-        "repeat-previous-medium",
-        "POPGym RepeatPreviousMedium: what was seen 32 steps before",
-        "-.5",
-        (Level("1.0 at best", published="MMER .789 at 15 M frames (LMU, POPGym table 3)"),),
-        options=_REPEAT | {"env": "popgym:popgym-RepeatPreviousMedium-v0", "window": 40},
-        task="repeat-previous",
-    ),
-    Row(
-        "repeat-previous-hard",
-        "POPGym RepeatPreviousHard: what was seen 64 steps before",
-        "-.5",
-        (Level("1.0 at best", published="MMER .191 at 15 M frames (LMU, POPGym table 3)"),),
-        options=_REPEAT | {"env": "popgym:popgym-RepeatPreviousHard-v0", "window": 72},
-        task="repeat-previous",
-    ),
+    _repeat("Medium", 32, ".789"),
+    _repeat("Hard", 64, ".191"),
     Row(
         "endless-t-maze",
         "Endless T-Maze, trained on ten corridors of up to 10",
@@ -135,12 +142,10 @@ def train(row: Row, memory: str, seed: int) -> Path:
 
     from htm_pytorch import rl, tasks
 
-    name = row.task or row.name
-    task = tasks.find(name)
     place = WORK / folder(row, memory, seed)
     options = dict(row.options) | {"memory": memory, "seed": seed, "run_dir": place}
-    config = replace(task.config, task=name).replace(resume=True, **options)
-    rl.train(config, task.parts() if task.parts else None)
+    preset = replace(tasks.find(row.preset).config, task=row.preset)
+    rl.train(preset.replace(resume=True, **options), tasks.parts_of(row.preset))
     return place
 
 
@@ -148,15 +153,13 @@ def judge(row: Row, level: Level, place: Path) -> None:
     """Judge an agent on one level, by its most probable actions and by sampled ones."""
     from htm_pytorch import rl, tasks
 
-    task = tasks.find(row.task or row.name)
-    lines = _lines(place)
     for greedy in level.ways:
-        if not any(_is_of(line, level) and line["greedy"] == greedy for line in lines):
+        if not _means(place, level, greedy):
             rl.evaluate(
                 place,
                 level.episodes,
                 greedy=greedy,
-                parts=task.parts() if task.parts else None,
+                parts=tasks.parts_of(row.preset),
                 env_args=level.env_args,
                 mem_chunks=level.mem_chunks,
                 patience=2**40,
@@ -177,23 +180,21 @@ def keep(place: Path, record: Path) -> None:
 
 def is_whole(row: Row, record: Path) -> bool:
     """Say whether all that is asked of a training was measured."""
-    lines = _lines(record)
-    return all(
-        any(_is_of(line, level) and line["greedy"] == greedy for line in lines)
-        for level in row.levels
-        for greedy in level.ways
-    )
+    return all(_means(record, level, greedy) for level in row.levels for greedy in level.ways)
 
 
-def _lines(place: Path) -> list[dict[str, Any]]:
+def _means(place: Path, level: Level, greedy: bool) -> list[float]:
+    """Return the mean returns of an agent on a level, as often as it was judged."""
     path = place / "evaluations.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _is_of(line: dict[str, Any], level: Level) -> bool:
-    given = tuple(line.get("env_args", ())), line.get("mem_chunks")
-    wanted = level.episodes is None or line["episodes"] == level.episodes
-    return given == (level.env_args, level.mem_chunks) and wanted
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [
+        line["mean"]
+        for line in lines
+        if line["greedy"] == greedy
+        and (tuple(line.get("env_args", ())), line.get("mem_chunks"))
+        == (level.env_args, level.mem_chunks)
+        and level.episodes in (None, line["episodes"])
+    ]
 
 
 def _spread(values: list[float]) -> str:
@@ -201,16 +202,6 @@ def _spread(values: list[float]) -> str:
         return "not run"
     mean = statistics.mean(values)
     return f"{mean:.3f} +- {statistics.stdev(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
-
-
-def _cell(row: Row, memory: str, level: Level, greedy: bool) -> tuple[str, int]:
-    values = [
-        line["mean"]
-        for seed in row.seeds
-        for line in _lines(RECORDS / folder(row, memory, seed))
-        if _is_of(line, level) and line["greedy"] == greedy
-    ]
-    return _spread(values), len(values)
 
 
 def table(row: Row) -> list[str]:
@@ -225,23 +216,21 @@ def table(row: Row) -> list[str]:
     for level in row.levels:
         for greedy in level.ways:
             how = "greedy" if greedy else "sampled"
-            cells = [_cell(row, memory, level, greedy)[0] for memory in memories]
+            cells = [
+                _spread(
+                    [m for record in _records(row, memory) for m in _means(record, level, greedy)]
+                )
+                for memory in memories
+            ]
             lines.append(f"| {level.name}, {how} | {' | '.join(cells)} | {level.published} |")
     lines += ["", "| of the training | " + " | ".join(memories) + " |"]
     lines += ["|---|" + "---:|" * len(memories)]
     facts = {memory: [_facts(record) for record in _records(row, memory)] for memory in memories}
-    names = ("return at its end", "best mean return (MMER)", "frames", "frames a second", "seeds")
-    for name in names:
-        cells = []
-        for memory in memories:
-            values = [fact[name] for fact in facts[memory]]
-            if "return" in name:
-                cells.append(_spread(values))
-            elif name == "seeds":
-                cells.append(str(len(values)))
-            else:
-                cells.append(f"{statistics.mean(values):,.0f}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name in facts[memories[0]][0]:
+        values = [[fact[name] for fact in facts[memory]] for memory in memories]
+        told = [_spread(v) if "return" in name else f"{statistics.mean(v):,.0f}" for v in values]
+        lines.append(f"| {name} | {' | '.join(told)} |")
+    lines.append(f"| seeds | {' | '.join(str(len(facts[memory])) for memory in memories)} |")
     return [*lines, ""]
 
 
@@ -264,7 +253,6 @@ def _facts(record: Path) -> dict[str, float]:
         "best mean return (MMER)": max(float(step["return"]) for step in curve),
         "frames": frames,
         "frames a second": frames / seconds,
-        "seeds": 1,
     }
 
 

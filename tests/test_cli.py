@@ -18,6 +18,7 @@ from htm_pytorch import cli, memory
 from htm_pytorch.check import CheckConfig
 from htm_pytorch.ops import blocked, kernels
 from htm_pytorch.rl import TrainConfig
+from tests.command_line import htm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,15 +32,6 @@ TINY = [
 ]
 
 SMALL = ["--queries=5", "--steps=50", "--dim=16", "--heads=2", "--dim-head=8", "--topk-mems=2"]
-
-
-def htm(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
-    """Run the command in this process and return what it exits with."""
-    monkeypatch.setattr(sys, "argv", ["htm", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-        sys.exit(0)
-    return left.value.code
 
 
 def htm_process(*arguments: object) -> "subprocess.CompletedProcess[str]":

@@ -35,7 +35,7 @@ def evaluate(
 
     config = read_config(run_dir)
     task = tasks.find(config.task) if config.task else None
-    parts = None if task is None or task.parts is None else task.parts()
+    parts = tasks.parts_of(config.task)
     greedy = actions == "greedy"
     others = {"env_args": env_args, "mem_chunks": mem_chunks, "patience": patience}
     print(evaluate(run_dir, episodes, seed, greedy=greedy, parts=parts, render=render, **others))

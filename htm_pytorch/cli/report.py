@@ -50,9 +50,8 @@ def report(
     if film is not None:
         check_film(film)
     task = tasks.find(name) if name else None
-    parts = None if task is None or task.parts is None else task.parts()
     scene = Scene() if task is None or task.scene is None else task.scene()
-    agent, config, stage = load_agent(run_dir, parts)
+    agent, config, stage = load_agent(run_dir, tasks.parts_of(name))
     if seed is not None:
         config = config.replace(seed=seed)
     greedy = actions == "greedy"

@@ -13,7 +13,7 @@ from htm_pytorch.rl.config import TrainConfig
 from htm_pytorch.rl.launching import launch, restarted
 
 if TYPE_CHECKING:
-    from htm_pytorch.rl import Agent, Evaluation, Parts
+    from htm_pytorch.rl import Agent, Evaluation
 
 DESCRIPTION = f"""Train an agent that remembers: htm train ENV [options]
 
@@ -95,7 +95,7 @@ def _train(config: TrainConfig) -> "Evaluation | None":
     from htm_pytorch.rl.launching import is_first
     from htm_pytorch.rl.preparing import describe_sizes, describe_source, prepare
 
-    parts = _parts(config)
+    parts = tasks.parts_of(config.task)
     if is_first():
         fresh = prepare(config, parts)
         print(describe_sizes(config))
@@ -128,15 +128,10 @@ def _launch(config: TrainConfig, arguments: list[str]) -> None:
 
     if config.seeds > 1:
         raise ValueError(f"seeds: expected 1 with several processes, got {config.seeds}")
-    prepare(config, _parts(config))
+    prepare(config, tasks.parts_of(config.task))
     code = launch(config.processes, ["train", *arguments, "--processes", "1"])
     if code:
         sys.exit(code if code == 130 else f"htm: a process ended with {code}; see above")
-
-
-def _parts(config: TrainConfig) -> "Parts | None":
-    make = tasks.find(config.task).parts if config.task else None
-    return None if make is None else make()
 
 
 def _drawn(agent: "Agent", config: TrainConfig) -> str:

@@ -135,9 +135,9 @@ def _decide(
             products = some_route[query] * summaries[some_row[query], chunk]
             sums = products.sum(-1)
             if fades:
-                some_fading = Fading(fades[0][query], fades[1][query], fades[2])
-                ages = fades[2][query, chunk][..., None]
-                sums = some_fading.scores(sums[..., None], ages)[..., 0]
+                ceiling, decay, ages = fades
+                of_pairs = Fading(ceiling[query], decay[query], ages[query, chunk][:, None])
+                sums = of_pairs.scores(sums[:, None])[:, 0]
             scores[query, chunk] = sums.clamp_(min=lowest(scores))
         chunks = where_best(scores, k)
         best.append((scores.gather(1, chunks), chunks))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from htm_pytorch.memory import ring
 from htm_pytorch.memory.chunked import ChunkedMemory
 from htm_pytorch.memory.home import ScoredHome
 
@@ -32,9 +33,9 @@ def ages(following: Tensor | None, sizes: Sequence[int], rank: int, device: torc
         device: where the result is.
     """
     total = end(sizes)
-    newest = torch.tensor([total], device=device) if following is None else following
+    following = torch.tensor([total], device=device) if following is None else following
     numbers = torch.arange(sizes[rank], device=device) * len(sizes) + rank
-    return (newest[:, None] - 1 - numbers) % max(total, 1)
+    return ring.ages(following, numbers, total)
 
 
 def held_before(number: Tensor, rank: int | Tensor, ranks: int) -> Tensor:

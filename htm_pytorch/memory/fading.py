@@ -47,14 +47,6 @@ class Fading(NamedTuple):
         """Return what the scores of some chunks fade by."""
         return self._replace(ages=self.ages[..., start:end])
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Fading":
-        """Return it on a device, in a dtype."""
-        return Fading(*(part.to(device, dtype) for part in self))
-
-    def detach(self) -> "Fading":
-        """Return it cut from its graph."""
-        return Fading(*(part.detach() for part in self))
-
 
 def limited(products: Tensor, ceiling: Tensor) -> Tensor:
     """Return products that hardly rise above a ceiling; as they are where it is far above them."""

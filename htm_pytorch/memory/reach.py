@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from htm_pytorch.memory import ring
 from htm_pytorch.memory.plan import Plan
 from htm_pytorch.memory.ring import Slots
 
@@ -34,7 +35,7 @@ class Reach(NamedTuple):
         [B, P, M'], or [B, 1, M'] where all see the same.
         """
         slots = torch.arange(self.held, device=self.valid.device)
-        ages = (self.next_slot[:, None] - 1 - slots) % max(self.room, 1)
+        ages = ring.ages(self.next_slot, slots, self.room)
         if self.born is None or time is None:
             return ages[:, None]
         new = -1 - torch.arange(self.born.shape[1], device=time.device)
@@ -68,13 +69,13 @@ def reach(
     Without a plan nothing closes and no episode begins.
     """
     held = valid.shape[1]
+    found = Reach(slots, valid, held, None, next_slot, chunks, None)
     if plan is None or (not plan.readable and plan.is_first is None):
-        return Reach(slots, valid, held, None, next_slot, chunks, None)
+        return found
     length, most = plan.last_first.shape[1], plan.end.shape[1]
     if length == 1 and not plan.readable:
         begins = plan.is_first
-        valid = valid if keep or begins is None else valid & ~begins
-        return Reach(slots, valid, held, None, next_slot, chunks, None)
+        return found if keep or begins is None else found._replace(valid=valid & ~begins)
     never = length + 1
     ages = (torch.arange(held, device=valid.device) - next_slot[:, None]) % max(chunks, 1)
     # By rank among the chunks that close: when a slot of that age, or a chunk so much older, goes.
@@ -89,7 +90,7 @@ def reach(
     since = torch.zeros_like(ages)
     new = plan.readable
     if not new:
-        return Reach(slots, valid, held, (since, until), next_slot, chunks, None)
+        return found._replace(times=(since, until))
     closed = plan.close().map(lambda part: part[:, :new])
     closed = closed._replace(summaries=closed.summaries.to(slots.summaries.dtype))
     born = ends[:, :new]
@@ -98,12 +99,9 @@ def reach(
     if borders is not None:
         gone = gone.minimum(borders.gather(1, born.clamp(max=length)))
     exists = torch.arange(new, device=valid.device) < plan.closings[:, None]
-    return Reach(
-        slots.beside(closed, lambda old, new: torch.cat([old, new], 1)),
-        torch.cat([valid, exists], 1),
-        held,
-        (torch.cat([since, born], 1), torch.cat([until, gone], 1)),
-        next_slot,
-        chunks,
-        born,
+    return found._replace(
+        slots=slots.beside(closed, lambda old, new: torch.cat([old, new], 1)),
+        valid=torch.cat([valid, exists], 1),
+        times=(torch.cat([since, born], 1), torch.cat([until, gone], 1)),
+        born=born,
     )

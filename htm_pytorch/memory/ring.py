@@ -30,6 +30,14 @@ def alone() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if torch.compiler.is_compiling() else _mutex
 
 
+def ages(next_slot: Tensor, slots: Tensor, room: int) -> Tensor:
+    """Return how many chunks of a ring are newer than those at the slots [M], [B, M] int64.
+
+    `next_slot` [B] is the one that is written next, of `room` slots.
+    """
+    return (next_slot[:, None] - 1 - slots) % max(room, 1)
+
+
 class Slots(NamedTuple):
     """What M slots hold; or X chunks that are written to some of them."""
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from htm_pytorch.memory.fields import AXES
 from htm_pytorch.memory.reach import Reach
-from htm_pytorch.memory.ring import Ring, Slots
+from htm_pytorch.memory.ring import Ring, Slots, ages
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -72,7 +72,7 @@ class Value:
                 "differ from step to step; HTMTransformer does that, or take recency=False"
             )
         slots = torch.arange(self.chunks, device=self.device)
-        return (self.next_slot[:, None] - 1 - slots) % max(self.chunks, 1)
+        return ages(self.next_slot, slots, self.chunks)
 
     @property
     def batch(self) -> int:

@@ -80,12 +80,8 @@ class Layer(nn.Module):
         elif reached.reach.times is not None or with_recall:
             at = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         recall = None
-        recency = self.htm.attn.recency
-        if at is None:
-            x = self.htm(x, reached.read, ages=reached.reach.ages(at) if recency else None)
-        elif with_recall:
-            visible = reached.reach.visible(at)
-            ages = reached.reach.ages(at) if recency else None
+        if with_recall and at is not None:
+            visible, ages = reached.reach.visible(at), _ages(self.htm, reached, at)
             x, recall = self.htm.recall(x, reached.read, chunk_attn_mask=visible, ages=ages)
             # Of the ring's slots those that were never written were left out.
             left_out = state.memory.chunks - reached.reach.held
@@ -97,21 +93,22 @@ class Layer(nn.Module):
 
 
 def _recalled(
-    htm: HTMBlock, x: Tensor, reached: Reached[ChunkedMemory], time: Tensor, room: int
+    htm: HTMBlock, x: Tensor, reached: Reached[ChunkedMemory], time: Tensor | None, room: int
 ) -> Tensor:
     """Return x with what the steps `time` [B, P] recalled, a few at a time if they are many.
 
-    So the mask of steps by chunks, and what is made of it, do not grow with their product.
+    So the mask of steps by chunks, and what is made of it, do not grow with their product. Where
+    all steps see the same, `time` may be None.
     """
     recency = htm.attn.recency
-    if reached.reach.times is None:
-        return htm(x, reached.read, ages=reached.reach.ages(time) if recency else None)
+    if reached.reach.times is None or time is None:
+        return htm(x, reached.read, ages=_ages(htm, reached, time))
     batch, chunks = reached.reach.valid.shape
     each = MASK_BYTES // (AGE_BYTES if recency else 1)
     whole = batch * time.shape[1] * chunks <= each
     if whole or torch.compiler.is_compiling() or is_transformed():
-        ages = reached.reach.ages(time) if recency else None
-        return htm(x, reached.read, chunk_attn_mask=reached.reach.visible(time), ages=ages)
+        visible, ages = reached.reach.visible(time), _ages(htm, reached, time)
+        return htm(x, reached.read, chunk_attn_mask=visible, ages=ages)
     # In so many steps at most as many chunks close as the ring has room for.
     block = each // (batch * (2 * room + 1))
     block = max(1, min(block, room * reached.read.chunk_size))
@@ -120,6 +117,11 @@ def _recalled(
         read, visible, ages = reached.seen(when, with_ages=recency)
         parts.append(htm(some, read, chunk_attn_mask=visible, ages=ages))
     return torch.cat(parts, 1)
+
+
+def _ages(htm: HTMBlock, reached: Reached[ChunkedMemory], time: Tensor | None) -> Tensor | None:
+    """Return how old the chunks are for the steps `time` [B, P]; None where it does not count."""
+    return reached.reach.ages(time) if htm.attn.recency else None
 
 
 def _taken(x: Tensor, at: Tensor) -> Tensor:

@@ -65,13 +65,12 @@ def _fetch(
     device = home.device
     ages = None
     if recency is not None:
-        ages = ages_of(home)[:, None] if recency.ages is None else recency.ages
-        recency = recency._replace(ages=ages.to(device))
+        ages = (ages_of(home)[:, None] if recency.ages is None else recency.ages).to(device)
+        recency = recency._replace(ages=ages)
     exact = route.detach().to(device, torch.promote_types(route.dtype, torch.float32))
     if is_scored(home):
         mask = None if chunk_mask is None else chunk_mask.to(device)
         fading = None if recency is None else recency.fading(home, exact.dtype, device)
-        fading = None if fading is None else fading.to(device, exact.dtype)
         chunks = _score(exact, home, k, mask, fading)
     elif is_searched(home):
         if chunk_mask is not None:
@@ -91,7 +90,7 @@ def _fetch(
     keeps.scatter_(2, place % (len(numbers) + 1), True)
     memory = home.fetch(numbers).to(route.device)
     if ages is not None:
-        ages = ages.to(device)[..., numbers].to(route.device)
+        ages = ages[..., numbers].to(route.device)
     return Fetched(memory, keeps[..., :-1].to(route.device), numbers.to(route.device), ages)
 
 

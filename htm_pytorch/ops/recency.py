@@ -27,10 +27,9 @@ class Recency(NamedTuple):
 
     def fading(self, memory: Numbered, dtype: torch.dtype, device: torch.device) -> Fading:
         """Return what scores of all chunks of a memory fade by, in the dtype of sums."""
-        ages = self.ages
-        if ages is None:
-            ages = ages_of(memory).to(device)[:, None]
-        return Fading(self.ceiling.to(dtype), self.decay.to(dtype), log_ages(ages, dtype))
+        ages = ages_of(memory)[:, None] if self.ages is None else self.ages
+        ceiling, decay = (part.to(device, dtype) for part in (self.ceiling, self.decay))
+        return Fading(ceiling, decay, log_ages(ages.to(device), dtype))
 
 
 def check_recency(recency: Recency | None, route: Tensor, chunks: int) -> None:

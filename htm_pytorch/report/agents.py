@@ -16,8 +16,8 @@ from htm_pytorch.report.scene import Plot, Scene
 from htm_pytorch.report.trace import Seen, Trace, chunk_of
 from htm_pytorch.rl import Agent, TrainConfig
 from htm_pytorch.rl.environments import Seen as Shown
-from htm_pytorch.rl.evaluation import UNSEEN
-from htm_pytorch.rl.making import is_batched, make_environments, most_steps, seeds_of
+from htm_pytorch.rl.evaluation import begin
+from htm_pytorch.rl.making import is_batched, most_steps
 from htm_pytorch.rl.observations import Nested, nested
 from htm_pytorch.rl.player import Choice, Player
 
@@ -48,22 +48,6 @@ def check_agent(agent: Agent, config: TrainConfig) -> None:
             f"agent: expected one that recalls chunks (--memory htm), got --memory "
             f"{config.memories.memory} ({error})"
         ) from error
-
-
-def begin(
-    agent: Agent,
-    config: TrainConfig,
-    rows: int,
-    stage: int,
-    scene: Scene,
-    batch: int = UNSEEN,
-    render_mode: str | None = None,
-) -> tuple[Player, list[Plot] | None]:
-    """Begin unseen episodes, those that `htm eval` begins, and say what is hidden of them."""
-    environments = make_environments(config, rows, stage, render_mode)
-    player = Player(environments, agent, config.rollouts.action_repeat)
-    player.begin(seeds_of(config, batch, range(rows)))
-    return player, None if scene.plots is None else scene.plots(environments)
 
 
 def play(player: Player, generator: torch.Generator | None) -> Iterator[Step]:
@@ -105,12 +89,13 @@ def trace_agent(
     """
     check_agent(agent, config)
     scene = scene or Scene()
-    player, plots = begin(agent, config, 1, stage, scene)
+    player = begin(agent, config, 1, stage)
     has_frames = scene.frames_of(_stacked([player.seen.observation])) is not None
     # A batch of environments would become single ones, whose episodes are others.
     if not has_frames and not is_batched(config) and _draws_itself(player):
         player.environments.close()
-        player, plots = begin(agent, config, 1, stage, scene, render_mode="rgb_array")
+        player = begin(agent, config, 1, stage, render_mode="rgb_array")
+    plot = None if scene.plots is None else scene.plots(player.environments)[0]
     generator = None if greedy else torch.Generator().manual_seed(config.seed)
     most = most_steps(config) or MOST_STEPS
     steps: list[Step] = []
@@ -134,7 +119,6 @@ def trace_agent(
     if frames is None and all(picture is not None for picture in drawn):
         frames = torch.stack([picture for picture in drawn if picture is not None])
     labels = scene.labels_of(observed)
-    plot = None if plots is None else plots[0]
     if plot is not None:
         labels = [plot.label_of(number) or label for number, label in enumerate(labels)]
     trace = recorder.trace(title or player.environments.name, labels=labels, frames=frames)

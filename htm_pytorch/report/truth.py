@@ -1,18 +1,19 @@
 """How often the chunk that was asked about is recalled, over episodes that nobody saw."""
 
+import contextlib
 import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from htm_pytorch.report.agents import begin, check_agent, play
+from htm_pytorch.report.agents import MOST_STEPS, check_agent, play
 from htm_pytorch.report.recorder import Recorder
 from htm_pytorch.report.scene import Plot, Scene
 from htm_pytorch.report.trace import Moment, chunk_of
 from htm_pytorch.rl import Agent, TrainConfig
-from htm_pytorch.rl.evaluation import MOST_ROWS, UNSEEN
-from htm_pytorch.rl.making import is_batched, most_steps
+from htm_pytorch.rl.evaluation import UNSEEN, begin, most_rows
+from htm_pytorch.rl.making import most_steps
 
 
 class LayerTruth(NamedTuple):
@@ -88,7 +89,7 @@ def measure(
         )
     check_agent(agent, config)
     generator = None if greedy else torch.Generator().manual_seed(config.seed)
-    most = MOST_ROWS if is_batched(config) else config.environments.num_envs
+    most = most_rows(config)
     found: list[_Asked] = []
     returns: list[float] = []
     batch = 0
@@ -137,14 +138,15 @@ def _play_batch(
     batch: int,
 ) -> tuple[list[_Asked], list[float]]:
     """Play the first episode of each row; return its first decision, and its return."""
-    player, plots = begin(agent, config, rows, stage, scene, batch)
-    assert plots is not None
+    assert scene.plots is not None
+    player = begin(agent, config, rows, stage, batch=batch)
+    plots = scene.plots(player.environments)
     totals, over = np.zeros(rows), np.zeros(rows, bool)
     found: dict[int, _Asked] = {}
-    recorder = Recorder(agent, range(rows))
-    recorder.__enter__()
-    patience = most_steps(config) or 20_000
-    try:
+    patience = most_steps(config) or MOST_STEPS
+    with contextlib.ExitStack() as playing, contextlib.ExitStack() as listening:
+        playing.callback(player.environments.close)
+        recorder = listening.enter_context(Recorder(agent, range(rows)))
         for number, step in enumerate(play(player, generator)):
             totals += np.where(over, 0.0, step.shown.reward)
             over |= step.shown.ended
@@ -154,14 +156,11 @@ def _play_batch(
                         found[int(row)] = _first(recorder, int(row), plots[row])
                 if len(found) == rows:
                     # The rest is only played.
-                    recorder.__exit__(None, None, None)
+                    listening.close()
             if over.all():
                 break
             if number > patience:
                 raise ValueError(f"env: expected episodes that end in {patience:,} steps")
-    finally:
-        recorder.__exit__(None, None, None)
-        player.environments.close()
     return list(found.values()), totals.tolist()
 
 

@@ -161,11 +161,9 @@ def judge(
     patience: int = PATIENCE,
 ) -> Evaluation:
     """Play so many unseen episodes, as many in each row, so that short ones are not preferred."""
-    # Others than a batch of its own may cost a lot each.
-    most = MOST_ROWS if is_batched(config) else config.environments.num_envs
-    count = min(episodes, MOST_ROWS, most)
+    count = min(episodes, MOST_ROWS, most_rows(config))
     patience = max(patience, 2 * count * most_steps(config))
-    player = _player(agent, config, count, stage)
+    player = begin(agent, config, count, stage)
     quota = episodes // count + (np.arange(count) < episodes % count)
     generator = None if greedy else torch.Generator().manual_seed(config.seed)
     returns: list[float] = []
@@ -197,7 +195,7 @@ def judge(
 @torch.no_grad()
 def film(agent: Agent, config: TrainConfig, greedy: bool = True, stage: int = 0) -> list[Any]:
     """Play one unseen episode and return its pictures."""
-    player = _player(agent, config, 1, stage, "rgb_array")
+    player = begin(agent, config, 1, stage, render_mode="rgb_array")
     generator = None if greedy else torch.Generator().manual_seed(config.seed)
     pictures: list[Any] = []
     while not pictures or not player.seen.ended.all():
@@ -215,7 +213,7 @@ def film(agent: Agent, config: TrainConfig, greedy: bool = True, stage: int = 0)
 
 def watch(agent: Agent, config: TrainConfig, stage: int = 0) -> tuple[Rollout, float]:
     """Play one unseen episode by the most probable actions; return it and its return."""
-    player = _player(agent, config, 1, stage)
+    player = begin(agent, config, 1, stage)
     rollouts = replace(config.rollouts, rollout="episodes", steps=2**40, decisions=0)
     played = play(player, rollouts, None)
     player.environments.close()
@@ -229,10 +227,23 @@ def _checkpoint(run_dir: Path | str) -> Checkpoint:
     return Checkpoint(path)
 
 
-def _player(
-    agent: Agent, config: TrainConfig, rows: int, stage: int, render_mode: str | None = None
+def most_rows(config: TrainConfig) -> int:
+    """Return how many episodes may be played at once."""
+    # Others than a batch of its own may cost a lot each.
+    return MOST_ROWS if is_batched(config) else config.environments.num_envs
+
+
+def begin(
+    agent: Agent,
+    config: TrainConfig,
+    rows: int,
+    stage: int,
+    *,
+    batch: int = UNSEEN,
+    render_mode: str | None = None,
 ) -> Player:
+    """Begin unseen episodes in so many rows; `batch` stands in their seeds."""
     environments = make_environments(config, rows, stage, render_mode)
     player = Player(environments, agent, config.rollouts.action_repeat)
-    player.begin(seeds_of(config, UNSEEN, range(rows)))
+    player.begin(seeds_of(config, batch, range(rows)))
     return player

@@ -47,3 +47,9 @@ def find(name: str) -> Task:
     if name not in TASKS:
         raise ValueError(f"task: expected one of {TASKS}, got {name!r}")
     return importlib.import_module(f"{__name__}.{name.replace('-', '_')}").TASK
+
+
+def parts_of(name: str) -> "Parts | None":
+    """Return the own parts of a task's agent; None: it has none, or the name is of no task, ""."""
+    make = find(name).parts if name else None
+    return None if make is None else make()

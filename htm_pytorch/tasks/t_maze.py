@@ -1,4 +1,4 @@
-"""T-Maze: corridors up to 100 long, whose hint is then remembered for 1,000,000 steps."""
+"""T-Maze: corridors up to 100 long, whose hint is then remembered for 100,000 steps."""
 
 from htm_pytorch.rl.config import TrainConfig
 from htm_pytorch.tasks import Task

@@ -9,10 +9,9 @@ import torch
 
 from htm_pytorch.envs import ballet_tables as tables
 from htm_pytorch.report import Scene, measure, trace_agent
-from htm_pytorch.report.agents import begin
 from htm_pytorch.report.scene import Plot
 from htm_pytorch.rl import Agent, TrainConfig, make_agent
-from htm_pytorch.rl.evaluation import judge, watch
+from htm_pytorch.rl.evaluation import begin, judge, watch
 from htm_pytorch.rl.making import make_environments
 from htm_pytorch.tasks import find
 from htm_pytorch.tasks.ballet_scene import SCENE
@@ -71,9 +70,11 @@ def test_sampled_actions_are_those_of_a_judged_episode() -> None:
 def test_what_ballet_shows() -> None:
     agent, config = make_ballet()
     trace = trace_agent(agent, config, scene=SCENE)
-    player, plots = begin(agent, config, 1, 0, SCENE)
+    player = begin(agent, config, 1, 0)
+    assert SCENE.plots is not None
+    plots = SCENE.plots(player.environments)
     (level,) = player.environments.vector.unwrapped.levels()  # pyright: ignore
-    assert plots is not None and plots[0].asked == (17 * level.target, 17 * level.target + 16)
+    assert plots[0].asked == (17 * level.target, 17 * level.target + 16)
     assert trace.frames is not None and tuple(trace.frames.shape[1:]) == (99, 99, 3)
     labels = [step.label for step in trace.steps]
     names = [tuple(tables.DANCES)[dance] for dance in level.dances]
@@ -91,8 +92,9 @@ def test_what_ballet_shows() -> None:
 
 def test_ballet_one_by_one_has_the_same_plots() -> None:
     agent, config = make_ballet(vectorize="sync")
-    player, plots = begin(agent, config, 2, 0, SCENE)
-    assert plots is not None
+    player = begin(agent, config, 2, 0)
+    assert SCENE.plots is not None
+    plots = SCENE.plots(player.environments)
     for env, plot in zip(player.environments.vector.envs, plots, strict=True):  # pyright: ignore
         assert plot.asked == (17 * env.unwrapped.level.target, 17 * env.unwrapped.level.target + 16)
 
@@ -124,8 +126,9 @@ def test_the_share_of_chunks_asked_about_is_that_of_recall() -> None:
     """By another way: all episodes in one call of `recall`, chunks counted by hand."""
     agent, config = make_ballet(mem_chunk_size=17, depth=1, topk_mems=2, seed=5)
     truth = measure(agent, config, 40, SCENE)
-    player, plots = begin(agent, config, 40, 0, SCENE)
-    assert plots is not None
+    player = begin(agent, config, 40, 0)
+    assert SCENE.plots is not None
+    plots = SCENE.plots(player.environments)
     steps = []
     while True:
         step, decides = player.look()

@@ -1,23 +1,13 @@
 """`htm report`, from a run to its files, and how it fails."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from htm_pytorch import cli
+from tests.command_line import htm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def htm(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
-    """Run the command in this process and return what it exits with."""
-    monkeypatch.setattr(sys, "argv", ["htm", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-        sys.exit(0)
-    return left.value.code
 
 
 @pytest.fixture(scope="module")
