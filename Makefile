@@ -14,7 +14,7 @@ BENCH_ARGS ?=
 
 # What an installation is made from; the kernel is compiled on the way.
 INSTALLED_FROM := pyproject.toml constraints.txt hatch_build.py \
-	$(wildcard htm_pytorch/ops/kernels/*.cpp htm_pytorch/ops/kernels/*.h)
+	$(wildcard htm_pytorch/kernels/*.cpp htm_pytorch/kernels/*.h)
 
 # Torch comes first and by its pinned version: the other packages ask for any
 # torch, and would otherwise decide which build of it is fetched.
@@ -129,6 +129,6 @@ docs: .venv/.installed ## build the documentation (docs/_build/html/index.html);
 
 clean: ## remove environments, caches and build products; keeps runs/
 	rm -rf .venv .venv-bench .venv-demo .venv-minimal .venv-results .venv-triton build dist docs/_build *.egg-info
-	rm -f htm_pytorch/ops/kernels/recall-*
+	rm -f htm_pytorch/kernels/recall-*
 	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

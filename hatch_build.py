@@ -10,7 +10,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from packaging.tags import platform_tags
 
-KERNELS = Path("htm_pytorch", "ops", "kernels")
+KERNELS = Path("htm_pytorch", "kernels")
 
 # fmt: off
 COMPILE = [

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from htm_pytorch.ops import kernels
+from htm_pytorch import kernels
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import htm_pytorch
-from htm_pytorch import cli, memory
+from htm_pytorch import cli, kernels, memory
 from htm_pytorch.check import CheckConfig
-from htm_pytorch.ops import blocked, kernels
+from htm_pytorch.ops import blocked
 from htm_pytorch.rl import TrainConfig
 from tests.command_line import htm
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 import htm_pytorch
+from htm_pytorch import kernels
 from htm_pytorch.memory import ChunkedMemory
-from htm_pytorch.ops import kernels
 from htm_pytorch.ops.call import Call
 from htm_pytorch.ops.engines import ENGINES
 

@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from htm_pytorch import kernels
+from htm_pytorch.memory.codes import MOST_DIM, Codes, RingCodes
 from htm_pytorch.shapes import is_transformed
+
+CODED_NUMBERS = 2**18
+"""Numbers of summaries of a row from which on codes pay."""
+CODED_CHUNKS = 32
+"""Chunks for each that is kept, from which on they do."""
 
 _mutex = threading.RLock()
 
@@ -82,6 +89,9 @@ class Ring:
         self._oldest: weakref.ref[Ring] | None = None
         self._replaced = 0
         self._lent: list[weakref.ref[Ring]] = []
+        self._lender: Ring | None = None
+        self._codes: RingCodes | None = None
+        self._times_scored = 0
 
     def lend(self, slots: Slots | None = None) -> "Ring":
         """Return what the slots hold, or these of them, as a ring that is only read.
@@ -89,7 +99,10 @@ class Ring:
         As long as it lives, nothing is written over what it holds, unless it is given back.
         """
         with alone():
-            ring = Ring(self.read() if slots is None else slots)
+            held = self.read()
+            ring = Ring(held if slots is None else slots)
+            if slots is None or slots is held or slots is self._head:
+                ring._lender = self
             if not torch.compiler.is_compiling():
                 lent = [other for other in self._lent if other() is not None]
                 self._lent = [*lent, weakref.ref(ring)]
@@ -110,6 +123,26 @@ class Ring:
                 slots = self._slots
                 assert slots is not None
         return slots
+
+    def codes(self, k: int) -> Codes | None:
+        """Return the codes of the summaries, for one who scores them now and keeps k.
+
+        None where they do not pay, and the first time: summaries that are scored once need none.
+        """
+        if torch.compiler.is_compiling() or is_transformed():
+            return None
+        with alone():
+            ring = self if self._lender is None else self._lender
+            slots = self._slots
+            if ring._slots is None or slots is None or not _may_be_coded(slots.summaries, k):
+                return None
+            ring._times_scored += 1
+            if ring._codes is None:
+                if ring._times_scored < 2:
+                    return None
+                batch, _, dim = slots.summaries.shape
+                ring._codes = RingCodes(batch, ring._slots.summaries.shape[1], dim)
+            return ring._codes.of(slots.summaries)
 
     def head(self, count: int | None) -> Slots:
         """Return what the first `count` slots hold, or all, for one who keeps no part of it."""
@@ -157,6 +190,9 @@ class Ring:
         _put(held, places, new)
         newer = Ring(held, used, is_own=True)
         newer._oldest, newer._replaced = self._oldest, self._replaced + at.shape[1]
+        newer._times_scored, newer._codes, self._codes = self._times_scored, self._codes, None
+        if newer._codes is not None:
+            newer._codes.forget(places // total, places % total)
         self._slots, self._head, self._newer = None, None, (newer, places, replaced)
         return newer
 
@@ -208,6 +244,19 @@ class Ring:
                 _put(slots, places, before)
         self._slots, self._newer, self._is_own = slots, None, True
         self._oldest, self._replaced = None, 0
+
+
+def _may_be_coded(summaries: Tensor, k: int) -> bool:
+    _, chunks, dim = summaries.shape
+    return (
+        kernels.IS_AVAILABLE
+        and chunks >= CODED_CHUNKS * k
+        and chunks * dim >= CODED_NUMBERS
+        and dim <= MOST_DIM
+        and summaries.device.type == "cpu"
+        and summaries.dtype in kernels.STORED[torch.float32]
+        and summaries.stride(2) == 1
+    )
 
 
 def _put(slots: Slots, places: Tensor, chunks: Slots) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from htm_pytorch import kernels
 from htm_pytorch.memory import ChunkedMemory
 from htm_pytorch.memory.fading import log_ages
 from htm_pytorch.nn.affine import is_plain, weight_of
@@ -20,7 +21,6 @@ from htm_pytorch.nn.block import HTMBlock
 from htm_pytorch.nn.local import LocalAttention
 from htm_pytorch.nn.positions import positions_of
 from htm_pytorch.nn.state import LayerState
-from htm_pytorch.ops import kernels
 from htm_pytorch.shapes import may_look_at
 
 MOST_PRODUCTS = 2**23
@@ -73,6 +73,8 @@ def step(layer: Any, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState] 
         slots.summaries.stride(0),
     )
     recall.summaries_by_chunk = slots.summaries.stride(1)
+    if (codes := reached.read._ring.codes(recall.k)) is not None:
+        recall.codes = codes.struct()
     recall.valid, recall.valid_by_batch = valid.data_ptr(), valid.stride(0)
     recall.positions = None if places is None else places.data_ptr()
     logs = _log_ages(memory.chunks) if htm.recency else None

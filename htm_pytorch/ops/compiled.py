@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from htm_pytorch.ops import fitting, kernels, operators
+from htm_pytorch import kernels
+from htm_pytorch.memory.codes import Codes
+from htm_pytorch.ops import fitting, operators
 
 BLOCK_BYTES = 16 * 2**20
 """How many bytes of weights are held at a time on the way back to the memory."""
@@ -74,8 +76,12 @@ def pick(
     k: int,
     chunk_size: int,
     eps: float,
+    codes: Codes | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the k best chunks of each query and their weights, both [B, Q, K]."""
+    """Return the k best chunks of each query and their weights, both [B, Q, K].
+
+    By codes, if there are any: the same, to the last bit.
+    """
     chunks = fitting.check_source(route, source, step_mask, chunk_size)
     operators.check("valid", valid, (len(source), chunks), torch.bool)
     operators.check("chunk_mask", chunk_mask, (*route.shape[:2], chunks), torch.bool)
@@ -105,8 +111,31 @@ def pick(
         "route": route,
         "weights": weights,
     }
+    if codes is not None:
+        arguments["codes"] = codes.struct()
     kernels.run("pick", route, source, arguments)
     return picked, weights
+
+
+def pick_coded(
+    route: Tensor,
+    source: Tensor,
+    valid: Tensor | None,
+    chunk_mask: Tensor | None,
+    ceiling: Tensor | None,
+    decay: Tensor | None,
+    ages: Tensor | None,
+    k: int,
+    coarse: Tensor,
+    centres: Tensor,
+    radii: Tensor,
+    terms: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Do what `pick` does with summaries, of which most are spared a look by their codes."""
+    codes = Codes(coarse, None, centres, radii, terms)
+    codes.check(source)
+    fading = ceiling, decay, ages
+    return pick(route, source, valid, None, chunk_mask, *fading, k, 1, 0.0, codes)
 
 
 def pick_backward(

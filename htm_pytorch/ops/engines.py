@@ -8,8 +8,9 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 from torch import Tensor
 
+from htm_pytorch import kernels
 from htm_pytorch.memory import ChunkedMemory
-from htm_pytorch.ops import blocked, fused_triton, kernels, native, projected, reference
+from htm_pytorch.ops import blocked, fused_triton, native, projected, reference
 from htm_pytorch.ops.call import Call
 from htm_pytorch.shapes import is_transformed
 

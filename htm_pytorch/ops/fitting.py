@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from htm_pytorch.ops import kernels, operators
+from htm_pytorch import kernels
+from htm_pytorch.ops import operators
 from htm_pytorch.shapes import check_at_least
 
 

@@ -5,11 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from htm_pytorch import kernels
 from htm_pytorch.memory import ChunkedMemory, Home, ScoredHome, StoredMemory, View
 from htm_pytorch.memory.fading import Fading
 from htm_pytorch.memory.home import ages_of, is_scored, is_searched
 from htm_pytorch.memory.view import Moment
-from htm_pytorch.ops import kernels, native, reference
+from htm_pytorch.ops import native, reference
 from htm_pytorch.ops.recency import Recency
 
 _CANDIDATES = 4

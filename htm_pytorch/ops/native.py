@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from htm_pytorch import kernels
 from htm_pytorch.memory import ChunkedMemory, ScoredHome, Steps
+from htm_pytorch.memory.codes import Codes
 from htm_pytorch.memory.fading import Fading
-from htm_pytorch.ops import compiled, kernels, operators
+from htm_pytorch.ops import compiled, operators
 
 
 def pick(
@@ -40,19 +42,33 @@ def pick(
         route = route.reshape(1, batch * queries, dim)
         chunk_mask = None if chunk_mask is None else chunk_mask.flatten(0, 1)[None]
         fading = None if fading is None else _as_one_row(fading)
+    fades = fading or (None,) * 3
+    kept = min(k, memory.chunks)
+    if not prefix and (codes := _codes_of(memory, route, kept)) is not None:
+        parts = codes.coarse, codes.centres, codes.radii, codes.terms
+        picked, weights = torch.ops.htm_pytorch.pick_coded(
+            route, source, valid, chunk_mask, *fades, kept, *parts
+        )
+        return picked.view(batch, queries, kept), weights.view(batch, queries, kept)
     picked, weights = getattr(torch.ops.htm_pytorch, f"{prefix}pick")(
         route,
         source,
         valid,
         mask,
         chunk_mask,
-        *(fading or (None,) * 3),
-        min(k, memory.chunks),
+        *fades,
+        kept,
         size,
         eps,
     )
-    kept = (batch, queries, picked.shape[2])
-    return picked.view(kept), weights.view(kept)
+    return picked.view(batch, queries, kept), weights.view(batch, queries, kept)
+
+
+def _codes_of(memory: object, route: Tensor, k: int) -> Codes | None:
+    """Return codes of what is scored, where they serve and pay."""
+    if not isinstance(memory, ChunkedMemory) or route.dtype != torch.float32:
+        return None
+    return memory._ring.codes(k)
 
 
 def _as_one_row(fading: Fading) -> Fading:
@@ -219,6 +235,42 @@ def _attend_backward_shapes(
     )
 
 
+def _pick_coded_shapes(route: Tensor, source: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _pick_shapes(route, source, rest[5], 0, 0)
+
+
+def _pick_coded_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    route, source, _, _, *fading, _ = inputs[:8]
+    ctx.mark_non_differentiable(output[0])
+    ctx.chunk_size, ctx.eps = 1, 0.0
+    operators.save(ctx, route, source, None, *fading, *output)
+
+
+def _pick_coded_differentiate(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad
+    route, source, ceiling, decay = torch.ops.htm_pytorch.pick_backward(
+        grad, *operators.saved(ctx), 1, 0.0, needs[1]
+    )
+    return (
+        route,
+        source if needs[1] else None,
+        None,
+        None,
+        ceiling if needs[4] else None,
+        decay if needs[5] else None,
+        *(None,) * 6,
+    )
+
+
+operators.register(
+    "pick_coded(Tensor route, Tensor source, Tensor? valid, Tensor? chunk_mask, Tensor? ceiling, "
+    "Tensor? decay, Tensor? ages, SymInt k, Tensor coarse, Tensor centres, Tensor radii, "
+    "Tensor terms) -> (Tensor picked, Tensor weights)",
+    compiled.pick_coded,
+    _pick_coded_shapes,
+    device="CPU",
+)
+operators.differentiate("pick_coded", _pick_coded_differentiate, _pick_coded_context)
 register(
     "",
     compiled.pick,

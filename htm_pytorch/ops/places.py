@@ -4,8 +4,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
+from htm_pytorch import kernels
 from htm_pytorch.memory import ChunkedMemory, ShardedMemory, Steps
-from htm_pytorch.ops import homes, kernels, sharded
+from htm_pytorch.ops import homes, sharded
 from htm_pytorch.ops.call import Call, Memory, no_autocast
 from htm_pytorch.ops.recency import Recency
 from htm_pytorch.shapes import is_transformed

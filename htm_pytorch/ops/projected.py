@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from htm_pytorch import kernels
 from htm_pytorch.memory import ChunkedMemory, Steps
-from htm_pytorch.ops import fitting, kernels, operators
+from htm_pytorch.ops import fitting, operators
 from htm_pytorch.shapes import may_look_at
 
 # What a floating point operation costs inside chunks, where one in a large matrix product costs 1:

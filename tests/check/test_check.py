@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from htm_pytorch import kernels
 from htm_pytorch.check import CheckConfig, Comparison, Report, check, config, run
 from htm_pytorch.check.problem import Problem
-from htm_pytorch.ops import Impl, blocked, kernels, native, projected, reference
+from htm_pytorch.ops import Impl, blocked, native, projected, reference
 from tests.helpers import on_cpu
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from htm_pytorch import ChunkedMemory, HTMAttention, recall
-from htm_pytorch.ops import kernels
+from htm_pytorch import ChunkedMemory, HTMAttention, kernels, recall
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import htm_pytorch
-from htm_pytorch import ChunkedMemory, HTMAttention, HTMBlock
-from htm_pytorch.ops import Impl, kernels, reference
+from htm_pytorch import ChunkedMemory, HTMAttention, HTMBlock, kernels
+from htm_pytorch.ops import Impl, reference
 from tests.helpers import assert_near, normal, on_cpu
 
 PROJECTIONS = ("to_summary_queries", "to_summary_keys", "attn.to_q", "attn.to_kv", "attn.to_out")

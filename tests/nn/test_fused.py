@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from htm_pytorch import HTMAttention, HTMTransformer
+from htm_pytorch import HTMAttention, HTMTransformer, kernels
+from htm_pytorch.memory import ring
 from htm_pytorch.nn import TransformerState, fused
 from htm_pytorch.nn import layer as layers
-from htm_pytorch.ops import kernels
 from tests.helpers import assert_near, rounding
 
 pytestmark = pytest.mark.skipif(not kernels.IS_AVAILABLE, reason="needs the compiled kernel")
@@ -457,3 +457,23 @@ def _step(model: HTMTransformer, step: Tensor, state: TransformerState) -> Tenso
     # Whether gradients are taken is each thread's own.
     with torch.no_grad():
         return model(step, state)[0]
+
+
+def test_chunks_are_found_by_their_codes(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
+    """Each step of a ring that fills and turns gives the same bits with codes and without."""
+    torch.manual_seed(0)
+    model = build(32, 1, 2, 16, 2, 2, 70, 4)
+    x = torch.randn(3, 2 * 70 + 41, 32)
+    is_first = torch.rand(x.shape[:2]) < 0.01
+    for borders in (None, is_first):
+        y, state = stream(model, x, borders)
+        with monkeypatch.context() as patch:
+            patch.setattr(ring, "CODED_NUMBERS", 0)
+            patch.setattr(ring, "CODED_CHUNKS", 0)
+            coded_y, coded = stream(model, x, borders)
+        assert torch.equal(coded_y, y)
+        assert coded[0].memory is not None
+        assert state[0].memory is not None
+        assert coded[0].memory._ring._codes is not None
+        assert state[0].memory._ring._codes is None
+    assert calls.fused

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from htm_pytorch import ChunkedMemory, HTMAttention, HTMBlock, HTMTransformer
+from htm_pytorch import ChunkedMemory, HTMAttention, HTMBlock, HTMTransformer, kernels
 from htm_pytorch.nn import layer as layers
 from htm_pytorch.nn.positions import sinusoid
-from htm_pytorch.ops import Recency, kernels, recall, recall_with_weights
+from htm_pytorch.ops import Recency, recall, recall_with_weights
 from htm_pytorch.ops.reference import htm_attention
 from tests.helpers import assert_near, normal
 

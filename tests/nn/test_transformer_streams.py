@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from htm_pytorch import HTMTransformer
+from htm_pytorch import HTMTransformer, kernels
 from htm_pytorch.nn import layer as layers
-from htm_pytorch.ops import kernels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from htm_pytorch import ChunkedMemory
-from htm_pytorch.ops import Impl, RecallImpl, attend, engines, kernels, recall
+from htm_pytorch import ChunkedMemory, kernels
+from htm_pytorch.ops import Impl, RecallImpl, attend, engines, recall
 from htm_pytorch.ops.call import Call
 from tests.helpers import assert_near, normal
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import htm_pytorch
 from benchmarks.harness import peak_allocation
-from htm_pytorch import ChunkedMemory
+from htm_pytorch import ChunkedMemory, kernels
 from htm_pytorch.memory import Steps
-from htm_pytorch.ops import attend, compiled, kernels, recall
+from htm_pytorch.ops import attend, compiled, recall
 from tests.helpers import assert_near, memory_of, normal
 from tests.ops.native_cases import (
     OPERATORS,
@@ -315,7 +315,7 @@ class TestErrors:
 
     def test_scratch_that_is_not_to_be_had(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # The kernel says so by a flag in its call; here, a function in its place does.
-        function = f"attend_{kernels._NAMES[torch.float64]}_{kernels._NAMES[torch.float64]}"
+        function = f"attend_{kernels.NAMES[torch.float64]}_{kernels.NAMES[torch.float64]}"
 
         class Library:
             def __getattr__(self, name: str) -> Any:
@@ -347,7 +347,7 @@ def python(code: str, **environment: str) -> str:
 HANDFUL = """
 import torch
 from tests.helpers import assert_near
-from htm_pytorch.ops import kernels
+from htm_pytorch import kernels
 from tests.ops.native_cases import Sizes, cast, inputs_of, masks_of, with_gradients
 
 torch.manual_seed(0)
@@ -377,7 +377,7 @@ def test_the_lower_instruction_level() -> None:
 WITHOUT = """
 import torch
 from htm_pytorch import ChunkedMemory, HTMAttention, recall
-from htm_pytorch.ops import kernels
+from htm_pytorch import kernels
 
 assert not kernels.IS_AVAILABLE
 torch.manual_seed(0)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from htm_pytorch import ChunkedMemory
+from htm_pytorch import ChunkedMemory, kernels
 from htm_pytorch.memory import Steps
-from htm_pytorch.ops import attend, kernels, recall
+from htm_pytorch.ops import attend, recall
 from tests.helpers import normal
 from tests.ops.native_cases import OPERATORS
 

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from htm_pytorch import ChunkedMemory, recall
+from htm_pytorch import ChunkedMemory, kernels, recall
 from htm_pytorch.memory import ShardedMemory, ShardError
 from htm_pytorch.memory.best import where_best
-from htm_pytorch.ops import kernels
 from htm_pytorch.ops.sharded import choose
 from tests.ops import shard_cases
 from tests.ops.shard_cases import TIMEOUT, Writing

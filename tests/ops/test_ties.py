@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from htm_pytorch import ChunkedMemory
+from htm_pytorch import ChunkedMemory, kernels
 from htm_pytorch.memory import best
-from htm_pytorch.ops import Impl, attend, blocked, kernels, recall, recall_with_weights, topk
+from htm_pytorch.ops import Impl, attend, blocked, recall, recall_with_weights, topk
 from tests.helpers import assert_near, normal, on_cpu
 
 IMPLS = [i for i in on_cpu(Impl) if kernels.IS_AVAILABLE or i not in ("native", "projected")]

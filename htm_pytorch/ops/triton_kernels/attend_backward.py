@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from htm_pytorch.ops.kernels import by_head
+from htm_pytorch.kernels import by_head
 from htm_pytorch.ops.triton_kernels.products import (
     Launch,
     add_dot,

@@ -2,8 +2,7 @@
 
 #pragma once
 
-#include "call.h"
-#include "products.h"
+#include "codes.h"
 
 namespace {
 
@@ -197,6 +196,297 @@ void pick_segment(Call& call, int64_t row, int64_t first, int64_t last, int64_t 
     }
 }
 
+// The products of one row with few others, each as `products` gives it.
+template <class T, class S>
+void few_products(const T* left, const S** right, int64_t count, int64_t width, T* out) {
+    auto sweep = [&](auto number, int64_t from) __attribute__((always_inline)) {
+        constexpr int C = sizeof(number);
+        Vector<T> total[C] = {};
+        int64_t d = 0;
+        for (; d + lanes<T> <= width; d += lanes<T>) {
+            const Vector<T> row = load<T>(left + d);
+#pragma unroll
+            for (int c = 0; c < C; ++c) total[c] += row * load<T>(right[from + c] + d);
+        }
+        if (d < width) {
+            const Vector<T> row = load<T>(left + d, width - d);
+#pragma unroll
+            for (int c = 0; c < C; ++c) total[c] += row * load<T>(right[from + c] + d, width - d);
+        }
+        for (int c = 0; c < C; ++c) out[from + c] = sum<T>(total[c]);
+    };
+    int64_t c = 0;
+    for (; c + 4 <= count; c += 4) sweep(int32_t(), c);
+    for (; c < count; ++c) sweep(int8_t(), c);
+}
+
+constexpr int64_t kWaiting = 64;  // chunks of a query that may be worth a look
+constexpr int64_t kWindow = 256;  // stretches whose centres are compared at a time
+
+// What a query knows while it goes through codes: chunks that it may keep wait for a look at their
+// summaries, which many are spared, as better ones come.
+struct Seeking {
+    Asked asked;
+    Best<float>* best;  // of those that were looked at
+    Best<float> least;  // what k of the chunks are worth at least
+    float hint;         // so is this, but by chunks that may come later
+    int64_t waiting;
+    int64_t chunks[kWaiting];
+    float most[kWaiting];
+
+    // No chunk that is worth this or less is kept, if it comes now; NaN: every one may be.
+    float threshold() const {
+        const float known = least.threshold(), seen = best->threshold();
+        if (known != known) return seen;
+        return seen <= known || seen != seen ? known : seen;
+    }
+
+    // Of those that wait, a later one may have raised the threshold: of equals they stay.
+    void drop() {
+        float mark = threshold();
+        if (mark != mark || mark < hint) mark = hint;
+        int64_t left = 0;
+        for (int64_t i = 0; i < waiting; ++i) {
+            if (most[i] < mark) continue;
+            most[left] = most[i];
+            chunks[left++] = chunks[i];
+        }
+        waiting = left;
+    }
+};
+
+// What codes say of kBlock chunks: products are not more than `upper` and not less than `lower`.
+struct Bounds {
+    float upper[kBlock], lower[kBlock];
+
+    void find(const Codes& codes, int64_t at, const Asked& asked, float base,
+              const int32_t* product) {
+        for (int64_t c = 0; c < kBlock; c += lanes<float>) {
+            Vector<int32_t> whole;
+            memcpy(&whole, product + c, sizeof whole);
+            whole -= asked.zero;
+            const Vector<float> about = base + __builtin_convertvector(whole, Vector<float>) *
+                                                   (load<float>(codes.scales + at + c) * asked.step);
+            const Vector<float> sizes = load<float>(codes.sizes + at + c);
+            const Vector<float> off =
+                load<float>(codes.errors + at + c) * asked.length + sizes * asked.rest;
+            // What may have overflowed says nothing.
+            const Mask<float> known = sizes * asked.length < kLongest;
+            const Vector<float> unknown = splat(__builtin_nanf(""));
+            store(upper + c, choose<float>(known, about + off, unknown));
+            store(lower + c, choose<float>(known, about - off, unknown));
+        }
+    }
+
+    // Which of the chunks may be worth more than `threshold` and no less than `hint`.
+    bool exceed(float threshold, float hint) const {
+        Mask<float> pass = {};
+        for (int64_t c = 0; c < kBlock; c += lanes<float>) {
+            const Vector<float> most = load<float>(upper + c);
+            pass |= ~((most <= threshold) | (most < hint));
+        }
+        return __builtin_reduce_or(pass);
+    }
+
+    // Make bounds of scores of bounds of products; no score of `count` chunks is out of them.
+    bool fade(const Call& call, int64_t row, int64_t query, const int64_t* chunks, int64_t count,
+              float threshold) {
+        const Fading<float> fading(call, row, query);
+        if (!fading.score(upper, chunks, count, threshold - 1e-5f * magnitude_of(threshold))) return false;
+        fading.score(lower, chunks, count, __builtin_nanf(""));
+        for (int64_t c = 0; c < count; ++c) {
+            const float loss = fading.decay * fading.fading[chunks[c]];
+            upper[c] += 0x1p-20f * (1 + magnitude_of(upper[c]) + 2 * magnitude_of(loss));
+            lower[c] -= 0x1p-20f * (1 + magnitude_of(lower[c]) + 2 * magnitude_of(loss));
+        }
+        return true;
+    }
+
+    static float magnitude_of(float x) { return x < 0 ? -x : x; }
+};
+
+// Keep the best of some chunks for queries of one row, as `pick_segment` does and to the last bit,
+// by codes: summaries are read where codes do not say that a chunk is not among the best.
+template <class S>
+struct CodedPick {
+    Call& call;
+    const Codes& codes;
+    int64_t row, first, count;  // queries [first, first + count) of a row
+    const float* route;
+    const int8_t* code;
+    Seeking* seeking;
+    int64_t memory_row;
+    const uint8_t *valid, *mask;
+
+    CodedPick(Call& call, int64_t row, int64_t first, int64_t count, const int8_t* code, Seeking* seeking)
+        : call(call),
+          codes(call.codes),
+          row(row),
+          first(first),
+          count(count),
+          route(static_cast<const float*>(call.route) + (row * call.queries + first) * call.dim),
+          code(code),
+          seeking(seeking),
+          memory_row(call.memory_batch == 1 ? 0 : row),
+          valid(call.valid ? call.valid + memory_row * call.valid_by_batch : nullptr),
+          mask(call.chunk_mask ? call.chunk_mask + row * call.chunk_mask_by_batch +
+                                     first * call.chunk_mask_by_query
+                               : nullptr) {}
+
+    bool sees(int64_t q, int64_t chunk) const {
+        return (!valid || valid[chunk]) && (!mask || mask[q * call.chunk_mask_by_query + chunk]);
+    }
+
+    // Bounds of `count` chunks from m on, of query q; false where none needs a look.
+    bool bound(int64_t q, const int32_t* product, float base, int64_t m, int64_t some,
+               const int64_t* chunks, float threshold, Bounds& bounds) const {
+        bounds.find(codes, memory_row * codes.terms_by_batch + m, seeking[q].asked, base, product);
+        if (!call.ceiling) return true;
+        return bounds.fade(call, row, first + q, chunks, some, threshold);
+    }
+
+    // A hint for each query, from the stretch that lies best for it.
+    void give_hints(const float* bases, int64_t stretches, int64_t start, int64_t end, Best<float> room) {
+        const uint8_t* coarse = codes.coarse + memory_row * codes.by_batch;
+        int32_t product[4 * kBlock];
+        int64_t chunks[kBlock];
+        for (int64_t q = 0; q < count; ++q) {
+            Best<float> least = room;
+            least.count = 0;
+            int64_t most = 0;
+            for (int64_t s = 1; s < stretches; ++s) {
+                if (bases[q * kWindow + s] > bases[q * kWindow + most]) most = s;
+            }
+            const int64_t from = start + most * kStretch;
+            for (int64_t m = from; m < from + kStretch && m < end; m += kBlock) {
+                const int64_t some = end - m < kBlock ? end - m : kBlock;
+                for (int64_t c = 0; c < some; ++c) chunks[c] = m + c;
+                code_products(code + q * codes.width, 1, coarse + m * codes.width, kBlock, codes.width,
+                              0, product, kBlock);
+                Bounds bounds;
+                bound(q, product, bases[q * kWindow + most], m, some, chunks, __builtin_nanf(""), bounds);
+                for (int64_t c = 0; c < some; ++c) {
+                    if (sees(q, m + c) && bounds.lower[c] == bounds.lower[c]) least.add(bounds.lower[c], m + c);
+                }
+            }
+            if (least.count == least.k && !(least.scores[least.k - 1] <= seeking[q].hint)) {
+                seeking[q].hint = least.scores[least.k - 1];
+            }
+        }
+    }
+
+    // Look at what waits.
+    void look(int64_t q) {
+        Seeking& mine = seeking[q];
+        mine.drop();
+        const S* summaries = static_cast<const S*>(call.summaries) + memory_row * call.summaries_by_batch;
+        for (int64_t from = 0; from < mine.waiting; from += kBlock) {
+            const int64_t some = mine.waiting - from < kBlock ? mine.waiting - from : kBlock;
+            const S* rows[kBlock];
+            float scores[kBlock] = {};
+            for (int64_t c = 0; c < some; ++c) {
+                rows[c] = summaries + mine.chunks[from + c] * call.summaries_by_chunk;
+            }
+            few_products<float, S>(route + q * call.dim, rows, some, call.dim, scores);
+            if (call.ceiling) {
+                const Fading<float> fading(call, row, first + q);
+                fading.score(scores, mine.chunks + from, some, __builtin_nanf(""));
+            }
+            for (int64_t c = 0; c < some; ++c) mine.best->add(scores[c], mine.chunks[from + c]);
+        }
+        mine.waiting = 0;
+    }
+
+    void seek(int64_t q, const int32_t* product, float base, int64_t m, int64_t some, const int64_t* chunks) {
+        Seeking& mine = seeking[q];
+        const float threshold = mine.threshold();
+        Bounds bounds;
+        if (!bound(q, product, base, m, some, chunks, threshold, bounds)) return;
+        if (!bounds.exceed(threshold, mine.hint)) return;
+        for (int64_t c = 0; c < some; ++c) {
+            if (bounds.upper[c] <= threshold || bounds.upper[c] < mine.hint || !sees(q, m + c)) continue;
+            if (bounds.lower[c] == bounds.lower[c]) mine.least.add(bounds.lower[c], m + c);
+            if (mine.waiting == kWaiting) mine.drop();
+            if (mine.waiting > kWaiting / 2) look(q);
+            mine.most[mine.waiting] = bounds.upper[c];
+            mine.chunks[mine.waiting++] = m + c;
+        }
+    }
+
+    // Go through the stretches from that of chunk `start` on, up to kWindow, before chunk `end`.
+    void window(int64_t start, int64_t end, float* bases, const float** centres, Best<float> room) {
+        const int64_t begin = start / kStretch, stretches = (end - start + kStretch - 1) / kStretch;
+        const uint8_t* coarse = codes.coarse + memory_row * codes.by_batch;
+        const float* radii = codes.radii + memory_row * codes.radii_by_batch + begin;
+        for (int64_t s = 0; s < stretches; ++s) {
+            centres[s] = codes.centres + memory_row * codes.centres_by_batch + (begin + s) * call.dim;
+        }
+        products<float, float>(route, call.dim, count, centres, stretches, call.dim, bases, kWindow);
+        for (int64_t q = 0; q < count; ++q) {
+            for (int64_t s = 0; s < stretches; ++s) {
+                float& base = bases[q * kWindow + s];
+                if (!(Bounds::magnitude_of(base) < kLongest)) base = __builtin_nanf("");
+            }
+        }
+        if (stretches >= kWindow / 4) give_hints(bases, stretches, start, end, room);
+        int32_t product[4 * kBlock];
+        int64_t chunks[kBlock];
+        for (int64_t s = 0; s < stretches; ++s) {
+            const int64_t from = start + s * kStretch, to = from + kStretch < end ? from + kStretch : end;
+            for (int64_t q = 0; q < count; q += 4) {
+                const int64_t rows = count - q < 4 ? count - q : 4;
+                bool far = !call.ceiling;
+                for (int64_t r = q; r < q + rows && far; ++r) {
+                    const float most = bases[r * kWindow + s] + seeking[r].asked.length * radii[s];
+                    far = most <= seeking[r].threshold() || most < seeking[r].hint;
+                }
+                if (far) continue;
+                for (int64_t m = from; m < to; m += kBlock) {
+                    const int64_t some = to - m < kBlock ? to - m : kBlock;
+                    bool any = !valid;
+                    for (int64_t c = 0; c < some; ++c) {
+                        chunks[c] = m + c;
+                        any |= valid && valid[m + c];
+                    }
+                    if (!any) continue;
+                    code_products(code + q * codes.width, rows, coarse + m * codes.width, kBlock,
+                                  codes.width, q ? 0 : kBlock * codes.width, product, kBlock);
+                    for (int64_t r = 0; r < rows; ++r) {
+                        seek(q + r, product + r * kBlock, bases[(q + r) * kWindow + s], m, some, chunks);
+                    }
+                }
+            }
+        }
+    }
+};
+
+template <class S>
+void pick_coded(Call& call, int64_t row, int64_t first, int64_t last, int64_t begin, int64_t end,
+                Best<float>* best) {
+    const int64_t count = last - first, width = call.codes.width, k = call.k;
+    Scratch<int8_t> code(count * width);
+    Scratch<Seeking> seeking(count);
+    Scratch<float> bases(count * kWindow), scores((count + 1) * k);
+    Scratch<const float*> centres(kWindow + kBlock);
+    Scratch<int64_t> chunks((count + 1) * k);
+    if (!got(call, code, seeking, bases, scores, centres, chunks)) return;
+    CodedPick<S> all(call, row, first, count, code, seeking);
+    for (int64_t q = 0; q < count; ++q) {
+        Seeking& mine = seeking[q];
+        mine.asked = ask(all.route + q * call.dim, call.dim, width, code + q * width);
+        mine.best = best + q;
+        mine.least = {scores + q * k, chunks + q * k, 0, k};
+        mine.hint = -__builtin_inff();
+        mine.waiting = 0;
+    }
+    const Best<float> room = {scores + count * k, chunks + count * k, 0, k};
+    for (int64_t start = begin; start < end; start += kWindow * kStretch) {
+        const int64_t stop = start + kWindow * kStretch;
+        all.window(start, stop < end ? stop : end, bases, centres, room);
+    }
+    for (int64_t q = 0; q < count; ++q) all.look(q);
+}
+
 template <class T>
 void weigh(const Best<T>& best, T* weights, int64_t* picked) {
     T total = 0;
@@ -222,7 +512,8 @@ void pick(Call& call) {
     const int64_t most = call.chunks / kSegment;
     if (segments > most) segments = most;
     if (segments < 1 || call.threads == 1) segments = 1;
-    const int64_t each = (call.chunks + segments - 1) / segments;
+    int64_t each = (call.chunks + segments - 1) / segments;
+    if (call.codes.coarse) each = (each + kStretch - 1) / kStretch * kStretch;
     Scratch<T> scores(segments * pairs * k);
     Scratch<int64_t> chunks(segments * pairs * k);
     Scratch<Best<T>> best(segments * pairs);
@@ -244,6 +535,12 @@ void pick(Call& call) {
             }
             const int64_t from = segment * each;
             const int64_t to = from + each < call.chunks ? from + each : call.chunks;
+            if constexpr (same<T, float>) {
+                if (call.codes.coarse) {
+                    pick_coded<S>(call, row, first, last, from, to, best + start);
+                    continue;
+                }
+            }
             pick_segment<T, S>(call, row, first, last, from, to, best + start);
         }
     });

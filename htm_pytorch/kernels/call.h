@@ -24,6 +24,26 @@ struct Heads {
     HEADS_FIELDS(MEMBER)
 };
 
+// Summaries in 8 bits: about centre + scale (u + v / kFine), with u and v of 8 bits each.
+#define CODES_FIELDS(_)                                                                          \
+    _(uint8_t*, coarse) /* [B, M, W], u + kZero, W being D up to whole kCodeBytes; or null */    \
+    _(uint8_t*, fine) /* likewise v + kZero; or null */                                          \
+    _(int64_t, by_batch)                                                                         \
+    _(int64_t, width)                                                                            \
+    _(float*, centres) /* [B, S, D], of kStretch chunks each */                                  \
+    _(int64_t, centres_by_batch)                                                                 \
+    _(float*, radii) /* [B, S]: no summary is farther from its centre */                         \
+    _(int64_t, radii_by_batch)                                                                   \
+    _(float*, scales) /* [B, M], like the three below */                                         \
+    _(float*, sizes) /* the lengths of scale u */                                                \
+    _(float*, errors) /* the lengths of what u leaves, and what products round */                \
+    _(float*, fine_errors) /* of what both leave */                                              \
+    _(int64_t, terms_by_batch)
+
+struct Codes {
+    CODES_FIELDS(MEMBER)
+};
+
 // Every array of one call. T is the type of sums, S that of what is stored. Masks are bytes; null
 // means all true. Strides count elements.
 #define CALL_FIELDS(_)                                                                           \
@@ -50,6 +70,7 @@ struct Heads {
     _(int64_t, summaries_by_batch)                                                               \
     _(int64_t, summaries_by_chunk)                                                               \
     _(int64_t, dim)                                                                              \
+    _(Codes, codes) /* of the summaries */                                                       \
     _(double, eps) /* a mean is a sum over (count + eps) */                                      \
     _(const uint8_t*, valid) /* [B, M] */                                                        \
     _(int64_t, valid_by_batch)                                                                   \
@@ -168,16 +189,21 @@ struct TinyIsZero {
 };
 
 template <class F>
-void parallel(Call& call, int64_t count, F body) {
+void in_parallel(Parallel* loop, int64_t threads, int64_t count, F body) {
     auto run = [](int64_t begin, int64_t end, void* context) {
         TinyIsZero scope;
         (*static_cast<F*>(context))(begin, end);
     };
-    if (call.threads == 1 || count <= 1) {
+    if (threads == 1 || count <= 1) {
         if (count) run(0, count, &body);
     } else {
-        call.parallel(0, count, 1, run, &body);
+        loop(0, count, 1, run, &body);
     }
+}
+
+template <class F>
+void parallel(Call& call, int64_t count, F body) {
+    in_parallel(call.parallel, call.threads, count, body);
 }
 
 // Which steps of chunk m exist and are not masked.

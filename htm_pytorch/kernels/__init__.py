@@ -88,7 +88,7 @@ def structs() -> dict[str, type[ctypes.Structure]]:
     return made
 
 
-_NAMES = {
+NAMES = {
     torch.float32: "f32",
     torch.float64: "f64",
     torch.bfloat16: "bf16",
@@ -121,9 +121,9 @@ def run(name: str, exact: Tensor, stored: Tensor | None, arguments: dict[str, An
     Tensors among the arguments are passed by their addresses and must outlive the call; that they
     fit each other is checked before, but for the numbers of chunks, at which the kernel looks.
     """
-    function = f"{name}_{_NAMES[exact.dtype]}"
+    function = f"{name}_{NAMES[exact.dtype]}"
     if stored is not None:
-        function = f"{function}_{_NAMES[stored.dtype]}"
+        function = f"{function}_{NAMES[stored.dtype]}"
     made = struct("Call", **threads(), **arguments)
     call(function, made, made)
     if made.failed == _NO_SUCH_CHUNK:
