@@ -220,42 +220,28 @@ void few_products(const T* left, const S** right, int64_t count, int64_t width, 
     for (; c < count; ++c) sweep(int8_t(), c);
 }
 
-constexpr int64_t kWaiting = 64;  // chunks of a query that may be worth a look
 constexpr int64_t kWindow = 256;  // stretches whose centres are compared at a time
+constexpr int64_t kPart = 32;     // of them, stretches that are gone through before any look
+constexpr int64_t kFewest = 8;    // of them, from which on the best is looked for first
 
-// What a query knows while it goes through codes: chunks that it may keep wait for a look at their
-// summaries, which many are spared, as better ones come.
+inline float magnitude_of(float x) { return x < 0 ? -x : x; }
+
+// What a query knows while it goes through codes.
 struct Seeking {
     Asked asked;
-    Best<float>* best;  // of those that were looked at
-    Best<float> least;  // what k of the chunks are worth at least
+    Best<float>* best;  // of the chunks that were looked at
+    Best<float> least;  // what k chunks are worth at least
     float hint;         // so is this, but by chunks that may come later
-    int64_t waiting;
-    int64_t chunks[kWaiting];
-    float most[kWaiting];
 
-    // No chunk that is worth this or less is kept, if it comes now; NaN: every one may be.
-    float threshold() const {
-        const float known = least.threshold(), seen = best->threshold();
-        if (known != known) return seen;
-        return seen <= known || seen != seen ? known : seen;
-    }
-
-    // Of those that wait, a later one may have raised the threshold: of equals they stay.
-    void drop() {
-        float mark = threshold();
-        if (mark != mark || mark < hint) mark = hint;
-        int64_t left = 0;
-        for (int64_t i = 0; i < waiting; ++i) {
-            if (most[i] < mark) continue;
-            most[left] = most[i];
-            chunks[left++] = chunks[i];
-        }
-        waiting = left;
+    // No chunk that is worth less is kept; NaN: every one may be.
+    float mark() const {
+        const float known = least.threshold();
+        return known != known || known < hint ? hint : known;
     }
 };
 
-// What codes say of kBlock chunks: products are not more than `upper` and not less than `lower`.
+// What codes say of kBlock chunks: products are not more than `upper` and not less than `lower`;
+// where nothing can be said, they are no numbers.
 struct Bounds {
     float upper[kBlock], lower[kBlock];
 
@@ -278,31 +264,17 @@ struct Bounds {
         }
     }
 
-    // Which of the chunks may be worth more than `threshold` and no less than `hint`.
-    bool exceed(float threshold, float hint) const {
-        Mask<float> pass = {};
-        for (int64_t c = 0; c < kBlock; c += lanes<float>) {
-            const Vector<float> most = load<float>(upper + c);
-            pass |= ~((most <= threshold) | (most < hint));
-        }
-        return __builtin_reduce_or(pass);
-    }
-
-    // Make bounds of scores of bounds of products; no score of `count` chunks is out of them.
-    bool fade(const Call& call, int64_t row, int64_t query, const int64_t* chunks, int64_t count,
-              float threshold) {
-        const Fading<float> fading(call, row, query);
-        if (!fading.score(upper, chunks, count, threshold - 1e-5f * magnitude_of(threshold))) return false;
+    // Make bounds of scores of those of products; false where `count` chunks are all below `mark`.
+    bool fade(const Fading<float>& fading, const int64_t* chunks, int64_t count, float mark) {
+        if (!fading.score(upper, chunks, count, mark - 1e-5f * magnitude_of(mark))) return false;
         fading.score(lower, chunks, count, __builtin_nanf(""));
         for (int64_t c = 0; c < count; ++c) {
-            const float loss = fading.decay * fading.fading[chunks[c]];
-            upper[c] += 0x1p-20f * (1 + magnitude_of(upper[c]) + 2 * magnitude_of(loss));
-            lower[c] -= 0x1p-20f * (1 + magnitude_of(lower[c]) + 2 * magnitude_of(loss));
+            const float loss = 2 * magnitude_of(fading.decay * fading.fading[chunks[c]]);
+            upper[c] += 0x1p-20f * (1 + magnitude_of(upper[c]) + loss);
+            lower[c] -= 0x1p-20f * (1 + magnitude_of(lower[c]) + loss);
         }
         return true;
     }
-
-    static float magnitude_of(float x) { return x < 0 ? -x : x; }
 };
 
 // Keep the best of some chunks for queries of one row, as `pick_segment` does and to the last bit,
@@ -315,10 +287,13 @@ struct CodedPick {
     const float* route;
     const int8_t* code;
     Seeking* seeking;
+    float* bases;   // [count, kWindow], of the products with centres
+    float* uppers;  // [count, kPart * kStretch]
     int64_t memory_row;
-    const uint8_t *valid, *mask;
+    const uint8_t *valid, *mask, *coarse;
 
-    CodedPick(Call& call, int64_t row, int64_t first, int64_t count, const int8_t* code, Seeking* seeking)
+    CodedPick(Call& call, int64_t row, int64_t first, int64_t count, const int8_t* code,
+              Seeking* seeking, float* bases, float* uppers)
         : call(call),
           codes(call.codes),
           row(row),
@@ -327,35 +302,43 @@ struct CodedPick {
           route(static_cast<const float*>(call.route) + (row * call.queries + first) * call.dim),
           code(code),
           seeking(seeking),
+          bases(bases),
+          uppers(uppers),
           memory_row(call.memory_batch == 1 ? 0 : row),
           valid(call.valid ? call.valid + memory_row * call.valid_by_batch : nullptr),
           mask(call.chunk_mask ? call.chunk_mask + row * call.chunk_mask_by_batch +
                                      first * call.chunk_mask_by_query
-                               : nullptr) {}
+                               : nullptr),
+          coarse(call.codes.coarse + memory_row * call.codes.by_batch) {}
 
     bool sees(int64_t q, int64_t chunk) const {
         return (!valid || valid[chunk]) && (!mask || mask[q * call.chunk_mask_by_query + chunk]);
     }
 
-    // Bounds of `count` chunks from m on, of query q; false where none needs a look.
+    // Bounds of `some` chunks from m on; false where all are below `mark`.
     bool bound(int64_t q, const int32_t* product, float base, int64_t m, int64_t some,
-               const int64_t* chunks, float threshold, Bounds& bounds) const {
+               const int64_t* chunks, float mark, Bounds& bounds) const {
         bounds.find(codes, memory_row * codes.terms_by_batch + m, seeking[q].asked, base, product);
         if (!call.ceiling) return true;
-        return bounds.fade(call, row, first + q, chunks, some, threshold);
+        return bounds.fade(Fading<float>(call, row, first + q), chunks, some, mark);
     }
 
-    // A hint for each query, from the stretch that lies best for it.
-    void give_hints(const float* bases, int64_t stretches, int64_t start, int64_t end, Best<float> room) {
-        const uint8_t* coarse = codes.coarse + memory_row * codes.by_batch;
+    void add_lower(int64_t q, const Bounds& bounds, int64_t m, int64_t some, Best<float>& least) const {
+        for (int64_t c = 0; c < some; ++c) {
+            if (bounds.lower[c] == bounds.lower[c] && sees(q, m + c)) least.add(bounds.lower[c], m + c);
+        }
+    }
+
+    // A hint for each query, from the stretch whose centre lies best for it.
+    void give_hints(int64_t start, int64_t end, int64_t stretches, Best<float> room) {
         int32_t product[4 * kBlock];
         int64_t chunks[kBlock];
         for (int64_t q = 0; q < count; ++q) {
-            Best<float> least = room;
-            least.count = 0;
+            const float* base = bases + q * kWindow;
+            room.count = 0;
             int64_t most = 0;
             for (int64_t s = 1; s < stretches; ++s) {
-                if (bases[q * kWindow + s] > bases[q * kWindow + most]) most = s;
+                if (base[s] > base[most]) most = s;
             }
             const int64_t from = start + most * kStretch;
             for (int64_t m = from; m < from + kStretch && m < end; m += kBlock) {
@@ -364,59 +347,118 @@ struct CodedPick {
                 code_products(code + q * codes.width, 1, coarse + m * codes.width, kBlock, codes.width,
                               0, product, kBlock);
                 Bounds bounds;
-                bound(q, product, bases[q * kWindow + most], m, some, chunks, __builtin_nanf(""), bounds);
-                for (int64_t c = 0; c < some; ++c) {
-                    if (sees(q, m + c) && bounds.lower[c] == bounds.lower[c]) least.add(bounds.lower[c], m + c);
+                bound(q, product, base[most], m, some, chunks, __builtin_nanf(""), bounds);
+                add_lower(q, bounds, m, some, room);
+            }
+            const float least = room.threshold();
+            if (least > seeking[q].hint) seeking[q].hint = least;
+        }
+    }
+
+    // Write down what chunks may be worth.
+    void note(int64_t q, const int32_t* product, float base, int64_t m, int64_t some,
+              const int64_t* chunks, float* upper) {
+        Seeking& mine = seeking[q];
+        Bounds bounds;
+        if (!bound(q, product, base, m, some, chunks, mine.mark(), bounds)) return none(upper);
+        memcpy(upper, bounds.upper, sizeof bounds.upper);
+        const float known = mine.least.threshold();
+        Mask<float> higher = {};
+        for (int64_t c = 0; c < kBlock; c += lanes<float>) {
+            higher |= ~(load<float>(bounds.lower + c) <= known);
+        }
+        if (__builtin_reduce_or(higher)) add_lower(q, bounds, m, some, mine.least);
+    }
+
+    static void none(float* upper) {
+        for (int64_t c = 0; c < kBlock; ++c) upper[c] = -__builtin_inff();
+    }
+
+    // Look at the chunks [from, to) that may be among the best.
+    void look(int64_t q, int64_t from, int64_t to) {
+        Seeking& mine = seeking[q];
+        const float mark = mine.mark();
+        const float* upper = uppers + q * kPart * kStretch;
+        int64_t waiting[kBlock], count_waiting = 0;
+        for (int64_t m = from; m < to; m += kBlock) {
+            // Of equals the first to come stays.
+            const float kept = mine.best->threshold();
+            Mask<float> near = {};
+            for (int64_t c = 0; c < kBlock; c += lanes<float>) {
+                const Vector<float> most = load<float>(upper + m - from + c);
+                near |= ~((most < mark) | (most <= kept));
+            }
+            if (!__builtin_reduce_or(near)) continue;
+            for (int64_t c = m; c < m + kBlock && c < to; ++c) {
+                const float most = upper[c - from];
+                if (most < mark || most <= kept || !sees(q, c)) continue;
+                waiting[count_waiting++] = c;
+                if (count_waiting == kBlock) look_at(q, waiting, count_waiting), count_waiting = 0;
+            }
+        }
+        look_at(q, waiting, count_waiting);
+    }
+
+    void look_at(int64_t q, const int64_t* chunks, int64_t some) {
+        const S* summaries = static_cast<const S*>(call.summaries) + memory_row * call.summaries_by_batch;
+        const S* rows[kBlock];
+        float scores[kBlock] = {};
+        for (int64_t c = 0; c < some; ++c) rows[c] = summaries + chunks[c] * call.summaries_by_chunk;
+        few_products<float, S>(route + q * call.dim, rows, some, call.dim, scores);
+        if (call.ceiling) {
+            Fading<float>(call, row, first + q).score(scores, chunks, some, __builtin_nanf(""));
+        }
+        for (int64_t c = 0; c < some; ++c) seeking[q].best->add(scores[c], chunks[c]);
+    }
+
+    // Whether none of the queries [q, q + rows) keeps a chunk of the stretch, by its centre alone.
+    bool is_far(int64_t q, int64_t rows, int64_t s, float radius) const {
+        if (call.ceiling) return false;
+        for (int64_t r = q; r < q + rows; ++r) {
+            const Seeking& mine = seeking[r];
+            const float most = bases[r * kWindow + s] + mine.asked.length * radius;
+            if (!(most < mine.mark() || most <= mine.best->threshold())) return false;
+        }
+        return true;
+    }
+
+    // Go through kPart stretches, of which s is the number in the window that begins at `start`.
+    void part(int64_t start, int64_t end, int64_t s, const float* radii) {
+        const int64_t begin = start + s * kStretch;
+        int32_t product[4 * kBlock];
+        int64_t chunks[kBlock];
+        for (int64_t from = begin; from < end; from += kStretch, ++s) {
+            const int64_t to = from + kStretch < end ? from + kStretch : end;
+            for (int64_t q = 0; q < count; q += 4) {
+                const int64_t rows = count - q < 4 ? count - q : 4;
+                const bool far = is_far(q, rows, s, radii[s]);
+                for (int64_t m = from; m < to; m += kBlock) {
+                    const int64_t some = to - m < kBlock ? to - m : kBlock;
+                    bool any = !valid;
+                    for (int64_t c = 0; c < some; ++c) {
+                        chunks[c] = m + c;
+                        any |= valid && valid[m + c];
+                    }
+                    float* upper = uppers + q * kPart * kStretch + m - begin;
+                    if (far || !any) {
+                        for (int64_t r = 0; r < rows; ++r) none(upper + r * kPart * kStretch);
+                        continue;
+                    }
+                    code_products(code + q * codes.width, rows, coarse + m * codes.width, kBlock,
+                                  codes.width, q ? 0 : kBlock * codes.width, product, kBlock);
+                    for (int64_t r = 0; r < rows; ++r) {
+                        note(q + r, product + r * kBlock, bases[(q + r) * kWindow + s], m, some, chunks,
+                             upper + r * kPart * kStretch);
+                    }
                 }
             }
-            if (least.count == least.k && !(least.scores[least.k - 1] <= seeking[q].hint)) {
-                seeking[q].hint = least.scores[least.k - 1];
-            }
         }
+        for (int64_t q = 0; q < count; ++q) look(q, begin, end);
     }
 
-    // Look at what waits.
-    void look(int64_t q) {
-        Seeking& mine = seeking[q];
-        mine.drop();
-        const S* summaries = static_cast<const S*>(call.summaries) + memory_row * call.summaries_by_batch;
-        for (int64_t from = 0; from < mine.waiting; from += kBlock) {
-            const int64_t some = mine.waiting - from < kBlock ? mine.waiting - from : kBlock;
-            const S* rows[kBlock];
-            float scores[kBlock] = {};
-            for (int64_t c = 0; c < some; ++c) {
-                rows[c] = summaries + mine.chunks[from + c] * call.summaries_by_chunk;
-            }
-            few_products<float, S>(route + q * call.dim, rows, some, call.dim, scores);
-            if (call.ceiling) {
-                const Fading<float> fading(call, row, first + q);
-                fading.score(scores, mine.chunks + from, some, __builtin_nanf(""));
-            }
-            for (int64_t c = 0; c < some; ++c) mine.best->add(scores[c], mine.chunks[from + c]);
-        }
-        mine.waiting = 0;
-    }
-
-    void seek(int64_t q, const int32_t* product, float base, int64_t m, int64_t some, const int64_t* chunks) {
-        Seeking& mine = seeking[q];
-        const float threshold = mine.threshold();
-        Bounds bounds;
-        if (!bound(q, product, base, m, some, chunks, threshold, bounds)) return;
-        if (!bounds.exceed(threshold, mine.hint)) return;
-        for (int64_t c = 0; c < some; ++c) {
-            if (bounds.upper[c] <= threshold || bounds.upper[c] < mine.hint || !sees(q, m + c)) continue;
-            if (bounds.lower[c] == bounds.lower[c]) mine.least.add(bounds.lower[c], m + c);
-            if (mine.waiting == kWaiting) mine.drop();
-            if (mine.waiting > kWaiting / 2) look(q);
-            mine.most[mine.waiting] = bounds.upper[c];
-            mine.chunks[mine.waiting++] = m + c;
-        }
-    }
-
-    // Go through the stretches from that of chunk `start` on, up to kWindow, before chunk `end`.
-    void window(int64_t start, int64_t end, float* bases, const float** centres, Best<float> room) {
+    // Go through kWindow stretches, from that of chunk `start` on.
+    void window(int64_t start, int64_t end, const float** centres, Best<float> room) {
         const int64_t begin = start / kStretch, stretches = (end - start + kStretch - 1) / kStretch;
-        const uint8_t* coarse = codes.coarse + memory_row * codes.by_batch;
         const float* radii = codes.radii + memory_row * codes.radii_by_batch + begin;
         for (int64_t s = 0; s < stretches; ++s) {
             centres[s] = codes.centres + memory_row * codes.centres_by_batch + (begin + s) * call.dim;
@@ -425,37 +467,13 @@ struct CodedPick {
         for (int64_t q = 0; q < count; ++q) {
             for (int64_t s = 0; s < stretches; ++s) {
                 float& base = bases[q * kWindow + s];
-                if (!(Bounds::magnitude_of(base) < kLongest)) base = __builtin_nanf("");
+                if (!(magnitude_of(base) < kLongest)) base = __builtin_nanf("");
             }
         }
-        if (stretches >= kWindow / 4) give_hints(bases, stretches, start, end, room);
-        int32_t product[4 * kBlock];
-        int64_t chunks[kBlock];
-        for (int64_t s = 0; s < stretches; ++s) {
-            const int64_t from = start + s * kStretch, to = from + kStretch < end ? from + kStretch : end;
-            for (int64_t q = 0; q < count; q += 4) {
-                const int64_t rows = count - q < 4 ? count - q : 4;
-                bool far = !call.ceiling;
-                for (int64_t r = q; r < q + rows && far; ++r) {
-                    const float most = bases[r * kWindow + s] + seeking[r].asked.length * radii[s];
-                    far = most <= seeking[r].threshold() || most < seeking[r].hint;
-                }
-                if (far) continue;
-                for (int64_t m = from; m < to; m += kBlock) {
-                    const int64_t some = to - m < kBlock ? to - m : kBlock;
-                    bool any = !valid;
-                    for (int64_t c = 0; c < some; ++c) {
-                        chunks[c] = m + c;
-                        any |= valid && valid[m + c];
-                    }
-                    if (!any) continue;
-                    code_products(code + q * codes.width, rows, coarse + m * codes.width, kBlock,
-                                  codes.width, q ? 0 : kBlock * codes.width, product, kBlock);
-                    for (int64_t r = 0; r < rows; ++r) {
-                        seek(q + r, product + r * kBlock, bases[(q + r) * kWindow + s], m, some, chunks);
-                    }
-                }
-            }
+        if (stretches >= kFewest) give_hints(start, end, stretches, room);
+        for (int64_t s = 0; s < stretches; s += kPart) {
+            const int64_t stop = start + (s + kPart) * kStretch;
+            part(start, stop < end ? stop : end, s, radii);
         }
     }
 };
@@ -466,25 +484,22 @@ void pick_coded(Call& call, int64_t row, int64_t first, int64_t last, int64_t be
     const int64_t count = last - first, width = call.codes.width, k = call.k;
     Scratch<int8_t> code(count * width);
     Scratch<Seeking> seeking(count);
-    Scratch<float> bases(count * kWindow), scores((count + 1) * k);
+    Scratch<float> bases(count * kWindow), uppers(count * kPart * kStretch), scores((count + 1) * k);
     Scratch<const float*> centres(kWindow + kBlock);
     Scratch<int64_t> chunks((count + 1) * k);
-    if (!got(call, code, seeking, bases, scores, centres, chunks)) return;
-    CodedPick<S> all(call, row, first, count, code, seeking);
+    if (!got(call, code, seeking, bases, uppers, scores, centres, chunks)) return;
+    CodedPick<S> all(call, row, first, count, code, seeking, bases, uppers);
     for (int64_t q = 0; q < count; ++q) {
-        Seeking& mine = seeking[q];
-        mine.asked = ask(all.route + q * call.dim, call.dim, width, code + q * width);
-        mine.best = best + q;
-        mine.least = {scores + q * k, chunks + q * k, 0, k};
-        mine.hint = -__builtin_inff();
-        mine.waiting = 0;
+        seeking[q].asked = ask(all.route + q * call.dim, call.dim, width, code + q * width);
+        seeking[q].best = best + q;
+        seeking[q].least = {scores + q * k, chunks + q * k, 0, k};
+        seeking[q].hint = -__builtin_inff();
     }
     const Best<float> room = {scores + count * k, chunks + count * k, 0, k};
     for (int64_t start = begin; start < end; start += kWindow * kStretch) {
         const int64_t stop = start + kWindow * kStretch;
-        all.window(start, stop < end ? stop : end, bases, centres, room);
+        all.window(start, stop < end ? stop : end, centres, room);
     }
-    for (int64_t q = 0; q < count; ++q) all.look(q);
 }
 
 template <class T>

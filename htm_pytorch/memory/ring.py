@@ -15,9 +15,9 @@ from htm_pytorch.memory.codes import MOST_DIM, Codes, RingCodes
 from htm_pytorch.shapes import is_transformed
 
 CODED_NUMBERS = 2**18
-"""Numbers of summaries of a row from which on codes pay."""
-CODED_CHUNKS = 32
-"""Chunks for each that is kept, from which on they do."""
+"""Numbers of summaries, of all rows, from which on codes of them pay; see docs/performance.md."""
+CODED_KEPT = 2**13
+"""Numbers of a row's summaries for each chunk that a query keeps, from which on they do."""
 
 _mutex = threading.RLock()
 
@@ -124,8 +124,8 @@ class Ring:
                 assert slots is not None
         return slots
 
-    def codes(self, k: int) -> Codes | None:
-        """Return the codes of the summaries, for one who scores them now and keeps k.
+    def codes(self, k: int, queries: int) -> Codes | None:
+        """Return the codes of the summaries, for so many queries a row that keep k chunks each.
 
         None where they do not pay, and the first time: summaries that are scored once need none.
         """
@@ -134,7 +134,11 @@ class Ring:
         with alone():
             ring = self if self._lender is None else self._lender
             slots = self._slots
-            if ring._slots is None or slots is None or not _may_be_coded(slots.summaries, k):
+            if (
+                ring._slots is None
+                or slots is None
+                or not _may_be_coded(slots.summaries, k, queries)
+            ):
                 return None
             ring._times_scored += 1
             if ring._codes is None:
@@ -246,12 +250,14 @@ class Ring:
         self._oldest, self._replaced = None, 0
 
 
-def _may_be_coded(summaries: Tensor, k: int) -> bool:
-    _, chunks, dim = summaries.shape
+def _may_be_coded(summaries: Tensor, k: int, queries: int) -> bool:
+    batch, chunks, dim = summaries.shape
+    # One query waits for what is read, many for arithmetic, of which each look costs more.
+    harder = 1 if queries == 1 else 4 if queries < 32 else 8
     return (
         kernels.IS_AVAILABLE
-        and chunks >= CODED_CHUNKS * k
-        and chunks * dim >= CODED_NUMBERS
+        and batch * chunks * dim >= CODED_NUMBERS
+        and chunks * dim >= CODED_KEPT * k * harder
         and dim <= MOST_DIM
         and summaries.device.type == "cpu"
         and summaries.dtype in kernels.STORED[torch.float32]

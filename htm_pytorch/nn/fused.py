@@ -73,7 +73,7 @@ def step(layer: Any, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState] 
         slots.summaries.stride(0),
     )
     recall.summaries_by_chunk = slots.summaries.stride(1)
-    if (codes := reached.read._ring.codes(recall.k)) is not None:
+    if (codes := reached.read._ring.codes(recall.k, 1)) is not None:
         recall.codes = codes.struct()
     recall.valid, recall.valid_by_batch = valid.data_ptr(), valid.stride(0)
     recall.positions = None if places is None else places.data_ptr()

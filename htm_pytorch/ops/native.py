@@ -68,7 +68,7 @@ def _codes_of(memory: object, route: Tensor, k: int) -> Codes | None:
     """Return codes of what is scored, where they serve and pay."""
     if not isinstance(memory, ChunkedMemory) or route.dtype != torch.float32:
         return None
-    return memory._ring.codes(k)
+    return memory._ring.codes(k, route.shape[1])
 
 
 def _as_one_row(fading: Fading) -> Fading:

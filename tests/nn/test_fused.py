@@ -469,7 +469,7 @@ def test_chunks_are_found_by_their_codes(monkeypatch: pytest.MonkeyPatch, calls:
         y, state = stream(model, x, borders)
         with monkeypatch.context() as patch:
             patch.setattr(ring, "CODED_NUMBERS", 0)
-            patch.setattr(ring, "CODED_CHUNKS", 0)
+            patch.setattr(ring, "CODED_KEPT", 0)
             coded_y, coded = stream(model, x, borders)
         assert torch.equal(coded_y, y)
         assert coded[0].memory is not None

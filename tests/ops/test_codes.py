@@ -262,7 +262,7 @@ class TestPicks:
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes are made and taken wherever they can be."""
     monkeypatch.setattr(ring, "CODED_NUMBERS", 0)
-    monkeypatch.setattr(ring, "CODED_CHUNKS", 0)
+    monkeypatch.setattr(ring, "CODED_KEPT", 0)
 
 
 @pytest.mark.usefixtures("always")
