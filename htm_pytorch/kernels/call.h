@@ -119,6 +119,18 @@ struct Codes {
 struct Call {
     CALL_FIELDS(MEMBER)
 };
+
+#define SEEK_FIELDS(_)                                                                        \
+    _(Call, recall) /* whose picks and weights are not written */                             \
+    _(int64_t, room)                                                                          \
+    _(int64_t*, found) /* [X, room] chunks that may be among the k best, in any order; -1 */  \
+    _(float*, upper)   /* [X, room], what they score at most */                               \
+    _(float*, lower)                                                                          \
+    _(int32_t, is_short) /* whether there were more than that, for any query */
+
+struct Seek {
+    SEEK_FIELDS(MEMBER)
+};
 }
 
 namespace {

@@ -21,7 +21,8 @@ extern "C" {
     _(int64_t, begin) /* the chunk that the first of them is of */  \
     _(int64_t, chunks) /* that there are, coded ones included */    \
     _(int64_t, dim)                                                \
-    _(const int64_t*, stretches) /* [count, 3]: row, stretch, the first of its chunks to code */ \
+    /* [count, 4]: row, stretch, the first of its chunks to code, whether it gets a centre. */     \
+    _(const int64_t*, stretches)                                   \
     _(int64_t, count)                                              \
     _(int32_t, failed)
 
@@ -152,14 +153,14 @@ void find_centre(const Encoding& to, int64_t row, int64_t stretch, const S** row
 }
 
 template <class S>
-void encode_stretch(const Encoding& to, int64_t row, int64_t stretch, int64_t start, float* rest,
-                    const S** rows) {
+void encode_stretch(const Encoding& to, int64_t row, int64_t stretch, int64_t start, bool renew,
+                    float* rest, const S** rows) {
     const int64_t first = stretch * kStretch, dim = to.dim, width = to.codes.width;
     const int64_t last = first + kStretch < to.chunks ? first + kStretch : to.chunks;
     float* centre = to.codes.centres + row * to.codes.centres_by_batch + stretch * dim;
     float* radius = to.codes.radii + row * to.codes.radii_by_batch + stretch;
     const S* summaries = static_cast<const S*>(to.summaries) + row * to.summaries_by_batch;
-    if (start == first) {
+    if (renew) {
         find_centre<S>(to, row, stretch, rows, centre);
         *radius = 0;
     }
@@ -191,7 +192,7 @@ template <class S>
 void encode(Encoding& to) {
     // A stretch of few chunks asks for the codes of the one before it.
     auto is_few = [&](const int64_t* one) {
-        return to.chunks - one[1] * kStretch < kStretch / 4 && one[1];
+        return one[3] && one[1] && to.chunks - one[1] * kStretch < kStretch / 4;
     };
     auto code = [&](int64_t begin, int64_t end, bool few) {
         Scratch<float> rest(to.codes.width);
@@ -201,8 +202,8 @@ void encode(Encoding& to) {
             return;
         }
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t* one = to.stretches + 3 * i;
-            if (is_few(one) == few) encode_stretch<S>(to, one[0], one[1], one[2], rest, rows);
+            const int64_t* one = to.stretches + 4 * i;
+            if (is_few(one) == few) encode_stretch<S>(to, one[0], one[1], one[2], one[3], rest, rows);
         }
     };
     in_parallel(to.parallel, to.threads, to.count, [&](int64_t begin, int64_t end) {

@@ -33,6 +33,7 @@ EXPORT void pick_backward_summaries_f32(Call* call) { pick_backward_summaries<fl
 EXPORT void pick_backward_summaries_f64(Call* call) { pick_backward_summaries<double>(*call); }
 EXPORT void attend_backward_steps_f32(Call* call) { attend_backward_steps<float>(*call); }
 EXPORT void attend_backward_steps_f64(Call* call) { attend_backward_steps<double>(*call); }
+EXPORT void seek_f32(Seek* call) { seek(*call); }
 EXPORT void encode_f32(Encoding* call) { encode<float>(*call); }
 EXPORT void encode_bf16(Encoding* call) { encode<BFloat16>(*call); }
 EXPORT void encode_f16(Encoding* call) { encode<Float16>(*call); }
@@ -41,7 +42,7 @@ EXPORT void step_f32(Step* call) { step<float>(*call); }
 EXPORT const char* structs() {
 #define SPELLED(type, name) " " #type " " #name ","
     return "Heads" HEADS_FIELDS(SPELLED) ";Codes" CODES_FIELDS(SPELLED) ";Encoding" ENCODING_FIELDS(
-               SPELLED) ";Call" CALL_FIELDS(SPELLED) ";Norm" NORM_FIELDS(SPELLED)
+               SPELLED) ";Call" CALL_FIELDS(SPELLED) ";Seek" SEEK_FIELDS(SPELLED) ";Norm" NORM_FIELDS(SPELLED)
            ";Affine" AFFINE_FIELDS(SPELLED) ";Step" STEP_FIELDS(SPELLED);
 }
 EXPORT int64_t scratch_peak(int32_t reset) {

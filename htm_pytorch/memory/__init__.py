@@ -2,7 +2,7 @@
 
 from htm_pytorch.memory.chunked import ChunkedMemory
 from htm_pytorch.memory.files import MemoryFileError
-from htm_pytorch.memory.home import Home, ScoredHome, SearchedHome
+from htm_pytorch.memory.home import ExactHome, Home, ScoredHome, SearchedHome
 from htm_pytorch.memory.many import Memories, open_many
 from htm_pytorch.memory.opening import open_memory as open
 from htm_pytorch.memory.rank_group import ShardError
@@ -17,6 +17,7 @@ from htm_pytorch.memory.writing import Unrolled
 
 __all__ = [
     "ChunkedMemory",
+    "ExactHome",
     "ExactMemory",
     "Found",
     "Home",

@@ -7,7 +7,10 @@ from htm_pytorch.memory.chunked import ChunkedMemory
 from htm_pytorch.memory.formats import CPU, Chunks, step_mask
 from htm_pytorch.memory.span import Span
 from htm_pytorch.memory.state import State
+from htm_pytorch.memory.summaries import summarise
 from htm_pytorch.shapes import check_numbers
+
+_FETCHED = 512
 
 
 def fetched(now: State, chunks: Tensor) -> ChunkedMemory:
@@ -18,9 +21,14 @@ def fetched(now: State, chunks: Tensor) -> ChunkedMemory:
     is_step = None
     if (counts < now.head.chunk_size).any():
         is_step = step_mask(counts, now.head.chunk_size)[None]
-    has_summaries = now.catalog.summaries.shape[1]
-    summaries = now.catalog.summaries[chunks][None] if has_summaries else None
+    summaries = summarise(contents[None].float(), is_step)
     return ChunkedMemory.from_chunks(contents[None], is_step, summaries=summaries, copy=False)
+
+
+def summaries_of(now: State, chunks: Tensor) -> Tensor:
+    """Return the summaries [U, D] float32 of chunks [U], of which few are fetched at a time."""
+    parts = [fetched(now, some).summaries[0] for some in chunks.split(_FETCHED)]
+    return torch.cat(parts) if parts else torch.empty(0, now.head.form.dim, device=CPU)
 
 
 def span(now: State, number: int) -> Span:

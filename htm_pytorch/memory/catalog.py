@@ -9,6 +9,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from htm_pytorch.memory.codes import Codes
 from htm_pytorch.memory.formats import CPU, Chunks, Format, Marks
 
 GROWTH = 1.5
@@ -22,18 +23,25 @@ class Catalog:
     """
 
     def __init__(
-        self, columns: tuple[Tensor, ...], length: int, cut: Mapping[int, Tensor] | None = None
+        self,
+        columns: tuple[Tensor, ...],
+        length: int,
+        cut: Mapping[int, Tensor] | None = None,
+        codes: Codes | None = None,
     ):
         self._columns = columns
         self.length = length
+        self.codes = codes
+        """Of the summaries, where every query scores all of them."""
         self.cut = cut or {}
         """[D] float32 each, the summaries of chunks that lost their oldest steps, by the number of
         the first step that is left; rows of the table tell of all steps."""
 
     @classmethod
     def nothing(cls, width: int) -> Self:
-        """Return what is known of no chunks, with summaries of this width."""
-        return cls(_empty(0, 0, width), 0)
+        """Return what is known of no chunks, with codes of summaries of this width; 0: without."""
+        codes = Codes.empty(1, 0, width, with_fine=True) if width else None
+        return cls(_empty(0, 0, 0), 0, codes=codes)
 
     @classmethod
     def whole(cls, form: Format) -> Self:
@@ -47,7 +55,7 @@ class Catalog:
 
     @property
     def summaries(self) -> Tensor:
-        """[M, D] float32, the means of the steps; [M, 0] where they are not here."""
+        """[M, D] float32, the means of the steps; [M, 0] where they are not here, but coded."""
         return self._columns[1][: self.length]
 
     @property
@@ -83,40 +91,50 @@ class Catalog:
     @property
     def nbytes(self) -> int:
         """How many bytes of the room are used."""
-        return sum(column.nbytes for column in self.columns)
+        codes = 0 if self.codes is None else self.codes.nbytes(self.length)
+        return sum(column.nbytes for column in self.columns) + codes
+
+    @property
+    def width(self) -> int:
+        """Of the summaries that are coded; 0: none are."""
+        return 0 if self.codes is None else self.codes.centres.shape[2]
 
     def extended(self, chunks: Chunks) -> "Catalog":
         """Return what is known of these and `chunks`; only the newest of such values may grow."""
         if not chunks.length:
             return self
         length = self.length + chunks.length
-        columns = self._columns
+        columns, codes = self._columns, self.codes
         if length > len(columns[2]):
-            room = max(length, int(GROWTH * len(columns[2])))
-            columns = self.with_room(room)._columns
+            grown = self.with_room(max(length, int(GROWTH * len(columns[2]))))
+            columns, codes = grown._columns, grown.codes
+        if codes is not None:
+            codes = codes.appended(self.length, chunks.summaries)
         for column, new in zip(columns, chunks.columns, strict=True):
             part = column[self.length : length]
             if part.numel():
                 part.copy_(new[:, : part.shape[1]] if part.ndim == 2 else new)
-        return Catalog(columns, length, self.cut)
+        return Catalog(columns, length, self.cut, codes)
 
     def with_room(self, room: int) -> "Catalog":
         """Return the same, which can grow to so many chunks."""
         if room <= len(self._columns[2]):
             return self
         columns = tuple(_grown(column, self.length, room) for column in self._columns)
-        return Catalog(columns, self.length, self.cut)
+        codes = None if self.codes is None else self.codes.with_room(room, self.length)
+        return Catalog(columns, self.length, self.cut, codes)
 
     def part(self, length: int) -> "Catalog":
         """Return what is known of the first `length` chunks."""
-        return Catalog(self._columns, min(length, self.length), self.cut)
+        return Catalog(self._columns, min(length, self.length), self.cut, self.codes)
 
     def chosen(self, order: Tensor) -> "Catalog":
         """Return what is known of the chunks `order` [M] int64, in room of its own."""
         columns = tuple(_grown(column, self.length, len(column)) for column in self._columns)
         for column, old in zip(columns, self._columns, strict=True):
             torch.index_select(old[: self.length], 0, order, out=column[: len(order)])
-        return Catalog(columns, len(order), self.cut)
+        codes = None if self.codes is None else self.codes.chosen(order)
+        return Catalog(columns, len(order), self.cut, codes)
 
     def shortened(self, number: int, chunk: Chunks) -> "Catalog":
         """Return the same with what is left of a chunk; only the newest of such values may."""
@@ -124,8 +142,11 @@ class Catalog:
         self.first_steps[number] = first
         self.counts[number] = chunk.counts[0]
         self.times[number] = chunk.times[0]
-        self.summaries[number] = chunk.summaries[0, : self.summaries.shape[1]]
-        return Catalog(self._columns, self.length, {**self.cut, first: chunk.summaries[0]})
+        if self.codes is not None:
+            self.codes.recoded(number, chunk.summaries[0])
+        return Catalog(
+            self._columns, self.length, {**self.cut, first: chunk.summaries[0]}, self.codes
+        )
 
 
 class Unflushed(NamedTuple):

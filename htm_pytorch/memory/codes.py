@@ -19,6 +19,7 @@ STRETCH = 64
 MOST_DIM = 2**15
 """Numbers of a summary whose products in 8 bits a sum of 32 bits has room for."""
 _CODE_BYTES = 64
+_BLOCK = 64 * STRETCH
 _ZERO, _MOST = 128, 127
 _SHORTEST, _LONGEST = 1e-30, 1e30
 """Of what is coded; other summaries are looked at as they are."""
@@ -38,6 +39,8 @@ class Codes(NamedTuple):
     terms: Tensor
     """[B, 4, 64 S] float32: scales, the lengths of scale u, those of what u leaves, and those of
     what both leave. The last two count what is rounded when products are taken."""
+    digests: Tensor | None = None
+    """[B, 64 S] int64 beside fine codes, which are alike where summaries are, and there alone."""
 
     @classmethod
     def empty(cls, batch: int, chunks: int, dim: int, *, with_fine: bool = False) -> Self:
@@ -52,17 +55,18 @@ class Codes(NamedTuple):
                 torch.zeros(batch, stretches, dim, dtype=torch.float32, device="cpu"),
                 torch.zeros(batch, stretches, dtype=torch.float32, device="cpu"),
                 torch.zeros(batch, 4, shape[1], dtype=torch.float32, device="cpu"),
+                torch.zeros(shape[:2], dtype=torch.int64, device="cpu") if with_fine else None,
             )
 
     def encode(self, summaries: Tensor, stretches: Tensor, begin: int = 0) -> None:
         """Code chunks anew, of which these are the summaries [B, M', D], from chunk `begin` on.
 
-        `stretches` [X, 3] int64 say which: row, stretch, and the first of its chunks to be coded;
-        where that is its first, the stretch gets a centre of its own.
+        `stretches` [X, 4] int64 say which: row, stretch, the first of its chunks to be coded, and
+        whether the stretch gets a new centre, which is then its first.
         """
         if not kernels.IS_AVAILABLE:
-            for row, stretch, start in stretches.tolist():
-                self._encode(summaries[row].float(), row, stretch, start, begin)
+            for row, stretch, start, is_new in stretches.tolist():
+                self._encode(summaries[row].float(), row, stretch, start, begin, bool(is_new))
             return
         encoding = kernels.struct(
             "Encoding",
@@ -79,11 +83,13 @@ class Codes(NamedTuple):
         )
         kernels.call(f"encode_{kernels.NAMES[summaries.dtype]}", encoding, encoding)
 
-    def _encode(self, summaries: Tensor, row: int, stretch: int, start: int, begin: int) -> None:
+    def _encode(
+        self, summaries: Tensor, row: int, stretch: int, start: int, begin: int, is_new: bool
+    ) -> None:
         """Code chunks of one stretch; the plain version of what the kernel does."""
         first, dim = stretch * STRETCH, summaries.shape[1]
         last = min(first + STRETCH, begin + len(summaries))
-        if start == first:
+        if is_new:
             self.centres[row, stretch] = self._centre(summaries[first - begin :], row, stretch)
             self.radii[row, stretch] = 0.0
         centre = self.centres[row, stretch]
@@ -119,6 +125,80 @@ class Codes(NamedTuple):
         some = summaries[:STRETCH]
         some = some[some.abs().amax(1) < _LONGEST]
         return some.mean(0) if len(some) else torch.zeros_like(summaries[0])
+
+    def appended(self, length: int, summaries: Tensor) -> Self:
+        """Return codes, of more room if that is needed, of `length` chunks and more [M', D]."""
+        end = length + len(summaries)
+        codes = self.with_room(end, length)
+        first = range(length // STRETCH, -(-end // STRETCH))
+        which = [[0, s, max(s * STRETCH, length), int(s * STRETCH >= length)] for s in first]
+        codes.encode(summaries[None], torch.tensor(which, device="cpu"), length)
+        if codes.digests is not None:
+            codes.digests[0, length:end] = _digests(summaries)
+        return codes
+
+    def recoded(self, number: int, summary: Tensor) -> None:
+        """Code one chunk anew, by its summary [D]."""
+        which = torch.tensor([[0, number // STRETCH, number, 0]], device="cpu")
+        self.encode(summary[None, None], which, number)
+        if self.digests is not None:
+            self.digests[0, number] = _digests(summary[None])[0]
+
+    def with_room(self, room: int, length: int) -> Self:
+        """Return the codes of the first `length` chunks, with room for so many."""
+        if room <= self.coarse.shape[1]:
+            return self
+        rows, _, dim = self.centres.shape
+        return self._copied(self.empty(rows, room, dim, with_fine=self.fine is not None), length)
+
+    def chosen(self, order: Tensor) -> Self:
+        """Return codes of the chunks `order` [M] int64, in that order, in room of their own.
+
+        Those that change their places are coded anew from their codes, and are off by both.
+        """
+        assert self.fine is not None
+        rows, _, dim = self.centres.shape
+        codes = self.empty(rows, self.coarse.shape[1], dim, with_fine=True)
+        moved = (order != torch.arange(len(order), device="cpu")).nonzero()[:, 0]
+        same = int(moved[0]) // STRETCH * STRETCH if len(moved) else len(order)
+        codes = self._copied(codes, same)
+        for start in range(same, len(order), _BLOCK):
+            some = order[start : start + _BLOCK]
+            _, size, _, error = self.terms[0][:, some]
+            codes.appended(start, self.decoded(some))
+            centres = self.centres[0, some // STRETCH]
+            error = error + 2.0**-21 * (centres.norm(dim=1) + size)
+            codes.terms[0, 2:, start : start + len(some)] += error
+            stretch = torch.arange(start, start + len(some), device="cpu") // STRETCH
+            codes.radii[0].index_add_(0, stretch, error)
+            if codes.digests is not None and self.digests is not None:
+                codes.digests[0, start : start + len(some)] = self.digests[0, some]
+        return codes
+
+    def decoded(self, numbers: Tensor) -> Tensor:
+        """Return about the summaries [U, D] float32 of chunks of the first row."""
+        dim = self.centres.shape[2]
+        coded = self.coarse[0, numbers, :dim].float() - _ZERO
+        if self.fine is not None:
+            coded += (self.fine[0, numbers, :dim].float() - _ZERO) / (2 * _MOST)
+        return self.centres[0, numbers // STRETCH] + self.terms[0, 0, numbers, None] * coded
+
+    def _copied(self, to: Self, length: int) -> Self:
+        stretches = -(-length // STRETCH)
+        to.coarse[:, :length] = self.coarse[:, :length]
+        if to.fine is not None and self.fine is not None:
+            to.fine[:, :length] = self.fine[:, :length]
+        to.centres[:, :stretches] = self.centres[:, :stretches]
+        to.radii[:, :stretches] = self.radii[:, :stretches]
+        to.terms[:, :, :length] = self.terms[:, :, :length]
+        if to.digests is not None and self.digests is not None:
+            to.digests[:, :length] = self.digests[:, :length]
+        return to
+
+    def nbytes(self, length: int) -> int:
+        """Return how many bytes the codes of so many chunks take."""
+        each = sum(part.nbytes for part in self if part is not None) / max(self.coarse.shape[1], 1)
+        return round(length * each)
 
     def check(self, summaries: Tensor) -> None:
         """Raise a ValueError unless there is as much as the kernel reads for the summaries."""
@@ -161,6 +241,13 @@ class Codes(NamedTuple):
         )
 
 
+def _digests(summaries: Tensor) -> Tensor:
+    """Return numbers [M] int64 of summaries [M, D] float32; one other bit makes another one."""
+    factors = torch.randint(2**62, summaries.shape[1:], generator=torch.Generator().manual_seed(1))
+    parts = [part.long() @ (2 * factors + 1) for part in summaries.view(torch.int32).split(_BLOCK)]
+    return torch.cat(parts) if parts else factors[:0]
+
+
 class RingCodes:
     """The codes of a ring's summaries: of what was written since, they are found when asked for."""
 
@@ -181,7 +268,7 @@ class RingCodes:
             with torch.inference_mode(False):
                 used = -(-summaries.shape[1] // STRETCH)
                 row, stretch = self._is_stale[:, :used].nonzero(as_tuple=True)
-                which = torch.stack([row, stretch, stretch * STRETCH], 1)
+                which = torch.stack([row, stretch, stretch * STRETCH, torch.ones_like(row)], 1)
                 if len(which):
                     self._codes.encode(summaries, which)
                     self._is_stale[:, :used] = False

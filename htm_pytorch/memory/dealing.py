@@ -9,7 +9,7 @@ from torch import Tensor
 
 from htm_pytorch.memory import ring
 from htm_pytorch.memory.chunked import ChunkedMemory
-from htm_pytorch.memory.home import ScoredHome
+from htm_pytorch.memory.home import ExactHome, ScoredHome
 
 
 def dealt(total: int, ranks: int) -> tuple[int, ...]:
@@ -80,7 +80,12 @@ def next_of_all(slots: Tensor, sizes: Sequence[int]) -> Tensor | None:
 
 
 def own_spans(
-    local: ScoredHome, chunks: Sequence[int], row: int, rank: int, ranks: int, with_newest: bool
+    local: ScoredHome | ExactHome,
+    chunks: Sequence[int],
+    row: int,
+    rank: int,
+    ranks: int,
+    with_newest: bool,
 ) -> dict[str, list[Any]]:
     """Return what a rank knows of the chunks that all ranks are asked for, as JSON can say it.
 

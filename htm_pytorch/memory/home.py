@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.memory.chunked import ChunkedMemory
+from htm_pytorch.memory.fading import Fading
 from htm_pytorch.memory.span import Span
 
 
@@ -62,7 +63,8 @@ class Home(Readable, Protocol):
     """A memory that may lie elsewhere: on disk, or on other machines.
 
     Its chunks are fetched, a few at a time. `ChunkedMemory` is the home in RAM. What a home
-    returns carries no gradient. To be recalled from, it is a `ScoredHome` or a `SearchedHome`.
+    returns carries no gradient. To be recalled from, it is a `ScoredHome`, an `ExactHome` or
+    a `SearchedHome`.
     """
 
     def append(self, steps: Tensor, is_first: Tensor | None = None) -> Self:
@@ -89,6 +91,30 @@ class ScoredHome(Home, Protocol):
     @property
     def valid(self) -> Tensor:
         """[B, M] bool, the chunks that can be recalled."""
+        ...
+
+
+class ExactHome(Home, Protocol):
+    """A home that finds the best chunks itself, exactly."""
+
+    @property
+    def valid(self) -> Tensor:
+        """[B, M] bool, the chunks that can be recalled."""
+        ...
+
+    def best_chunks(
+        self, route: Tensor, k: int, chunk_mask: Tensor | None, fading: Fading | None
+    ) -> Tensor:
+        """Return the k best chunks [B, Q, K] int64 of each query, in any order; -1 where fewer.
+
+        Of equal scores the older chunk is kept.
+
+        Args:
+            route: [B, Q, D], whose products with the summaries are the scores.
+            k: how many are kept; K <= k.
+            chunk_mask: [B, Q, M] bool, the chunks that each query may see; None: all.
+            fading: of [B, Q] queries, what makes scores of products; None: they are the scores.
+        """
         ...
 
 
@@ -140,6 +166,16 @@ def ages_of(memory: Numbered) -> Tensor:
 def is_scored(memory: object) -> TypeGuard[ScoredHome]:
     """Whether its summaries are at hand."""
     return hasattr(memory, "summaries") and hasattr(memory, "valid")
+
+
+def is_exact(memory: object) -> TypeGuard[ExactHome]:
+    """Whether it finds the best chunks itself."""
+    return hasattr(memory, "best_chunks")
+
+
+def dtype_of_summaries(memory: "ScoredHome | ExactHome") -> torch.dtype:
+    """Return what summaries are in; those that are not at hand are fetched in float32."""
+    return memory.summaries.dtype if not is_exact(memory) and is_scored(memory) else torch.float32
 
 
 def is_searched(memory: object) -> TypeGuard[SearchedHome]:

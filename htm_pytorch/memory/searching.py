@@ -3,20 +3,74 @@
 Of equal products the older chunk is kept; of those that an index finds, among what it returns.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
-from htm_pytorch.memory.answers import fetched
+from htm_pytorch.memory.answers import fetched, summaries_of
 from htm_pytorch.memory.best import BLOCK_BYTES, nearest, where_best
 from htm_pytorch.memory.choice import Chosen
+from htm_pytorch.memory.fading import Fading
 from htm_pytorch.memory.formats import CPU
+from htm_pytorch.memory.seeking import Bounded, as_asked, decided, sought
 from htm_pytorch.memory.state import State
 
 
-def by_summaries(now: State, vectors: Tensor, k: int) -> Tensor:
-    """Return the k best chunks [X, K] of vectors [X, D], where all summaries are in RAM."""
-    summaries = now.catalog.summaries
-    return _nearest(vectors, summaries, k, None)[0]
+def by_codes(
+    states: Sequence[State],
+    vectors: Tensor,
+    k: int,
+    allowed: Tensor | None = None,
+    fading: Fading | None = None,
+) -> Tensor:
+    """Return the k best chunks [X, K] in any order, where codes of all are in RAM; -1 where fewer.
+
+    Args:
+        states: of memories whose chunks stand one behind the other, M in all.
+        vectors: [X, D].
+        k: how many are kept.
+        allowed: [X, M] bool, which chunks each query may keep; None: all.
+        fading: of X queries; ages [X, M], or [1, M].
+    """
+    vectors = as_asked(vectors)
+    starts, found = [0], []
+    for state in states:
+        start, catalog = starts[-1], state.catalog
+        assert catalog.codes is not None
+        starts.append(end := start + catalog.length)
+        own = None if allowed is None else allowed[:, start:end]
+        if own is not None and not own.any():
+            continue
+        fades = None if fading is None else fading.part(start, end)
+        part = sought(catalog.codes, catalog.length, vectors, k, own, fades)
+        moved = (part.chunks + start).masked_fill(part.chunks < 0, -1)
+        found.append(part._replace(chunks=moved))
+    if not found:
+        return torch.empty(len(vectors), 0, dtype=torch.int64, device=CPU)
+
+    def of_owners(chunks: Tensor, of: Callable[[State, Tensor], Tensor]) -> Tensor:
+        # They rise, and so do their owners.
+        owner = torch.searchsorted(torch.tensor(starts[1:], device=CPU), chunks, right=True)
+        return torch.cat(
+            [of(states[n], chunks[owner == n] - starts[n]) for n in owner.unique().tolist()]
+        )
+
+    return decided(
+        Bounded.join(found),
+        vectors,
+        k,
+        fading,
+        lambda chunks: of_owners(chunks, summaries_of),
+        lambda chunks: of_owners(chunks, _digests_of),
+    )
+
+
+def _digests_of(state: State, chunks: Tensor) -> Tensor:
+    codes = state.catalog.codes
+    assert codes is not None
+    assert codes.digests is not None
+    return codes.digests[0, chunks]
 
 
 def by_index(now: State, vectors: Tensor, k: int, probes: int, chosen: Chosen | None) -> Tensor:
@@ -86,6 +140,23 @@ def share_found(now: State, vectors: Tensor, k: int, probes: int) -> float:
         numbers, products = torch.cat([numbers, some], 1), torch.cat([products, more], 1)
         numbers, products = _best(numbers, products, kept)
     return float((numbers[:, :, None] == found[:, None]).any(2).float().mean())
+
+
+def all_summaries(now: State) -> Tensor:
+    """Return the summaries [M, D] float32 of all chunks, read from where they are stored."""
+    summaries = torch.empty(now.catalog.length, now.head.form.dim, dtype=torch.float32, device=CPU)
+    if now.table is not None:
+        for row in now.table.rows(0, True):
+            numbers = _ending_at(now, row.chunks.first_steps + row.chunks.counts)
+            is_known = numbers >= 0
+            summaries[numbers[is_known]] = row.chunks.summaries[is_known]
+            if (wrong := numbers[is_known & ~row.is_right]).numel():
+                summaries[wrong] = summaries_of(now, wrong)
+    summaries[now.in_table :] = now.unflushed.catalog.summaries
+    for first_step, summary in now.catalog.cut.items():
+        number = torch.searchsorted(now.catalog.first_steps, first_step)
+        summaries[number] = summary
+    return summaries
 
 
 def _nearest(

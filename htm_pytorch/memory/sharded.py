@@ -14,7 +14,7 @@ from torch import distributed as dist
 from htm_pytorch.memory import dealing, parts
 from htm_pytorch.memory.chunked import ChunkedMemory
 from htm_pytorch.memory.files import MemoryFileError
-from htm_pytorch.memory.home import Home, is_home, is_scored
+from htm_pytorch.memory.home import Home, dtype_of_summaries, is_exact, is_home, is_scored
 from htm_pytorch.memory.plan import Plan
 from htm_pytorch.memory.rank_group import RankGroup
 from htm_pytorch.memory.span import Span, no_such_chunks
@@ -34,8 +34,9 @@ class ShardedMemory:
 
     Args:
         local: this rank's part, of the same batch, chunk size, width and dtype on every rank; a
-            `ChunkedMemory`, or another `ScoredHome` that keeps all whole chunks appended to it. One
-            that changes in place is not a value: use only the newest memory around it.
+            `ChunkedMemory`, or another `ScoredHome` or `ExactHome` that keeps all whole chunks
+            appended to it. One that changes in place is not a value: use only the newest memory
+            around it.
         group: the process group that shares it (gloo, or NCCL for CUDA); None: the default one.
         timeout: how many seconds any exchange with the other ranks may take.
 
@@ -53,10 +54,11 @@ class ShardedMemory:
     ):
         self.ranks = RankGroup(group, timeout)
         with self.ranks.refusing(torch.device(getattr(local, "device", "cpu"))):
-            if not (is_home(local) and is_scored(local)):
+            if not (is_home(local) and (is_exact(local) or is_scored(local))):
                 kind = type(local).__name__
                 raise ValueError(
-                    f"local: expected a ChunkedMemory or another ScoredHome, got {kind}"
+                    f"local: expected a ChunkedMemory or another ScoredHome or ExactHome, "
+                    f"got {kind}"
                 )
         self.local = local
         in_memory = isinstance(local, ChunkedMemory)
@@ -65,7 +67,7 @@ class ShardedMemory:
             "local.chunk_size": local.chunk_size,
             "local.dim": local.dim,
             "local.dtype": local.dtype,
-            "local.summaries.dtype": local.summaries.dtype,
+            "local.summaries.dtype": dtype_of_summaries(local),
             "local (a ChunkedMemory)": in_memory,
             "local.keep_across_episodes": in_memory and local.keep_across_episodes,
         }

@@ -40,7 +40,7 @@ class State(NamedTuple):
 
     def emptied(self, head: Head) -> "State":
         """Return a memory of the same sizes to which nothing was written, with another head."""
-        return State.nothing(head, self.catalog.summaries.shape[1], self.cache.slots)
+        return State.nothing(head, self.catalog.width, self.cache.slots)
 
     def unread(self) -> "State":
         """Return the state of a reader of this memory that has read nothing yet."""

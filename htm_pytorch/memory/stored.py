@@ -13,6 +13,7 @@ from torch import Tensor
 
 from htm_pytorch.memory import entries, log, searching
 from htm_pytorch.memory.catalog import Unflushed
+from htm_pytorch.memory.fading import Fading
 from htm_pytorch.memory.following import follow
 from htm_pytorch.memory.formats import CPU
 from htm_pytorch.memory.log import Contents, Head, merged
@@ -22,7 +23,7 @@ from htm_pytorch.memory.state import State
 from htm_pytorch.memory.table import Table
 from htm_pytorch.memory.trimming import left_in_table
 from htm_pytorch.memory.versions import FRAGMENT_BYTES, SMALL_BYTES, Versions
-from htm_pytorch.memory.view import Chosen, ScoredMoment, SearchedMoment
+from htm_pytorch.memory.view import Chosen, ExactMoment, SearchedMoment
 from htm_pytorch.shapes import (
     check_at_least,
     check_mask,
@@ -334,26 +335,35 @@ class StoredMemory(Reading):
 
 
 class ExactMemory(StoredMemory):
-    """A stored memory whose summaries are in RAM, 4 bytes a number: every query scores them all."""
+    """A stored memory of whose summaries there are codes in RAM: every query scores them all.
+
+    They take 2 bytes a number. Where scores are too close for them, the chunks are fetched.
+    """
 
     holds_summaries = True
 
     @property
     def summaries(self) -> Tensor:
-        """[1, M, D] float32, the means of the steps as they are stored."""
-        return self._now().catalog.summaries[None]
+        """[1, M, D] float32, the means of the steps as they are stored, read from the disk."""
+        return searching.all_summaries(self._now())[None]
 
     @property
     def valid(self) -> Tensor:
         """[1, M] bool, which chunks can be recalled: all of them."""
         return torch.ones(1, self._now().catalog.length, dtype=torch.bool, device=CPU)
 
-    def moment(self, chosen: Chosen | None = None) -> ScoredMoment:
+    def best_chunks(
+        self, route: Tensor, k: int, chunk_mask: Tensor | None, fading: Fading | None
+    ) -> Tensor:
+        """Return the k best chunks [B, Q, K] of each query; see `ExactHome`."""
+        return self.moment().best_chunks(route, k, chunk_mask, fading)
+
+    def moment(self, chosen: Chosen | None = None) -> ExactMoment:
         """Return the memory as it is now, whatever other threads do: what one recall reads."""
-        return ScoredMoment([self._now()], chosen, has_rows=False)
+        return ExactMoment([self._now()], chosen, has_rows=False)
 
     def _nearest(self, now: State, vectors: Tensor, k: int) -> Tensor:
-        return searching.by_summaries(now, vectors, k)
+        return searching.by_codes([now], vectors, k)
 
 
 class IndexedMemory(StoredMemory):

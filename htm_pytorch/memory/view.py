@@ -10,9 +10,10 @@ from torch import Tensor
 from htm_pytorch.memory.answers import fetched
 from htm_pytorch.memory.choice import Chosen
 from htm_pytorch.memory.chunked import ChunkedMemory
+from htm_pytorch.memory.fading import Fading
 from htm_pytorch.memory.formats import CPU
 from htm_pytorch.memory.home import Readable
-from htm_pytorch.memory.searching import by_index
+from htm_pytorch.memory.searching import by_codes, by_index
 from htm_pytorch.memory.span import Span
 from htm_pytorch.memory.state import State
 from htm_pytorch.shapes import check_number, check_numbers, check_tensor
@@ -91,22 +92,26 @@ class Moment:
         )
 
 
-class ScoredMoment(Moment):
-    """A moment of memories whose summaries are in RAM."""
+class ExactMoment(Moment):
+    """A moment of memories of whose summaries there are codes in RAM."""
 
-    @property
-    def summaries(self) -> Tensor:
-        """[1, M, D] float32, the summary that each chunk is scored by."""
-        if len(self.states) == 1:
-            return self.states[0].catalog.summaries[None]
-        return torch.cat([state.catalog.summaries for state in self.states])[None]
-
-    @property
-    def valid(self) -> Tensor:
-        """[1, M] bool, the chunks that can be recalled."""
-        if (allowed := self.allowed) is None:
-            allowed = torch.ones(self.chunks, dtype=torch.bool, device=CPU)
-        return allowed[None]
+    def best_chunks(
+        self, route: Tensor, k: int, chunk_mask: Tensor | None, fading: Fading | None
+    ) -> Tensor:
+        """Return the k best chunks of each query; see `ExactHome`."""
+        batch, queries, _ = route.shape
+        allowed = self.allowed
+        mask = None if chunk_mask is None else chunk_mask.flatten(0, 1)
+        if allowed is not None:
+            mask = allowed.expand(batch * queries, -1) if mask is None else mask & allowed
+        fades = None
+        if fading is not None:
+            ages = fading.ages
+            if ages.shape[:2] != (1, 1):
+                ages = ages.expand(batch, queries, -1)
+            fades = Fading(fading.ceiling.flatten(), fading.decay.flatten(), ages.flatten(0, 1))
+        found = by_codes(self.states, route.detach().flatten(0, 1), k, mask, fades)
+        return found.view(batch, queries, -1)
 
 
 class SearchedMoment(Moment):
@@ -176,7 +181,7 @@ class View:
         if len(self._memories) == 1 and not self._has_rows:
             return self._memories[0].moment(self._chosen)
         states = [memory.moment().states[0] for memory in self._memories]
-        return ScoredMoment(states, self._chosen, self._has_rows)
+        return ExactMoment(states, self._chosen, self._has_rows)
 
     def fetch(self, chunks: Tensor) -> ChunkedMemory:
         """Return the chunks numbered [U] int64 as a memory in RAM."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from htm_pytorch import kernels
 from htm_pytorch.memory import ChunkedMemory, Home, ScoredHome, StoredMemory, View
 from htm_pytorch.memory.fading import Fading
-from htm_pytorch.memory.home import ages_of, is_scored, is_searched
+from htm_pytorch.memory.home import ages_of, is_exact, is_scored, is_searched
 from htm_pytorch.memory.view import Moment
 from htm_pytorch.ops import native, reference
 from htm_pytorch.ops.recency import Recency
@@ -69,9 +69,13 @@ def _fetch(
         ages = (ages_of(home)[:, None] if recency.ages is None else recency.ages).to(device)
         recency = recency._replace(ages=ages)
     exact = route.detach().to(device, torch.promote_types(route.dtype, torch.float32))
-    if is_scored(home):
-        mask = None if chunk_mask is None else chunk_mask.to(device)
-        fading = None if recency is None else recency.fading(home, exact.dtype, device)
+    mask = None if chunk_mask is None else chunk_mask.to(device)
+    fading = None
+    if recency is not None and not is_searched(home):
+        fading = recency.fading(home, exact.dtype, device)
+    if is_exact(home):
+        chunks = home.best_chunks(exact, k, mask, fading)
+    elif is_scored(home):
         chunks = _score(exact, home, k, mask, fading)
     elif is_searched(home):
         if chunk_mask is not None:
@@ -82,7 +86,9 @@ def _fetch(
             chunks = _with_ends(chunks, home, recency, _CANDIDATES * k)
     else:
         kind = type(home).__name__
-        raise ValueError(f"memory: expected a ScoredHome or a SearchedHome, got {kind}")
+        raise ValueError(
+            f"memory: expected a ScoredHome, an ExactHome or a SearchedHome, got {kind}"
+        )
     numbers, place = torch.unique(chunks, return_inverse=True)
     if len(numbers) and numbers[0] < 0:
         # Those of a query that sees fewer: a column to be dropped.

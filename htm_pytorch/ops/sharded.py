@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from htm_pytorch.memory import ChunkedMemory, ShardedMemory
 from htm_pytorch.memory.best import where_best
 from htm_pytorch.memory.fading import Fading, log_ages
+from htm_pytorch.memory.home import dtype_of_summaries, is_exact
 from htm_pytorch.memory.rank_group import HEADER, Fingerprint, RankGroup
 from htm_pytorch.ops import native, reference
 from htm_pytorch.ops.recency import Recency
@@ -116,7 +117,7 @@ def recall(
     group, local = memory.ranks, memory.local
     needs = _agree(route, probe, memory, k, positions, chunk_mask, recency, with_weights)
     with group.exchanging():
-        dtypes = (memory.dtype, local.summaries.dtype, route.dtype)
+        dtypes = (memory.dtype, dtype_of_summaries(local), route.dtype)
         dtype = reduce(torch.promote_types, dtypes, torch.float32)
         route, probe = route.to(dtype), probe.to(dtype)
         positions = None if positions is None else positions.to(dtype)
@@ -205,7 +206,7 @@ def _agree(
         "torch.is_grad_enabled()": torch.is_grad_enabled(),
     }
     local = memory.local
-    held = [local.summaries, *([local.contents] if isinstance(local, ChunkedMemory) else [])]
+    held = [local.summaries, local.contents] if isinstance(local, ChunkedMemory) else []
     needs = 0
     routes = [route] if recency is None else [route, recency.ceiling, recency.decay]
     asked = ((_ROUTE, routes), (_PROBE, [probe]), (_POSITIONS, [positions]), (_MEMORY, held))
@@ -248,6 +249,8 @@ def _pick(
     with torch.no_grad():
         if not k:
             return torch.empty(*route.shape[:2], 0, dtype=torch.int64, device=route.device)
+        if is_exact(local):
+            return local.best_chunks(route, k, chunk_mask, fading)
         if with_kernel:
             return native.pick(route, local, k, chunk_mask, fading)[0]
         picked = reference.select(route, local, k, chunk_mask, fading)
@@ -256,8 +259,15 @@ def _pick(
 
 def _score(route: Tensor, local: Any, picked: Tensor, fading: Fading | None) -> Tensor:
     """Return the scores [B, Q, K] of the picked chunks; they have the gradient."""
-    row = torch.arange(local.batch, device=route.device)[:, None, None]
-    summaries = local.summaries[row, picked.clamp(min=0)]
+    if is_exact(local):
+        used, place = picked.clamp(min=0).unique(return_inverse=True)
+        summaries = local.fetch(used[: local.chunks]).summaries[0]
+        summaries = (
+            summaries[place] if len(summaries) else summaries.new_zeros(*place.shape, local.dim)
+        )
+    else:
+        row = torch.arange(local.batch, device=route.device)[:, None, None]
+        summaries = local.summaries[row, picked.clamp(min=0)]
     summaries = summaries.masked_fill(picked[..., None] < 0, 0.0).to(route.dtype)
     # Not a matrix product, in which equal summaries may have scores that differ in the last bit:
     # ties must be ties on all ranks.

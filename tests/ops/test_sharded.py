@@ -308,7 +308,8 @@ def test_timeout(timeout: Any, tmp_path: Any) -> None:
         with pytest.raises(ValueError, match="^group: expected one that this process belongs to"):
             ShardedMemory(ChunkedMemory.empty(1, 2, 3, 4), group=3)  # type: ignore[arg-type]
         with pytest.raises(
-            ValueError, match="^local: expected a ChunkedMemory or another ScoredHome, got Tensor"
+            ValueError,
+            match="^local: expected a ChunkedMemory or another ScoredHome or ExactHome, got Tensor",
         ):
             ShardedMemory(torch.zeros(1, 2, 3, 4))  # type: ignore[arg-type]
         alone = ShardedMemory(ChunkedMemory.empty(1, 2, 3, 4)).append(torch.ones(1, 7, 4))
