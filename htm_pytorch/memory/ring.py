@@ -110,6 +110,7 @@ class Ring:
 
     def give_back(self, ring: "Ring") -> None:
         """Say that nobody reads any more what was lent."""
+        ring._lender = None
         if not torch.compiler.is_compiling():
             self._lent = [other for other in self._lent if other() not in (None, ring)]
 
