@@ -178,6 +178,17 @@ def dtype_of_summaries(memory: "ScoredHome | ExactHome") -> torch.dtype:
     return memory.summaries.dtype if not is_exact(memory) and is_scored(memory) else torch.float32
 
 
+def summaries_at(memory: ScoredHome | ExactHome, chunks: Tensor) -> Tensor:
+    """Return the summaries [B, Q, K, D] of chunks [B, Q, K]; of -1, those of any."""
+    chunks = chunks.clamp(min=0)
+    if is_exact(memory):
+        used, place = chunks.unique(return_inverse=True)
+        return memory.fetch(used).summaries[0][place]
+    assert is_scored(memory)
+    row = torch.arange(memory.batch, device=chunks.device)[:, None, None]
+    return memory.summaries[row, chunks]
+
+
 def is_searched(memory: object) -> TypeGuard[SearchedHome]:
     """Whether it finds chunks itself."""
     return hasattr(memory, "search")

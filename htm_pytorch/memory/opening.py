@@ -44,7 +44,8 @@ def open_memory(
         read_only: whether it is only read, beside its writer; it must exist, and `refresh` shows
             what came since.
         search: "exact" holds codes of the summaries in RAM, by which every query finds the best of
-            all of them; "index" holds none and asks the disk, where the index that `build_index` made finds most of the best.
+            all of them; "index" holds none and asks the disk, where the index that `build_index`
+            made finds most of the best.
         probes: how many lists of the index a query reads: more find more, and take longer.
         cache_bytes: how many bytes of fetched chunks are kept in RAM.
         sync: whether `append` waits until the disk has the steps. Without, they survive the end of

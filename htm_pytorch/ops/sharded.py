@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from htm_pytorch.memory import ChunkedMemory, ShardedMemory
 from htm_pytorch.memory.best import where_best
 from htm_pytorch.memory.fading import Fading, log_ages
-from htm_pytorch.memory.home import dtype_of_summaries, is_exact
+from htm_pytorch.memory.home import dtype_of_summaries, is_exact, summaries_at
 from htm_pytorch.memory.rank_group import HEADER, Fingerprint, RankGroup
 from htm_pytorch.ops import native, reference
 from htm_pytorch.ops.recency import Recency
@@ -259,15 +259,7 @@ def _pick(
 
 def _score(route: Tensor, local: Any, picked: Tensor, fading: Fading | None) -> Tensor:
     """Return the scores [B, Q, K] of the picked chunks; they have the gradient."""
-    if is_exact(local):
-        used, place = picked.clamp(min=0).unique(return_inverse=True)
-        summaries = local.fetch(used[: local.chunks]).summaries[0]
-        summaries = (
-            summaries[place] if len(summaries) else summaries.new_zeros(*place.shape, local.dim)
-        )
-    else:
-        row = torch.arange(local.batch, device=route.device)[:, None, None]
-        summaries = local.summaries[row, picked.clamp(min=0)]
+    summaries = summaries_at(local, picked)
     summaries = summaries.masked_fill(picked[..., None] < 0, 0.0).to(route.dtype)
     # Not a matrix product, in which equal summaries may have scores that differ in the last bit:
     # ties must be ties on all ranks.
