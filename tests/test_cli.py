@@ -1,5 +1,6 @@
 """The command line: what it offers, what it prints last, and how it fails."""
 
+import ast
 import dataclasses
 import json
 import os
@@ -483,26 +484,86 @@ def test_info_finds_another_package_of_the_same_name(
     assert f"htm-pytorch 0.0.4 in {tmp_path}/htm_pytorch has" in told(monkeypatch, capsys)
 
 
+def completion_script(
+    shell: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    assert not htm(monkeypatch, "completion", shell)
+    return capsys.readouterr().out
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion(
+def test_completion_is_a_script_that_knows_all_commands(
     shell: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert not htm(monkeypatch, "completion", shell)
-    script = capsys.readouterr().out
+    script = completion_script(shell, monkeypatch, capsys)
     known = (*cli.COMMANDS, "verify", "--run-dir", "--episodes", "--topk-mems", "--before-step")
     assert all(f"'{name}'" in script for name in known)
+    if shutil.which(shell):
+        (tmp_path / "script").write_text(script)
+        subprocess.run([shell, "-n", tmp_path / "script"], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("memory co", "compact"),
+        ("train ba", "ballet"),
+        ("train --memory ls", "lstm"),
+        ("train CartPole-v1 --eval-ev", "--eval-every"),
+        ("info --j", "--json"),
+        ("report run --fi", "--film"),
+        ("completion ", "bash zsh fish -h --help"),
+        ("eval so", "some run/"),
+        ("memory info some", "some run/"),
+        ("train CartPole-v1 --run-dir so", "some run/"),
+    ],
+)
+@pytest.mark.parametrize("shell", ["bash", "fish"])
+def test_completion_offers_words_options_and_files(
+    shell: str,
+    typed: str,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     if shutil.which(shell) is None:
-        return
-    (tmp_path / "script").write_text(script)
-    subprocess.run([shell, "-n", tmp_path / "script"], check=True, timeout=60)
+        pytest.skip(f"{shell} is not installed")
+    (tmp_path / "script").write_text(completion_script(shell, monkeypatch, capsys))
+    (tmp_path / "some run").mkdir()
+    line = f"source ./script; complete -C 'htm {typed}'"
     if shell == "bash":
-        asked = "COMP_WORDS=(htm memory co) COMP_CWORD=2; _tyro_htm; echo ${COMPREPLY[@]}"
-        line = f"source {tmp_path}/script; {asked}"
-        done = subprocess.run([shell, "-c", line], capture_output=True, text=True, timeout=60)
-        assert done.stdout == "compact\n", done.stderr
+        empty = "''" if typed.endswith(" ") else ""
+        words = f"COMP_WORDS=(htm {typed}{empty})"
+        # Which can be asked for in a completion alone.
+        reply = "compopt() { :; }; COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _tyro_htm"
+        line = f'source ./script; {words}; {reply}; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    done = subprocess.run(
+        [shell, "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    offered = [word.split("\t")[0].rstrip("/") for word in done.stdout.splitlines()]
+    wanted = [expected.rstrip("/")] if expected.endswith("/") else expected.split()
+    assert sorted(offered) == sorted(wanted), done.stderr
+
+
+def test_completion_knows_the_options_of_every_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As its help says them; a description that is not one line would be offered as a word."""
+    monkeypatch.setenv("COLUMNS", "200")
+    script = completion_script("bash", monkeypatch, capsys)
+    (line,) = (line for line in script.splitlines() if line.startswith("COMPLETION_SPEC = "))
+    spec = ast.literal_eval(line.partition(" = ")[2])["subcommands"]
+    spec |= {f"memory {name}": part for name, part in spec.pop("memory")["subcommands"].items()}
+    for name, part in spec.items():
+        htm(monkeypatch, *name.split(), "--help")
+        helped = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", capsys.readouterr().out))
+        known = {flag for option in part["options"] for flag in option["flags"]}
+        assert helped <= known, name
+        assert not any("\n" in option["description"] for option in part["options"]), name
 
 
 def test_without_the_extra_the_message_says_what_to_install(

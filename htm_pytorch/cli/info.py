@@ -5,6 +5,13 @@ import json
 from typing import Any
 
 
+def taken(json: bool = False) -> None:
+    """Take what `htm info` takes, so that it can be completed."""
+
+
+COMMAND = taken
+
+
 def main(arguments: list[str]) -> None:
     """Parse and print.
 

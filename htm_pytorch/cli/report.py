@@ -25,8 +25,7 @@ def report(
     Args:
         run_dir: folder of the run.
         out: the file; default report.html in the folder of the run.
-        episodes: over so many unseen episodes, measure how often the chunk asked about is
-            recalled, where the task knows it; 0 measures nothing.
+        episodes: of which is measured how often the chunk asked about is recalled; 0: nothing is.
         seed: of the episodes; default one that the training did not use.
         actions: the most probable ones, or sampled as in training.
         picture: a file for a picture of one moment, .png, .pdf or .svg.
@@ -69,6 +68,9 @@ def report(
         print(draw_moment(trace, picture, moment))
     if film is not None:
         print(film_moments(trace, film))
+
+
+COMMAND = report
 
 
 def main(arguments: list[str]) -> None:

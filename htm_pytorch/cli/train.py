@@ -35,7 +35,7 @@ def taken(
     """Take what `htm train ENV` takes, so that it can be completed."""
 
 
-COMMAND = taken
+COMMAND, WORDS = taken, tasks.TASKS
 
 
 def main(arguments: list[str]) -> None:
