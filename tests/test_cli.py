@@ -199,10 +199,24 @@ def test_train_then_eval(
     wrong = htm(
         monkeypatch, "train", "ballet", f"--run-dir={run_dir}", "--resume", *TINY, "--seed=1"
     )
-    assert_one_line(wrong, "different in ['seed']")
+    assert_one_line(wrong, "another config, seed is 0 there, got 1; pass the options")
     checkpoint = run_dir / "checkpoint.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     assert_one_line(htm(monkeypatch, "eval", run_dir), "is truncated or not")
+
+
+def test_a_training_that_resumes_says_where_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    options = [f"--run-dir={run_dir}", "--memory=gru", "--steps=16", "--resume", *TINY]
+    for more, beginning in (
+        ([], f"no checkpoint.safetensors in {run_dir} yet, so the training begins anew"),
+        ([], "goes on after 768 frames"),
+        (["--frames=800"], "goes on after 768 frames, frames 800 instead of 700"),
+    ):
+        assert htm(monkeypatch, "train", "CartPole-v1", *options, *more) == 0
+        assert capsys.readouterr().out.splitlines()[1] == beginning
 
 
 def test_several_seeds_have_a_mean_and_a_spread(

@@ -93,14 +93,20 @@ def parse(arguments: list[str]) -> TrainConfig:
 def _train(config: TrainConfig) -> "Evaluation | None":
     from htm_pytorch.rl import evaluate, train
     from htm_pytorch.rl.launching import is_first
-    from htm_pytorch.rl.preparing import describe_sizes, describe_source, prepare
+    from htm_pytorch.rl.preparing import (
+        describe_beginning,
+        describe_sizes,
+        describe_source,
+        prepare,
+    )
 
     parts = tasks.parts_of(config.task)
     if is_first():
         fresh = prepare(config, parts)
         print(describe_sizes(config))
-        if source := describe_source(config, fresh):
-            print(source)
+        for told in (describe_source(config, fresh), describe_beginning(config)):
+            if told:
+                print(told)
     agent = train(config, parts)
     if not is_first():
         return None

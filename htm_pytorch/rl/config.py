@@ -242,7 +242,7 @@ class TrainConfig:
     def differs_in(self, other: "TrainConfig") -> list[str]:
         """Return the options that would make the two runs learn differently."""
         own, others = self.options(), other.options()
-        free = {*_ABOUT_THE_CALL, *_ABOUT_THE_ENDS}
+        free = {*_ABOUT_THE_CALL, *ENDS}
         # The end of a schedule is part of what is learned on the way to it.
         if min(self.learner.final_learning_rate, self.learner.final_entropy) < 1:
             free.discard("frames")
@@ -251,4 +251,5 @@ class TrainConfig:
 
 _GROUPS = ("environments", "memories", "rollouts", "learner", "budget")
 _ABOUT_THE_CALL = ("run_dir", "resume", "seeds", "processes", "tensorboard")
-_ABOUT_THE_ENDS = ("init_from", "frames", "stop_at", "eval_every", "eval_episodes", "device")
+ENDS = ("init_from", "frames", "stop_at", "eval_every", "eval_episodes", "device")
+"""Options that a resumed run may have others of."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from htm_pytorch.rl.agent import Agent, Parts, make_agent
-from htm_pytorch.rl.config import TrainConfig
+from htm_pytorch.rl.config import ENDS, TrainConfig
 from htm_pytorch.rl.cores import count_parameters
 from htm_pytorch.rl.making import make_environments
 from htm_pytorch.rl.run import CHECKPOINT, Checkpoint, check_free
@@ -54,6 +54,23 @@ def prepare(config: TrainConfig, parts: Parts | None = None) -> Agent:
             "environments"
         ) from error
     return agent
+
+
+def describe_beginning(config: TrainConfig) -> str:
+    """Return where a training that resumes goes on, and with which other options; "" for others."""
+    if not config.resume:
+        return ""
+    path = config.run_dir / CHECKPOINT
+    if not path.exists():
+        return f"no {CHECKPOINT} in {config.run_dir} yet, so the training begins anew"
+    checkpoint = Checkpoint(path)
+    own, others = config.options(), checkpoint.config.options()
+    told = f"goes on after {checkpoint.progress['frames']:,} frames"
+    for name in ENDS:
+        # Whatever it began as, it does so no more.
+        if own[name] != others[name] and name != "init_from":
+            told += f", {name} {own[name]} instead of {others[name]}"
+    return told
 
 
 def describe_source(config: TrainConfig, agent: Agent) -> str:

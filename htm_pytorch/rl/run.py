@@ -36,7 +36,7 @@ def check_free(config: TrainConfig) -> None:
 
     Raises:
         ValueError: it is no folder, or holds a run and `resume` is not set, or a run of another
-            config.
+            config, or a file of that name that is none.
     """
     place = config.run_dir
     nearest = next((part for part in (place, *place.parents) if part.exists()), place)
@@ -47,20 +47,40 @@ def check_free(config: TrainConfig) -> None:
     metrics = place / METRICS
     # The first line is the names.
     has_rows = metrics.exists() and metrics.read_bytes().count(b"\n") > 1
-    if not (has_rows or (place / CHECKPOINT).exists()):
-        return
-    if not config.resume:
+    if not config.resume and (has_rows or (place / CHECKPOINT).exists()):
         raise ValueError(
             f"run_dir: {str(place)!r} already holds a run; "
             "pass --resume to go on with it, or another --run-dir"
         )
+    recorded = recorded_config(place)
+    if not config.resume or recorded is None:
+        return
+    if names := config.differs_in(recorded):
+        own, others = config.options(), recorded.options()
+        told = ", ".join(f"{name} is {others[name]!r} there, got {own[name]!r}" for name in names)
+        raise ValueError(
+            f"run_dir: {str(place)!r} holds a run of another config, {told}; pass the options that "
+            "it was trained with, or another --run-dir"
+        )
+
+
+def recorded_config(place: Path) -> TrainConfig | None:
+    """Return the config of the run in a folder, by its checkpoint if it has one; None: no run.
+
+    Raises:
+        ValueError: one of the two files is not what a training wrote.
+    """
     if (place / CHECKPOINT).exists():
-        differing = config.differs_in(Checkpoint(place / CHECKPOINT).config)
-        if differing:
-            raise ValueError(
-                f"run_dir: {str(place)!r} holds a run of another config, "
-                f"different in {differing}; see its {CONFIG}, or pass another --run-dir"
-            )
+        return Checkpoint(place / CHECKPOINT).config
+    if not (place / CONFIG).exists():
+        return None
+    try:
+        return TrainConfig.from_json((place / CONFIG).read_text(), run_dir=place)
+    except ValueError as error:
+        raise ValueError(
+            f"run_dir: {str(place)!r} holds a {CONFIG} that is no record of a run of this version "
+            f"({error}); pass another --run-dir"
+        ) from error
 
 
 class Run:
@@ -88,13 +108,12 @@ class Run:
             check_free(config)
             path = self.place / CHECKPOINT
             self.checkpoint = Checkpoint(path) if path.exists() else None
-            (self.place / CONFIG).write_text(config.to_json() + "\n")
-            (self.place / VERSIONS).write_text(json.dumps(_versions(config.env), indent=2) + "\n")
+            self._put(CONFIG, config.to_json().encode() + b"\n")
+            versions = json.dumps(_versions(config.env), indent=2) + "\n"
+            self._put(VERSIONS, versions.encode())
             # Rows after the checkpoint are played again; those before it are as it holds them.
             known = b"" if self.checkpoint is None else self.checkpoint.metrics
-            kept = self.place / f"{METRICS}.tmp"
-            kept.write_bytes(known)
-            kept.replace(self.place / METRICS)
+            self._put(METRICS, known)
             self._metrics = known
             self._file = (self.place / METRICS).open("ab")
         except BaseException:
@@ -127,6 +146,12 @@ class Run:
         checksum = _checksum(tensors, record)
         path = self.place / CHECKPOINT
         save_tensors(path, KIND, tensors, names=names, checksum=checksum, **record)
+
+    def _put(self, name: str, data: bytes) -> None:
+        """Write a file as a whole or not at all."""
+        written = self.place / f"{name}.tmp"
+        written.write_bytes(data)
+        written.replace(self.place / name)
 
     def close(self) -> None:
         """Give the folder free."""

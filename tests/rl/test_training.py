@@ -381,9 +381,33 @@ def test_packages_are_missed_before_anything_is_written(
 
 def test_a_run_of_another_config_does_not_go_on(finished: Path) -> None:
     before = files(finished)
-    with pytest.raises(ValueError, match=r"another config, different in \['seed', 'discount'\]"):
+    told = r"another config, seed is 0 there, got 1, discount is 0\.99 there, got 0\.5; pass"
+    with pytest.raises(ValueError, match=told):
         train(tiny(finished, resume=True, seed=1, discount=0.5, stop_at=7.0))
     assert files(finished) == before
+
+
+def test_a_run_without_a_checkpoint_goes_on_with_its_own_config_alone(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(tmp_path / "run")
+    break_off(monkeypatch, learner.Learner, "learn", 1, config)
+    before = files(config.run_dir)
+    assert "checkpoint.safetensors" not in before
+    with pytest.raises(ValueError, match="seed is 0 there, got 1; pass the options"):
+        train(config.replace(resume=True, seed=1))
+    assert files(config.run_dir) == before
+    train(config.replace(resume=True))
+    assert_same_run(config.run_dir, finished)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_config_of_something_else_is_not_overwritten(tmp_path: Path, resume: bool) -> None:
+    for text in ('{"model_type": "llama"}', "{", ""):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"run_dir: .* no record of a run of this version"):
+            train(tiny(tmp_path, resume=resume))
+        assert files(tmp_path) == {"config.json": text.encode()}
 
 
 def without(path: Path, source: Path, *prefixes: str, **changes: str) -> None:
