@@ -182,7 +182,9 @@ def test_train_then_eval(
     """The last line says how well it did and where the picture is; eval repeats it."""
     run_dir = tmp_path / "run"
     assert htm(monkeypatch, "train", "ballet", f"--run-dir={run_dir}", *TINY) == 0
-    sizes, line = capsys.readouterr().out.splitlines()
+    sizes, trained, line = capsys.readouterr().out.splitlines()
+    ended = r"trained on [\d,]+ frames in \d+ rollouts; --frames 700 ends with a whole one"
+    assert re.fullmatch(ended, trained)
     assert re.fullmatch(r"memory htm: [\d,]+ parameters \(1.00 of htm's\)", sizes)
     assert re.match(r"return [01]\.\d+ \+- .* in 8 unseen episodes of .* steps, greedy; ", line)
     picture = run_dir / "recall.png"
@@ -216,7 +218,12 @@ def test_a_training_that_resumes_says_where_it_goes_on(
         (["--frames=800"], "goes on after 768 frames, frames 800 instead of 700"),
     ):
         assert htm(monkeypatch, "train", "CartPole-v1", *options, *more) == 0
-        assert capsys.readouterr().out.splitlines()[1] == beginning
+        _, told, trained, _ = capsys.readouterr().out.splitlines()
+        assert told == beginning
+        # Of 8 environments and 16 steps each.
+        rollouts, asked = (7, 800) if more else (6, 700)
+        assert trained.startswith(f"trained on {rollouts * 128} frames in {rollouts} rollouts; ")
+        assert f"--frames {asked} " in trained
 
 
 def test_several_seeds_have_a_mean_and_a_spread(
@@ -224,7 +231,7 @@ def test_several_seeds_have_a_mean_and_a_spread(
 ) -> None:
     options = [f"--run-dir={tmp_path}/run", "--seeds=2", "--memory=gru", "--steps=16", *TINY]
     assert htm(monkeypatch, "train", "CartPole-v1", *options) == 0
-    *_, first, _, second, line = capsys.readouterr().out.splitlines()
+    *_, first, _, _, second, line = capsys.readouterr().out.splitlines()
     means = [float(one.split()[1]) for one in (first, second)]
     mean, spread = float(line.split()[1]), float(line.split()[3].rstrip(","))
     assert mean == pytest.approx(sum(means) / 2, abs=1e-3)

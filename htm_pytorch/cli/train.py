@@ -110,6 +110,7 @@ def _train(config: TrainConfig) -> "Evaluation | None":
     agent = train(config, parts)
     if not is_first():
         return None
+    print(_ended(config))
     result = evaluate(config.run_dir, parts=parts)
     print(f"{result}; {_drawn(agent, config)}")
     return result
@@ -138,6 +139,16 @@ def _launch(config: TrainConfig, arguments: list[str]) -> None:
     code = launch(config.processes, ["train", *arguments, "--processes", "1"])
     if code:
         sys.exit(code if code == 130 else f"htm: a process ended with {code}; see above")
+
+
+def _ended(config: TrainConfig) -> str:
+    """Return how long the agent was trained, in all."""
+    from htm_pytorch.rl.run import CHECKPOINT, Checkpoint
+
+    progress, asked = Checkpoint(config.run_dir / CHECKPOINT).progress, config.budget.frames
+    told = f"trained on {progress['frames']:,} frames in {progress['batches']:,} rollouts"
+    more = f"; --frames {asked:,} ends with a whole one"
+    return told + more * (progress["frames"] > asked)
 
 
 def _drawn(agent: "Agent", config: TrainConfig) -> str:

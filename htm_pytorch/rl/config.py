@@ -129,7 +129,7 @@ class BudgetConfig:
     """How long is trained, and how the agent is judged."""
 
     frames: int = 1_000_000
-    """Training ends after so many steps of all environments."""
+    """Training ends with the rollout that reaches so many steps of all environments."""
     stop_at: float = math.inf
     """Or at this mean return of training episodes."""
     average_over: int = 100
