@@ -1,11 +1,11 @@
 """From an agent to the `Trace` of an episode that it never saw, noted while it plays as ever."""
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import gymnasium
 import numpy as np
 import torch
 from torch import Tensor
@@ -73,7 +73,8 @@ def trace_agent(
     """Play one unseen episode and return what the agent recalled in it.
 
     The agent plays on the path of `rl.evaluate`, with the same seeds, and is only listened to: its
-    actions and values are those of an episode that nobody traces.
+    actions and values are those of an episode that nobody traces. Where the environment fails to
+    draw itself, a warning says why, and there are no pictures.
 
     Args:
         agent: trained, with a memory in chunks.
@@ -94,7 +95,7 @@ def trace_agent(
     # A batch of environments would become single ones, whose episodes are others.
     if not has_frames and not is_batched(config) and _draws_itself(player):
         player.environments.close()
-        player = begin(agent, config, 1, stage, render_mode="rgb_array")
+        player = _begin_drawn(agent, config, stage)
     plot = None if scene.plots is None else scene.plots(player.environments)[0]
     generator = None if greedy else torch.Generator().manual_seed(config.seed)
     most = most_steps(config) or MOST_STEPS
@@ -104,7 +105,7 @@ def trace_agent(
         with Recorder(agent) as recorder:
             for step in play(player, generator):
                 steps.append(step)
-                drawn.append(_drawn(player))
+                drawn.append(_drawn(player, config) if not drawn or drawn[-1] is not None else None)
                 if step.shown.ended[0]:
                     break
                 if len(steps) > most:
@@ -164,13 +165,39 @@ def _draws_itself(player: Player) -> bool:
     return "rgb_array" in (player.environments.vector.metadata.get("render_modes") or ())
 
 
-def _drawn(player: Player) -> Tensor | None:
+def _begin_drawn(agent: Agent, config: TrainConfig, stage: int) -> Player:
+    """Begin an episode whose environment draws itself, or, where it cannot, one without pictures.
+
+    Tried before anything is played, as a process of its own ends where its environment fails.
+    """
+    player: Player | None = None
+    try:
+        player = begin(agent, config, 1, stage, render_mode="rgb_array")
+        player.environments.vector.render()
+    except Exception as error:
+        _warn(config, error)
+        if player is not None:
+            player.environments.close()
+        return begin(agent, config, 1, stage)
+    return player
+
+
+def _warn(config: TrainConfig, error: Exception) -> None:
+    warnings.warn(
+        f"env: {config.env} does not draw itself, so the report has no pictures "
+        f"({type(error).__name__}: {error})",
+        stacklevel=3,
+    )
+
+
+def _drawn(player: Player, config: TrainConfig) -> Tensor | None:
     """Return the environment's picture of what is seen, if it has one."""
     if player.environments.vector.render_mode != "rgb_array":
         return None
     try:
         shown = player.environments.vector.render()
-    except gymnasium.error.DependencyNotInstalled:
+    except Exception as error:
+        _warn(config, error)
         return None
     picture = None if shown is None else np.asarray(shown[0])
     is_picture = picture is not None and picture.ndim == 3 and picture.shape[2] == 3

@@ -90,12 +90,14 @@ def evaluate(
     count = config.budget.eval_episodes if episodes is None else episodes
     if seed is not None:
         config = config.replace(seed=seed)
+    # Before the episodes are played, as not every environment draws itself.
+    pictures = [] if render is None else film(agent, config, greedy, stage)
     result = judge(agent, config, count, greedy=greedy, stage=stage, patience=patience)
     others = {"env_args": list(env_args), "mem_chunks": mem_chunks}
     about = {"seed": config.seed} | {name: given for name, given in others.items() if given}
     _note(Path(run_dir), about | result._asdict())
     if render is not None:
-        write_film(film(agent, config, greedy, stage), render)
+        write_film(pictures, render)
     return result
 
 
@@ -194,14 +196,25 @@ def judge(
 
 @torch.no_grad()
 def film(agent: Agent, config: TrainConfig, greedy: bool = True, stage: int = 0) -> list[Any]:
-    """Play one unseen episode and return its pictures."""
+    """Play one unseen episode and return its pictures.
+
+    Raises:
+        ValueError: the environment does not draw itself.
+    """
     player = begin(agent, config, 1, stage, render_mode="rgb_array")
     generator = None if greedy else torch.Generator().manual_seed(config.seed)
     pictures: list[Any] = []
     while not pictures or not player.seen.ended.all():
-        shown = player.environments.vector.render()
+        why = ""
+        try:
+            shown = player.environments.vector.render()
+        except Exception as error:
+            shown, why = None, f" ({type(error).__name__}: {error})"
         if shown is None or shown[0] is None:
-            raise ValueError(f"render: expected an environment that draws itself, got {config.env}")
+            player.environments.close()
+            raise ValueError(
+                f"render: expected an environment that draws itself, got {config.env}{why}"
+            )
         pictures.append(np.array(shown[0]))
         _, decides = player.look()
         if decides.any():

@@ -108,6 +108,26 @@ def test_an_environment_that_draws_itself_is_shown() -> None:
     assert trace.steps[0].label.startswith("0, 0, 0, 0.")
 
 
+# In a process of its own an environment that fails ends, which at its beginning harms nothing.
+@pytest.mark.filterwarnings("ignore:.*ERROR:UserWarning")
+@pytest.mark.parametrize(("fails_at", "vectorize"), [(0, "sync"), (2, "sync"), (0, "async")])
+def test_an_environment_that_fails_to_draw_itself_is_shown_without_pictures(
+    fails_at: int, vectorize: str
+) -> None:
+    agent, config = make_walk(seed=0)
+    expected = trace_agent(agent, config)
+    assert expected.frames is not None
+    env_args = (*config.environments.env_args, f"first={fails_at}")
+    config = config.replace(
+        env="tests.rl.worlds:Test/FailsToDraw-v0", env_args=env_args, vectorize=vectorize
+    )
+    with pytest.warns(UserWarning, match=r"no pictures \(RuntimeError: no display") as warned:
+        trace = trace_agent(agent, config)
+    assert sum("no pictures" in str(one.message) for one in warned) == 1
+    assert trace.frames is None
+    assert (trace.moments, trace.steps) == (expected.moments, expected.steps)
+
+
 def test_agents_that_recall_no_chunks_are_refused() -> None:
     agent, config = make_walk(memory="gru")
     with pytest.raises(ValueError, match=r"agent: expected one that recalls chunks \(--memory htm"):

@@ -23,6 +23,7 @@ from htm_pytorch.rl import Parts, TrainConfig, evaluate, evaluation, learner, ru
 from htm_pytorch.rl.observations import make_encoder
 from htm_pytorch.rl.processes import World
 from htm_pytorch.rl.run import KIND, Checkpoint, Run
+from tests.rl import worlds
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -656,6 +657,21 @@ def test_an_episode_can_be_watched(
         evaluate(finished, 2, render=tmp_path / "film.txt")
     with pytest.raises(ValueError, match=r"render: expected a file in a folder that exists"):
         evaluate(finished, 2, render=tmp_path / "nowhere" / "film.gif")
+
+
+def test_a_film_of_what_does_not_draw_itself_is_refused_before_it_is_judged(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no display")
+
+    monkeypatch.setattr(worlds.Walk, "render", fails)
+    monkeypatch.setattr(evaluation, "judge", None)
+    with pytest.raises(
+        ValueError, match=r"render: .* itself, got .*Walk-v0 \(RuntimeError: no dis"
+    ):
+        evaluate(finished, 2, render=tmp_path / "film.gif")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_record_is_json(finished: Path) -> None:

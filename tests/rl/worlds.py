@@ -54,6 +54,19 @@ class Walk(gymnasium.Env[dict[str, Any], Any]):
         return {"action_counts": self.time % 3 == 2} if self.watch else {}
 
 
+class FailsToDraw(Walk):
+    """A walk that draws itself up to some time; `first` is when that fails."""
+
+    def __init__(self, first: int = 0, **options: Any):
+        super().__init__(**options)
+        self.first = first
+
+    def render(self) -> Any:
+        if self.time >= self.first:
+            raise RuntimeError("no display")
+        return super().render()
+
+
 class Recall(gymnasium.Env[dict[str, Any], Any]):
     """A number is shown at the first step, and is to be said at the last of 4, of -1 to 1."""
 
@@ -97,5 +110,6 @@ class Scalar(gymnasium.Env[Any, Any]):
 
 
 gymnasium.register("Test/Walk-v0", entry_point="tests.rl.worlds:Walk")
+gymnasium.register("Test/FailsToDraw-v0", entry_point="tests.rl.worlds:FailsToDraw")
 gymnasium.register("Test/Recall-v0", entry_point="tests.rl.worlds:Recall")
 gymnasium.register("Test/Scalar-v0", entry_point="tests.rl.worlds:Scalar")
