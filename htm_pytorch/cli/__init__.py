@@ -82,10 +82,20 @@ def _run(arguments: list[str]) -> None:
             import tyro  # noqa: F401
         except ImportError as error:
             sys.exit(f"htm: needs the extra `rl` or `store`, pip install '.[rl]' ({error})")
-    if name in ("train", "eval", "report") and not {"", os.getcwd()} & set(sys.path):
-        # Environments of the user's own, as `python -m` finds them; nothing is hidden by them.
-        sys.path.append(os.getcwd())
+    if name in ("train", "eval", "report"):
+        if not {"", os.getcwd()} & set(sys.path):
+            # Environments of the user's own, as `python -m` finds them; nothing is hidden by them.
+            sys.path.append(os.getcwd())
+        _hush_pygame()
     importlib.import_module(f"{__name__}.{name}").main(rest)
+
+
+def _hush_pygame() -> None:
+    """Let environments made with pygame not greet, nor look for a display that is not there."""
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
+    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
 
 def _help() -> str:

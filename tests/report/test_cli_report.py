@@ -1,6 +1,9 @@
 """`htm report`, from a run to its files, and how it fails."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,36 @@ def test_a_run_is_reported_on(
     assert said["layers"][0]["among"] == 1.0
     for file in files:
         assert file.stat().st_size > 1000
+
+
+OWN = """
+# Greets, and looks for a display, before gymnasium is imported.
+import pygame
+pygame.init()
+import gymnasium
+from gymnasium.envs.classic_control import CartPoleEnv
+gymnasium.register("Own-v0", CartPoleEnv, max_episode_steps=30)
+"""
+
+
+def test_pygame_is_silent(tmp_path: Path) -> None:
+    pytest.importorskip("pygame", reason="the extra `tasks` is not installed")
+    (tmp_path / "ownpygame.py").write_text(OWN)
+    sizes = ["--dim=16", "--heads=2", "--mem-chunk-size=4", "--num-envs=4", "--steps=16"]
+    train = ["train", "ownpygame:Own-v0", *sizes, "--frames=64", "--eval-episodes=4"]
+    hushed = {"PYGAME_HIDE_SUPPORT_PROMPT", "DISPLAY", "WAYLAND_DISPLAY", "XDG_RUNTIME_DIR"}
+    environment = {name: value for name, value in os.environ.items() if name not in hushed}
+    for arguments, lines in ((train, 3), (["report", "runs/run"], 1)):
+        done = subprocess.run(
+            [sys.executable, "-m", "htm_pytorch", *arguments],
+            env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(done.stdout.splitlines()) == lines, done.stdout
 
 
 def test_another_place_and_seed(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
