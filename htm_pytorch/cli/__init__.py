@@ -1,4 +1,8 @@
-"""`htm`: parses, calls, prints. Each command is a file, imported when it is called."""
+"""`htm`: parses, calls, prints. Each command is a file, imported when it is called.
+
+All of them exit with 0; or with 1 where they failed, or found something wrong; with 2 where the
+arguments are wrong, or name what is not there; 130 after Ctrl-C, 141 when nobody reads any more.
+"""
 
 import difflib
 import importlib
@@ -51,7 +55,8 @@ def main() -> None:
             sys.exit(141)
         if is_debugging or not (told := _told(name, error)):
             raise
-        sys.exit(f"htm: {told}")
+        print(f"htm: {told}", file=sys.stderr)
+        sys.exit(2 if _is_usage(error) else 1)
 
 
 def refuse_unknown(name: str, commands: Iterable[str], prog: str) -> None:
@@ -109,6 +114,7 @@ def _help() -> str:
             *(f"  {name:12} {does}" for name, does in COMMANDS.items()),
             "",
             "`htm COMMAND --help` says what it takes; --debug shows where an error comes from.",
+            "exit status: 0; 1 where it failed or found something wrong; 2 for wrong arguments.",
         )
     )
 
@@ -121,6 +127,16 @@ def _told(name: str, error: Exception) -> str:
             return ""
         return f"`htm {name}` needs an extra, pip install '.[rl]' ({error})"
     return str(error) if isinstance(error, ValueError | OSError) else ""
+
+
+def _is_usage(error: Exception) -> bool:
+    """Say whether it is the arguments that are wrong.
+
+    Of the kinds of ValueError that is the plain one; an OSError without a number is our own.
+    """
+    if isinstance(error, FileNotFoundError | FileExistsError):
+        return error.errno is None
+    return type(error) is ValueError
 
 
 def _has_no_reader() -> bool:

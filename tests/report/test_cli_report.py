@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import htm
+from tests.command_line import assert_line, htm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,13 +99,16 @@ def test_wrong_options_are_a_line(
     run_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    capsys.readouterr()
     monkeypatch.chdir(tmp_path)
-    said = str(htm(monkeypatch, "report", run_dir, *options))
-    assert said.startswith(f"htm: {message}")
+    assert_line(capsys, htm(monkeypatch, "report", run_dir, *options), message)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_without_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = str(htm(monkeypatch, "report", tmp_path))
-    assert said.startswith("htm: run_dir: expected a run with a checkpoint")
+def test_a_folder_without_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = "run_dir: expected a run with a checkpoint"
+    assert_line(capsys, htm(monkeypatch, "report", tmp_path), message)
