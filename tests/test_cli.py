@@ -369,12 +369,91 @@ def test_a_memory_is_copied_shown_and_forgotten(
     assert shown["steps"] == [[1.0] * 8] * 2
     assert htm(monkeypatch, "memory", "verify", place, "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"chunks": 7, "problems": []}
-    assert_line(capsys, htm(monkeypatch, "memory", "show", place, "--chunk=9"), "from 0 to 6")
+    told = "chunk: expected the number of one there is, from -7 to 6, got 9"
+    assert_line(capsys, htm(monkeypatch, "memory", "show", place, "--chunk=9"), told)
     assert_line(
         capsys, htm(monkeypatch, "memory", "forget", place), "expected --episodes, --before"
     )
     assert htm(monkeypatch, "memory", "forget", place, "--before=1.5e9") == 0
     assert capsys.readouterr().out == "7 steps are forgotten; 7 are left\n"
+    beyond = ["--before-step=99", "--episodes", "0", "5"]
+    assert htm(monkeypatch, "memory", "forget", place, *beyond) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "7 steps are forgotten; 0 are left\n"
+    assert "--before-step 99 is beyond the end, the next step is number 14" in printed.err
+    assert "no episodes [5]: there are 1, counted from 0" in printed.err
+    told = "chunk: expected the number of one there is, none yet, got 0"
+    assert_line(capsys, htm(monkeypatch, "memory", "show", place, "--chunk=0"), told)
+
+
+def test_what_there_is_to_compact_is_told_and_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lance", reason="the extra `store` is not installed")
+    place = tmp_path / "life"
+
+    def told() -> dict[str, str]:
+        assert htm(monkeypatch, "memory", "compact", place, "--dry-run") == 0
+        lines = capsys.readouterr().out.splitlines()
+        return dict(re.split(r" +(?=\S+$)", line) for line in lines)
+
+    with memory.open(place, dim=8, chunk_size=2, sync=False) as life:
+        life.append(torch.randn(1, 40, 8)).build_index()
+        for _ in range(3):
+            life.append(torch.randn(1, 40, 8)).flush()
+        life.forget(before_step=3).append(torch.randn(1, 8, 8))
+        # Beside its writer, and nothing is changed.
+        before = life.info()
+        first = told()
+        assert life.info() == before
+    assert first["chunks to move from the log"] == "4"
+    # Which are not in the index yet.
+    assert first["fragments to be joined"] == "3"
+    assert first["chunks to be added to the index"] == "60"
+    assert int(first["bytes that no reader of now needs"].replace(",", "")) > 1000
+    assert first["forgotten and still in files"] == "True"
+    # The second time those can be joined that the index has only since the first.
+    for _ in range(2):
+        assert htm(monkeypatch, "memory", "compact", place) == 0
+        capsys.readouterr()
+    after = told()
+    assert int(after.pop("bytes that no reader of now needs").replace(",", "")) > 1000
+    assert set(after.values()) == {"0", "False"}
+
+
+def test_many_memories_are_looked_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lance", reason="the extra `store` is not installed")
+    place = tmp_path / "users"
+    with memory.open_many(place, dim=8, chunk_size=2) as users:
+        users.append(["ann", "bob"], torch.randn(2, 5, 8))
+    assert htm(monkeypatch, "memory", "info", place) == 0
+    assert re.search(r"^memories +2$", capsys.readouterr().out, re.MULTILINE)
+    assert htm(monkeypatch, "memory", "verify", place, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"memories": 2, "problems": []}
+    assert htm(monkeypatch, "memory", "show", place, "--name=ann", "--chunk=-1") == 0
+    assert capsys.readouterr().out.startswith("chunk 1: steps 2 to 3")
+    assert htm(monkeypatch, "memory", "forget", place, "--name=bob", "--before-step=2") == 0
+    assert capsys.readouterr().out == "2 steps are forgotten; 3 are left\n"
+    assert htm(monkeypatch, "memory", "save", place, tmp_path / "copy", "--name=bob") == 0
+    with memory.open(tmp_path / "copy", read_only=True) as copy:
+        assert (copy.steps, copy.next_step) == (3, 5)
+    capsys.readouterr()
+    with memory.open_many(place) as users:
+        users.remove("ann")
+    for options in (["--dry-run"], []):
+        assert htm(monkeypatch, "memory", "compact", place, *options) == 0
+        assert "bytes of the log" in capsys.readouterr().out
+    assert b"ann" not in (place / "journal").read_bytes()
+
+    for verb, more in (("index", []), ("save", [tmp_path / "b"]), ("show", ["--chunk=0"])):
+        told = f"path: expected one memory, got '{place}' of many; --name takes one of 1 names"
+        assert_line(capsys, htm(monkeypatch, "memory", verb, place, *more), told)
+    told = "name: expected one of 1 names ('bob'), got 'eve'"
+    assert_line(capsys, htm(monkeypatch, "memory", "info", place, "--name=eve"), told)
+    told = "name: expected none, as "
+    assert_line(capsys, htm(monkeypatch, "memory", "info", tmp_path / "copy", "--name=a"), told)
 
 
 def test_a_damaged_memory_is_repaired(

@@ -1,73 +1,68 @@
 """`htm memory`: looks after memories on disk and in object stores."""
 
+import contextlib
 import json as json_text
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from htm_pytorch.cli import refuse_unknown
 
 if TYPE_CHECKING:
-    from htm_pytorch.memory import Span
+    from htm_pytorch.memory import Memories, Span, StoredMemory
 
 Path_ = tyro.conf.Positional[str]
 
 
-def info(path: Path_, json: bool = False) -> None:
-    """Say what a memory holds, and how much room it takes.
+def info(path: Path_, name: str = "", json: bool = False) -> None:
+    """Say what a memory holds, and how much room it takes; or a folder of many memories.
 
     Args:
         path: its folder, or its place in an object store.
+        name: of a folder of many memories, which one; default all together.
         json: for programs: everything as one JSON object.
     """
-    from htm_pytorch import memory
-
-    with memory.open(path, read_only=True) as stored:
-        found = stored.info()
-    if json:
-        print(json_text.dumps(found, indent=2))
-        return
-    for name, value in found.items():
-        is_count = isinstance(value, int) and not isinstance(value, bool)
-        print(f"{name:30} {value:,}" if is_count else f"{name:30} {value}")
+    with _opened(path, name) as stored:
+        _print(stored.info(), json)
 
 
 def verify(path: Path_, json: bool = False) -> None:
-    """Read everything, and compare it with its checksums.
+    """Read everything, and compare it with its checksums; of many memories that of all.
 
     Args:
         path: its folder, or its place in an object store.
         json: for programs: the chunks and the problems as one JSON object.
     """
-    from htm_pytorch import memory
+    from htm_pytorch.memory import Memories
 
-    with memory.open(path, read_only=True) as stored:
+    with _opened(path) as stored:
         problems = stored.verify()
-        chunks = stored.chunks
+        is_many = isinstance(stored, Memories)
+        what, count = ("memories", len(stored)) if is_many else ("chunks", stored.chunks)
     if json:
-        print(json_text.dumps({"chunks": chunks, "problems": problems}, indent=2))
+        print(json_text.dumps({what: count, "problems": problems}, indent=2))
         sys.exit(1 if problems else 0)
     if problems:
         print(*problems, sep="\n")
         sys.exit(1)
-    print(f"{chunks:,} chunks are as they were stored")
+    print(f"{count:,} {what} are as they were stored")
 
 
-def compact(path: Path_) -> None:
-    """Join small files, and delete what has not been needed for an hour.
+def compact(path: Path_, dry_run: bool = False) -> None:
+    """Join small files, and delete what has not been needed for an hour; of many memories at once.
 
     Args:
         path: its folder, or its place in an object store.
+        dry_run: only say what there is to do.
     """
-    from htm_pytorch import memory
-
-    with memory.open(path) as stored:
-        stored.compact()
-    info(path)
+    with _opened(path, read_only=dry_run) as stored:
+        if not dry_run:
+            stored.compact()
+        _print(stored.to_compact() if dry_run else stored.info())
 
 
 def index(path: Path_) -> None:
@@ -76,43 +71,44 @@ def index(path: Path_) -> None:
     Args:
         path: its folder, or its place in an object store.
     """
-    from htm_pytorch import memory
-
-    with memory.open(path) as stored:
+    with _one(path, read_only=False) as stored:
         share = stored.build_index().index_recall()
-    print(f"of the 8 best chunks of queries like its summaries it finds {share:.1%}")
-    info(path)
+        print(f"of the 8 best chunks of queries like its summaries it finds {share:.1%}")
+        _print(stored.info())
 
 
-def save(path: Path_, copy: Path_) -> None:
+def save(path: Path_, copy: Path_, name: str = "") -> None:
     """Write a copy, also while another process writes to the memory.
 
     Args:
         path: its folder, or its place in an object store.
         copy: the folder to be made.
+        name: of a folder of many memories, which one.
     """
     from htm_pytorch import memory
 
-    with memory.open(path, read_only=True) as stored:
+    with _one(path, name) as stored:
         stored.save(copy)
     with memory.open(copy, read_only=True) as stored:
         print(f"{stored.steps:,} steps are in {copy}")
 
 
-def show(path: Path_, chunk: int, json: bool = False) -> None:
+def show(path: Path_, chunk: int, name: str = "", json: bool = False) -> None:
     """Show what a chunk holds: its steps, when they happened, their keys, and some numbers.
 
     Args:
         path: its folder, or its place in an object store.
         chunk: its number; negative numbers count from the newest.
+        name: of a folder of many memories, which one.
         json: for programs: where it comes from, and all numbers, as one JSON object.
     """
     import torch
 
-    from htm_pytorch import memory
-
-    with memory.open(path, read_only=True) as stored:
-        number = chunk + stored.chunks if chunk < 0 else chunk
+    with _one(path, name) as stored:
+        if not -stored.chunks <= chunk < stored.chunks:
+            there = f"from {-stored.chunks} to {stored.chunks - 1}" if stored.chunks else "none yet"
+            raise ValueError(f"chunk: expected the number of one there is, {there}, got {chunk}")
+        number = chunk % stored.chunks
         chosen = torch.tensor([number])
         (span,) = stored.spans(chosen)
         part = stored.fetch(chosen)
@@ -157,6 +153,7 @@ def forget(
     episodes: tuple[int, ...] = (),
     before: float | None = None,
     before_step: int | None = None,
+    name: str = "",
 ) -> None:
     """Forget some of the past, for good: no byte of it is left in any file.
 
@@ -165,15 +162,20 @@ def forget(
         episodes: the numbers of episodes.
         before: all steps that happened before this time, in seconds since 1970.
         before_step: all steps with lower numbers.
+        name: of a folder of many memories, which one.
     """
-    from htm_pytorch import memory
-
     if not episodes and before is None and before_step is None:
         raise ValueError("forget: expected --episodes, --before or --before-step, got none of them")
-    with memory.open(path) as stored:
-        steps = stored.steps
+    with _one(path, name, read_only=False) as stored:
+        steps, end, count = stored.steps, stored.next_step, stored.info()["episodes"]
         stored.forget(episodes=episodes, before=before, before_step=before_step).compact()
         print(f"{steps - stored.steps:,} steps are forgotten; {stored.steps:,} are left")
+    unknown = [number for number in episodes if not 0 <= number < count]
+    if unknown:
+        print(f"no episodes {unknown}: there are {count:,}, counted from 0", file=sys.stderr)
+    if before_step is not None and before_step > end:
+        told = f"--before-step {before_step:,} is beyond the end, the next step is number {end:,}"
+        print(told, file=sys.stderr)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -194,6 +196,60 @@ def main(arguments: list[str]) -> None:
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+
+
+@contextlib.contextmanager
+def _opened(
+    path: str, name: str = "", *, read_only: bool = True
+) -> "Iterator[StoredMemory | Memories]":
+    """Open a memory, a folder of many, or with a name one of those."""
+    from htm_pytorch import memory
+    from htm_pytorch.memory.many import holds_many
+
+    if not holds_many(path):
+        if name:
+            raise ValueError(f"name: expected none, as {path!r} is no folder of many, got {name!r}")
+        with memory.open(path, read_only=read_only) as stored:
+            yield stored
+        return
+    with memory.open_many(path, read_only=read_only) as memories:
+        if name and name not in memories:
+            raise ValueError(f"name: expected {_names(memories)}, got {name!r}")
+        yield memories[name] if name else memories
+
+
+@contextlib.contextmanager
+def _one(path: str, name: str = "", *, read_only: bool = True) -> "Iterator[StoredMemory]":
+    """Open one memory alone.
+
+    Raises:
+        ValueError: there are many, and no name.
+    """
+    from htm_pytorch.memory import Memories
+
+    with _opened(path, name, read_only=read_only) as stored:
+        if isinstance(stored, Memories):
+            raise ValueError(
+                f"path: expected one memory, got {path!r} of many; --name takes {_names(stored)}, "
+                "where a command has it"
+            )
+        yield stored
+
+
+def _names(memories: "Memories") -> str:
+    names = memories.names()
+    few = ", ".join(map(repr, names[:5])) + ", ..." * (len(names) > 5)
+    return f"one of {len(names):,} names ({few})"
+
+
+def _print(found: dict[str, Any], json: bool = False) -> None:
+    if json:
+        print(json_text.dumps(found, indent=2))
+        return
+    width = max(map(len, found))
+    for name, value in found.items():
+        is_count = isinstance(value, int) and not isinstance(value, bool)
+        print(f"{name:{width}} {value:,}" if is_count else f"{name:{width}} {value}")
 
 
 def _times(span: "Span") -> str:

@@ -29,6 +29,13 @@ _KINDS = {False: 0x48544D31, True: 0x48544D6E}
 """Numbers that tell the file of one memory from that of many."""
 
 
+def says_many(path: Path) -> bool:
+    """Whether the first bytes of a file say that it is of many memories, damaged or not."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        return file.read(72)[68:] == _KINDS[True].to_bytes(4, "big")
+    return False
+
+
 class LogFile(SqliteFile):
     """The logs of one memory or of many, each under a name."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from htm_pytorch.memory import entries, forks, place
 from htm_pytorch.memory.files import MemoryFileError
-from htm_pytorch.memory.folder_log import FolderLog, LogFile
+from htm_pytorch.memory.folder_log import FolderLog, LogFile, says_many
 from htm_pytorch.memory.formats import CPU
 from htm_pytorch.memory.log import REPAIR, Contents, Head, Record
 from htm_pytorch.memory.opening import check_agrees, checked
@@ -222,6 +222,14 @@ class Memories:
             self._file.purge()
         return self
 
+    def to_compact(self) -> dict[str, Any]:
+        """Return what `compact` would find to do, by name; nothing is changed."""
+        purges = [self[name].to_compact()["forgotten and still in files"] for name in self.names()]
+        return {
+            "bytes of the log that hold nothing": self._file.free(),
+            "memories of which what was forgotten is still in files": sum(purges),
+        }
+
     def verify(self) -> list[str]:
         """Read everything, compare it with its checksums and return what is wrong."""
         found = self._file.problems()
@@ -312,6 +320,12 @@ class Memories:
                 f"memories: {self.uri!r} is open for reading only; memory.open_many(uri) opens it "
                 "for writing"
             )
+
+
+def holds_many(uri: str | os.PathLike[str]) -> bool:
+    """Whether there is a folder of many memories at `uri`, as its file says."""
+    where = place.find(uri, None)
+    return where.folder is not None and says_many(where.log)
 
 
 def _again(uri: str) -> Memories:

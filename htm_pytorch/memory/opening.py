@@ -77,7 +77,7 @@ def open_memory(
         undo.callback(log.close)
         contents = log.read()
         if contents is None:
-            raise FileNotFoundError(f"uri: no memory at {where.uri!r} (with dim, one is made)")
+            raise FileNotFoundError(place.NO_MEMORY.format(where.uri))
         check_agrees(where.uri, contents.head, dim, chunk_size, dtype)
         kind = ExactMemory if search == "exact" else IndexedMemory
         versions = Versions(where, sync)
@@ -138,7 +138,7 @@ def _log(where: Place, form: Format | None, read_only: bool, sync: bool) -> Log:
         log = earlier.in_object_store(where, found, read_only)
         if log is found and log.read() is None:
             if form is None:
-                raise FileNotFoundError(f"uri: no memory at {where.uri!r} (with dim, one is made)")
+                raise FileNotFoundError(place.NO_MEMORY.format(where.uri))
             found.create(Contents(Head.first(form), []))
         return log
     path = where.log
@@ -148,7 +148,9 @@ def _log(where: Place, form: Format | None, read_only: bool, sync: bool) -> Log:
             return old
         file = LogFile(path, sync=sync, read_only=read_only)
         if file.is_of_many():
-            raise MemoryFileError(f"uri: {where.uri!r} has many memories: open_many opens them")
+            raise MemoryFileError(
+                f"uri: {where.uri!r} is a folder of many memories: memory.open_many opens it"
+            )
         if not read_only:
             # Where whoever made it did not come to that.
             place.mark(where.folder, sync)
@@ -159,7 +161,7 @@ def _log(where: Place, form: Format | None, read_only: bool, sync: bool) -> Log:
             f"{REPAIR}"
         )
     if form is None:
-        raise FileNotFoundError(f"uri: no memory at {where.uri!r} (with dim, one is made)")
+        raise FileNotFoundError(place.NO_MEMORY.format(where.uri))
     file = LogFile.create(path, {"": Contents(Head.first(form), [])}, sync=sync)
     place.mark(where.folder, sync)
     return FolderLog(file)

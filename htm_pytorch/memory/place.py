@@ -14,6 +14,7 @@ _LOST_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/[^/]")
 _held: "weakref.WeakValueDictionary[Path, Lock]" = weakref.WeakValueDictionary()
 
 
+NO_MEMORY = "uri: no memory at {!r}; memory.open(uri, dim=...) makes one, open_many many"
 MARKER = "README.txt"
 """What says that there is a memory, should its log ever be missing."""
 _TEXT = """\
@@ -137,7 +138,7 @@ def check_folder(folder: Path, may_make: bool) -> None:
     if folder.exists() and not {entry.name for entry in folder.iterdir()} <= left:
         raise MemoryFileError(f"uri: {str(folder)!r} holds other files, and no memory")
     if not may_make:
-        raise FileNotFoundError(f"uri: no memory at {str(folder)!r} (with dim, one is made)")
+        raise FileNotFoundError(NO_MEMORY.format(str(folder)))
 
 
 def mark(folder: Path, sync: bool) -> None:

@@ -243,6 +243,17 @@ class Reading:
         nothing = {"chunks in the index": 0, "fragments": 0, "version": 0}
         return found | (now.table.info() if now.table else nothing)
 
+    def to_compact(self) -> dict[str, Any]:
+        """Return what `compact` would find to do, by name; nothing is changed."""
+        now = self._now()
+        if self._versions is None:
+            return {"forgotten and still in files": now.head.purge}
+        return {
+            "chunks to move from the log": now.unflushed.length,
+            **self._versions.to_compact(now.table),
+            "forgotten and still in files": now.head.purge,
+        }
+
     def where(
         self,
         *,

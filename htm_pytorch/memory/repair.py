@@ -18,7 +18,7 @@ from torch import Tensor
 
 from htm_pytorch.memory import place
 from htm_pytorch.memory.files import MemoryFileError, sync_folder
-from htm_pytorch.memory.folder_log import LogFile
+from htm_pytorch.memory.folder_log import LogFile, says_many
 from htm_pytorch.memory.formats import CPU, Chunks, Format
 from htm_pytorch.memory.log import Contents, Head, Range, Record, merged
 from htm_pytorch.memory.open_chunk import Batch, OpenChunk
@@ -61,7 +61,7 @@ def repair(uri: str | os.PathLike[str]) -> Report:
     """Make what can be read of the memory in a folder a memory again, if it is damaged.
 
     Raises:
-        ValueError: it is in an object store.
+        ValueError: it is in an object store, or a folder of many memories.
         FileNotFoundError: there is nothing of a memory.
         BlockingIOError: it is open for writing.
     """
@@ -72,6 +72,13 @@ def repair(uri: str | os.PathLike[str]) -> Report:
             "object store, repair it there, and copy it back"
         )
     place.check_folder(where.folder, may_make=(where.folder / _NEW).exists())
+    if says_many(where.log):
+        # As one memory it would lose all but one of them.
+        raise ValueError(
+            f"uri: expected the folder of one memory, got {where.uri!r} of many; nothing was "
+            "changed. memory.open_many(uri).verify() says which of them are damaged, and "
+            "remove(name) lets go of one"
+        )
     lock = Lock(where.folder)
     try:
         finished = _finish(where.folder)

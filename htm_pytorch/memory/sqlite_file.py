@@ -73,6 +73,13 @@ class SqliteFile:
         """Return its bytes."""
         return self.path.stat().st_size
 
+    def free(self) -> int:
+        """Return how many of its bytes hold nothing any more."""
+        with self.mutex, self.transaction() as connection:
+            sizes = ("freelist_count", "page_size")
+            pages, size = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in sizes)
+        return pages * size
+
     def close(self) -> None:
         """Close the file; it is opened again when it is asked for."""
         with self.mutex:

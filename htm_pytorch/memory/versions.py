@@ -283,9 +283,39 @@ class Versions:
         """
         if self._objects is None:
             return []
-        found = self._objects.sizes(_FOLDER)
+        return [f"{_FOLDER}/{name}" for name in self._unneeded(base)]
+
+    def to_compact(self, base: Table | None) -> dict[str, int]:
+        """Return what there is to be joined, added to the index and, some time, deleted."""
+        joined = unindexed = 0
+        if base is not None:
+            from lance.optimize import Compaction
+
+            rows = max(2, FRAGMENT_BYTES // base.form.chunk_bytes)
+            options: Any = {"target_rows_per_fragment": rows, "materialize_deletions_threshold": 0}
+            with reading(repr(self.uri)):
+                plan = Compaction.plan(base.dataset, options)
+                joined = sum(len(task.fragments) for task in plan.tasks)
+            if self.is_indexed(base):
+                unindexed = base.length - base.info()["chunks in the index"]
+        return {
+            "fragments to be joined": joined,
+            "chunks to be added to the index": unindexed,
+            "bytes that no reader of now needs": sum(self._unneeded(base).values()),
+        }
+
+    def _unneeded(self, base: Table | None) -> dict[str, int]:
+        """Return the files, by their places in the table, that a version does not need."""
         needed = () if base is None else base.needs()
-        return [name for name in found if not name.removeprefix(f"{_FOLDER}/").startswith(needed)]
+        return {name: size for name, size in self._sizes().items() if not name.startswith(needed)}
+
+    def _sizes(self) -> dict[str, int]:
+        """Return the bytes of all files, by their places in the table."""
+        if self._objects is not None:
+            found = self._objects.sizes(_FOLDER)
+            return {name.removeprefix(f"{_FOLDER}/"): size for name, size in found.items()}
+        assert self._folder is not None
+        return {name: pins.size(self._folder / name) for name in pins.files(self._folder)}
 
     def empty(self, head: Head) -> None:
         """Make a version without chunks, so that the files of all others can be deleted."""
@@ -299,10 +329,7 @@ class Versions:
 
     def size(self) -> int:
         """Return the bytes of all files, also of those that are no longer needed."""
-        if self._objects is not None:
-            return sum(self._objects.sizes(_FOLDER).values())
-        assert self._folder is not None
-        return sum(pins.size(self._folder / name) for name in pins.files(self._folder))
+        return sum(self._sizes().values())
 
     def _on_top(self, base: Table) -> Any:
         """Return the engine's table at this version, which is made the newest one again.

@@ -160,10 +160,28 @@ def test_more_of_them_than_stay_in_ram(tmp_path: Path, monkeypatch: pytest.Monke
         assert filled_again[5] is kept
 
 
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_many_are_not_repaired_as_one(tmp_path: Path, is_damaged: bool) -> None:
+    """Which would keep the steps of one of them."""
+    with make(tmp_path / "many") as users:
+        filled(users, 3)
+    journal = tmp_path / "many" / "journal"
+    stored = bytearray(journal.read_bytes())
+    if is_damaged:
+        stored[200:] = bytes(len(stored) - 200)
+        journal.write_bytes(stored)
+    with pytest.raises(ValueError, match=r"expected the folder of one memory, got .* of many"):
+        memory.repair(tmp_path / "many")
+    assert journal.read_bytes() == stored
+    if not is_damaged:
+        with memory.open_many(tmp_path / "many", read_only=True) as users:
+            assert len(users) == 3 and users.verify() == []
+
+
 def test_one_memory_and_many_are_not_taken_for_each_other(tmp_path: Path) -> None:
     make(tmp_path / "many").close()
     memory.open(tmp_path / "one", dim=DIM).close()
-    with pytest.raises(MemoryFileError, match="has many memories: open_many opens them"):
+    with pytest.raises(MemoryFileError, match="of many memories: memory.open_many opens it"):
         memory.open(tmp_path / "many")
     with pytest.raises(MemoryFileError, match="is one memory: memory.open opens it"):
         memory.open_many(tmp_path / "one")
