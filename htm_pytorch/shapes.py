@@ -32,6 +32,12 @@ def check_tensor(name: str, value: Tensor, axes: str, **sizes: int) -> None:
         raise ValueError(f"{name}: expected shape [{_spell(axes, sizes)}], got {list(value.shape)}")
 
 
+def check_kind(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
+    """Raise a ValueError unless `value` is of the class or classes `kind`, in words `wanted`."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}: expected {wanted}, got {_type(value)}")
+
+
 def check_floating(name: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
     """Raise a ValueError unless `value` is floating point (of `dtype`, where given).
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from htm_pytorch.check.config import CheckConfig
 from htm_pytorch.check.problem import Problem
 from htm_pytorch.check.report import Comparison, Report
+from htm_pytorch.shapes import check_kind
 
 MULTIPLE = 8.0
 """How many times the reference's own error an implementation may err."""
@@ -51,7 +52,8 @@ def check(config: CheckConfig | None = None) -> Report:
     Raises:
         ValueError: the implementation cannot run there. (Wrong sizes are refused by `CheckConfig`.)
     """
-    config = config or CheckConfig()
+    config = CheckConfig() if config is None else config
+    check_kind("config", config, CheckConfig, "a CheckConfig")
     small = Problem(config.cut_down())
     _refuse_unless_it_runs(small)
     problem = Problem(config)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.nn import HTMTransformer, TransformerState
-from htm_pytorch.shapes import check_at_least, is_transformed
+from htm_pytorch.shapes import check_at_least, check_kind, is_transformed
 
 try:
     from tensordict import TensorDictBase, unravel_key
@@ -63,14 +63,19 @@ class HTMModule(TensorDictModuleBase):
         default_recurrent_mode: bool = False,
     ):
         super().__init__()
-        if not isinstance(htm, HTMTransformer):
-            raise ValueError(f"htm: expected an HTMTransformer, got {type(htm).__name__}")
+        check_kind("htm", htm, HTMTransformer, "an HTMTransformer")
         check_at_least("windows", windows, 1)
+        check_kind("default_recurrent_mode", default_recurrent_mode, bool, "a bool")
         self.htm = htm
         self.windows = windows
-        next_step = step_key if isinstance(step_key, tuple) else (step_key,)
-        keys: list[Any] = [in_key, is_init_key, step_key, out_key, ("next", *next_step)]
-        keys = [unravel_key(key) for key in keys]
+        given = {"in_key": in_key, "is_init_key": is_init_key, "step_key": step_key}
+        keys: list[Any] = [_key(name, key) for name, key in given.items()]
+        keys.append(_key("out_key", out_key))
+        next_step = keys[2] if isinstance(keys[2], tuple) else (keys[2],)
+        keys.append(("next", *next_step))
+        # What is read may be written over, as in an embedding that is made again.
+        if len(set(keys[:3])) < 3 or keys[3] in keys[1:3]:
+            raise ValueError(f"in_key: expected entries of different names, got {keys[:4]}")
         self.in_keys = keys[:3]
         self.out_keys = keys[3:]
         self._default_recurrent_mode = default_recurrent_mode
@@ -117,8 +122,12 @@ class HTMModule(TensorDictModuleBase):
                 "tensordict: expected a call outside torch.vmap, since rows have memories of "
                 "their own; pass deactivate_vmap=True to the value estimator"
             )
+        wanted = "a tensordict, of which each element is one step of one environment"
+        check_kind("tensordict", tensordict, TensorDictBase, wanted)
         x, first, numbers = (self._entry(tensordict, key) for key in self.in_keys)
         shape = tensordict.shape
+        self._check(self.in_keys[1], first, (*shape, 1), torch.bool)
+        self._check(self.in_keys[2], numbers, (*shape, 1), torch.int64)
         if self.recurrent_mode:
             if not shape:
                 raise ValueError("tensordict: expected time as its last dimension, got shape []")
@@ -127,7 +136,7 @@ class HTMModule(TensorDictModuleBase):
         else:
             rows = shape.numel()
             inputs = x.reshape(rows, 1, -1), first.reshape(rows), numbers.reshape(rows)
-            y, following = self._act(*inputs)
+            y, following = self._act(*inputs, dims=len(shape))
             tensordict.set(self.out_keys[1], following.reshape(*shape, 1))
         tensordict.set(self.out_keys[0], y.reshape(*shape, y.shape[-1]))
         return tensordict
@@ -143,8 +152,15 @@ class HTMModule(TensorDictModuleBase):
         found = sorted(map(str, tensordict.keys(True, True)))
         raise ValueError(f"tensordict: expected an entry {key!r}, got {found}{ways.get(key, '')}")
 
+    def _check(self, key: Any, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        if tuple(value.shape) not in (shape, shape[:-1]) or value.dtype != dtype:
+            raise ValueError(
+                f"tensordict: expected {key!r} as {list(shape)} of {dtype}, got "
+                f"{list(value.shape)} of {value.dtype}"
+            )
+
     @torch.no_grad()
-    def _act(self, x: Tensor, first: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def _act(self, x: Tensor, first: Tensor, numbers: Tensor, dims: int) -> tuple[Tensor, Tensor]:
         """Return the outputs of one step of each row, and the numbers of the steps to come."""
         rows = len(x)
         state, expected = self._state, self._expected
@@ -153,9 +169,16 @@ class HTMModule(TensorDictModuleBase):
         else:
             goes_on = ~first & (numbers != expected)
         if goes_on.any():
+            others = goes_on.nonzero()[:, 0].tolist()
+            if dims > 1:
+                raise ValueError(
+                    f"tensordict: expected one step of each environment, as recurrent mode is "
+                    f"off, got {rows} elements of which {len(others)} go on where the module is "
+                    "not; windows [..., T] are read with torchrl.modules.set_recurrent_mode(True)"
+                )
             raise ValueError(
                 f"tensordict: expected rows that begin an episode or go on where the module is, "
-                f"got others in rows {goes_on.nonzero()[:, 0].tolist()}; act in other "
+                f"got others in rows {others}; act in other "
                 "environments, as for an evaluation, with a copy (copy.deepcopy), and give each "
                 "module a step_key of its own"
             )
@@ -193,6 +216,17 @@ class HTMModule(TensorDictModuleBase):
                 "shifted=True to the value estimator"
             )
         return TransformerState.cat(parts).select(torch.cat(places).argsort())
+
+
+def _key(name: str, key: Key) -> Any:
+    """Return the name of one entry."""
+    parts = key if isinstance(key, tuple) else (key,)
+    if not parts or not all(isinstance(part, str) for part in parts):
+        raise ValueError(
+            f"{name}: expected the name of one entry, a str or a tuple of str, got {key!r}; "
+            "in_key, is_init_key and step_key are read, each of them one"
+        )
+    return unravel_key(key)
 
 
 def _first_number() -> int:

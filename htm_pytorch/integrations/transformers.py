@@ -15,7 +15,7 @@ from htm_pytorch.memory import ChunkedMemory, Home
 from htm_pytorch.memory.home import is_home
 from htm_pytorch.nn import HTMBlock
 from htm_pytorch.ops import Impl
-from htm_pytorch.shapes import check_at_least, check_number, may_look_at
+from htm_pytorch.shapes import check_at_least, check_kind, check_number, may_look_at
 
 try:
     from safetensors import safe_open
@@ -138,6 +138,7 @@ def load_memory(model: PreTrainedModel, folder: str | Path) -> None:
         FileNotFoundError: there is no safetensors file in the folder.
         ValueError: a weight is missing or has another shape, or the model has no memory.
     """
+    check_kind("model", model, nn.Module, "a model with a memory")
     parts = f".{PAST}.", f".{STORED}."
     wanted = {name: p for name, p in model.state_dict().items() if any(x in name for x in parts)}
     if not wanted:
@@ -317,7 +318,13 @@ def _padding(mask: Any, length: int) -> Tensor | None:
 
 def _decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     """Return the part of the model that calls its decoder layers, and the layers."""
-    config = model.config.get_text_config(decoder=True)
+    find = getattr(getattr(model, "config", None), "get_text_config", None)
+    if find is None:
+        raise ValueError(
+            f"model: expected one of transformers, as AutoModelForCausalLM.from_pretrained "
+            f"returns, got {type(model).__name__}"
+        )
+    config = find(decoder=True)
     count = getattr(config, "num_hidden_layers", None)
     if not getattr(config, "is_encoder_decoder", False):
         for module in model.modules():
@@ -351,6 +358,7 @@ def _add(
 ) -> None:
     _, modules = _decoder_layers(model)
     config = cast(Any, model.config.get_text_config(decoder=True))
+    check_kind("layers", layers, Iterable, "numbers of layers, such as [2]")
     numbers = list(layers)
     for number in numbers:
         check_number("layers", number, len(modules))

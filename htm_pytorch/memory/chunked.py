@@ -26,6 +26,7 @@ from htm_pytorch.shapes import (
     check_at_least,
     check_device,
     check_floating,
+    check_kind,
     check_mask,
     check_number,
     check_numbers,
@@ -206,8 +207,11 @@ class ChunkedMemory(Written):
         Raises:
             ValueError: there is none, or they are not alike.
         """
+        check_kind("memories", memories, Sequence, "several ChunkedMemory")
         if not memories:
             raise ValueError("memories: expected at least one, got none")
+        for number, memory in enumerate(memories):
+            check_kind(f"memories[{number}]", memory, ChunkedMemory, "a ChunkedMemory")
         every = [memory._tensors(memory._ring.read()) for memory in memories]
         first = memories[0]
         if any("step_mask" in parts for parts in every):

@@ -13,7 +13,7 @@ from htm_pytorch.memory.log import Head, Range, Record
 from htm_pytorch.memory.open_chunk import Batch, OpenChunk
 from htm_pytorch.memory.state import State
 from htm_pytorch.memory.trimming import trimmed
-from htm_pytorch.shapes import check_device, check_floating, check_mask, check_tensor
+from htm_pytorch.shapes import check_device, check_floating, check_kind, check_mask, check_tensor
 
 
 def batch(
@@ -81,9 +81,19 @@ def moment(name: str, time: float | None) -> float | None:
     Raises:
         ValueError: it is none.
     """
-    if time is not None and time != time:
-        raise ValueError(f"{name}: expected a time, got {time}")
-    return None if time is None else float(time)
+    if time is None:
+        return None
+    return _seconds(name, time)
+
+
+def _seconds(name: str, time: float) -> float:
+    try:
+        found = float(time)
+    except (TypeError, ValueError, RuntimeError):
+        found = math.nan
+    if math.isnan(found):
+        raise ValueError(f"{name}: expected a time in seconds, got {time!r}")
+    return found
 
 
 def key_of_each(
@@ -96,6 +106,7 @@ def key_of_each(
     """
     if keys is None:
         return None
+    check_kind("keys", keys, Sequence, "a str, or one or None for each step")
     found = (keys,) * length if isinstance(keys, str) else tuple(keys)
     wrong = [key for key in found if key is not None and not isinstance(key, str)]
     if wrong:
@@ -116,7 +127,7 @@ def time_of_each(times: float | Tensor | None, length: int, last: float | None) 
         now = max(time.time(), last if last is not None else -math.inf)
         return torch.full((length,), now, dtype=torch.float64, device=CPU)
     if not isinstance(times, Tensor):
-        times = torch.tensor(float(times), dtype=torch.float64, device=CPU)
+        times = torch.tensor(_seconds("times", times), dtype=torch.float64, device=CPU)
     if times.ndim == 0:
         times = times.expand(length)
     check_tensor("times", times, "T", T=length)

@@ -167,7 +167,7 @@ class Memories:
             times: when steps happened, the same for all rows, as `StoredMemory.append` takes it.
         """
         self._check_writable()
-        names = list(names)
+        names = _checked(names)
         check_tensor("steps", steps, "B T D", B=len(names), D=self._form.dim)
         check_mask("is_first", is_first, "B T", CPU, B=len(names), T=steps.shape[1])
         if len(set(names)) != len(names):
@@ -198,6 +198,7 @@ class Memories:
         Args:
             names: which memories the B rows read; the same name may come twice.
         """
+        names = _checked(names)
         if not names:
             raise ValueError("names: expected one or more, got none")
         return View([self[name] for name in names], None, has_rows=True)
@@ -326,6 +327,12 @@ def holds_many(uri: str | os.PathLike[str]) -> bool:
     """Whether there is a folder of many memories at `uri`, as its file says."""
     where = place.find(uri, None)
     return where.folder is not None and says_many(where.log)
+
+
+def _checked(names: Sequence[str]) -> list[str]:
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise ValueError(f"names: expected several, such as ['ann'], got {names!r}")
+    return list(names)
 
 
 def _again(uri: str) -> Memories:

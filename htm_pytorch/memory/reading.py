@@ -207,6 +207,7 @@ class Reading:
                 noise as there is difference between them.
             k: how many chunks a query keeps.
         """
+        check_at_least("k", k, 1)
         now = self._now()
         if route is None:
             if not now.catalog.length:

@@ -157,6 +157,7 @@ class Written(Value):
 
         That step is then appended as if it were none's first. Not with `keep_across_episodes`.
         """
+        check_mask("rows", rows, "B", self.device, B=self.batch)
         return self._changed(
             valid=self.valid & ~rows[:, None],
             open_steps=self.open_steps.masked_fill(rows[:, None, None], 0.0),

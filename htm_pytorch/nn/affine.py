@@ -56,6 +56,21 @@ def check_unhooked(module: nn.Module, kind: type[nn.Module]) -> None:
         )
 
 
+def check_width(name: str, module: nn.Module, made: Tensor, features: int) -> Tensor:
+    """Return what a module made of queries, if that is so many numbers of each.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(made, Tensor) or made.shape[-1] != features:
+        got = list(made.shape) if isinstance(made, Tensor) else type(made).__name__
+        raise ValueError(
+            f"{name}: expected a module that makes [B, Q, {features}] of queries, got "
+            f"{type(module).__name__}, which made {got}"
+        )
+    return made
+
+
 def affine_of(name: str, module: nn.Module, sizes: tuple[int, int], like: Tensor) -> Affine:
     """Return the map from D to F numbers that `module` is.
 
@@ -72,10 +87,14 @@ def affine_of(name: str, module: nn.Module, sizes: tuple[int, int], like: Tensor
     Raises:
         ValueError: it is no such map.
     """
+    width, features = sizes
     if is_plain(module, nn.Linear) and (held := weight_of(module)) is not None:
+        if held.shape != (features, width):
+            raise ValueError(
+                f"{name}: expected a weight [{features}, D = {width}], got {list(held.shape)}"
+            )
         bias = module.bias
         return Affine(held, bias if isinstance(bias, Tensor) else None)
-    width, features = sizes
     # Zero, the sum of the unit vectors, and these.
     units = torch.eye(width, dtype=like.dtype, device=like.device)
     points = torch.cat([like.new_zeros(1, width), like.new_ones(1, width), units])

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from htm_pytorch.memory import ChunkedMemory, Home, ShardedMemory, Steps
 from htm_pytorch.memory.home import is_home
-from htm_pytorch.nn.affine import Affine, affine_of, check_unhooked, weight_of
+from htm_pytorch.nn.affine import Affine, affine_of, check_unhooked, check_width, weight_of
 from htm_pytorch.nn.positions import positions_of
 from htm_pytorch.ops import Impl, Recall, Recency, attend, attend_with_weights, check_impl
 from htm_pytorch.ops.places import together
@@ -204,7 +204,8 @@ class HTMAttention(nn.Module):
                 check_ages("ages", ages, queries, memory.chunks)
             recency = None
             if self.recency:
-                ceiling, decay = self.to_recency(queries).unbind(-1)
+                made = self.to_recency(queries)
+                ceiling, decay = check_width("to_recency", self.to_recency, made, 2).unbind(-1)
                 recency = Recency(ceiling, decay, ages)
             summary_keys = affine_of(
                 "to_summary_keys",
@@ -213,7 +214,9 @@ class HTMAttention(nn.Module):
                 queries,
             )
             keys_values = self.attn.keys_values(self.dim_memory, queries)
-            route = self.to_summary_queries(queries) @ summary_keys.weight
+            made = self.to_summary_queries(queries)
+            check_width("to_summary_queries", self.to_summary_queries, made, self.dim_features)
+            route = made @ summary_keys.weight
             step_queries = self.attn.queries(queries)
             positions = None
             if self.add_pos_enc:
@@ -306,7 +309,9 @@ class StepProjections(nn.Module):
 
     def queries(self, queries: Tensor) -> Tensor:
         """W_q^h q: [B, Q, H, E]."""
-        return self.to_q(queries).unflatten(-1, (self.heads, -1))
+        made = self.to_q(queries)
+        check_width("attn.to_q", self.to_q, made, self.heads * self.dim_head)
+        return made.unflatten(-1, (self.heads, -1))
 
     def keys_values(self, dim_memory: int, like: Tensor) -> Affine:
         """W_k above W_v, and b_k above b_v."""

@@ -9,6 +9,7 @@ from htm_pytorch.nn.affine import check_unhooked
 from htm_pytorch.nn.attention import HTMAttention, Memories
 from htm_pytorch.ops import Impl, Recall
 from htm_pytorch.ops.places import together
+from htm_pytorch.shapes import check_at_least
 
 
 class HTMBlock(nn.Module):
@@ -59,6 +60,7 @@ class HTMBlock(nn.Module):
         super().__init__()
         if residual not in ("input", "normed"):
             raise ValueError(f"residual: expected 'input' or 'normed', got {residual!r}")
+        check_at_least("dim", dim, 1)
         self.residual = residual
         self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.attn = HTMAttention(

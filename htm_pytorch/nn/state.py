@@ -17,6 +17,7 @@ from htm_pytorch.shapes import (
     check_beside,
     check_device,
     check_floating,
+    check_kind,
     check_mask,
     check_rows,
     check_tensor,
@@ -104,10 +105,12 @@ class TransformerState:
         Raises:
             ValueError: there is none, or they are not of one model.
         """
+        check_kind("states", states, Sequence, "several TransformerStates")
         if not states:
             raise ValueError("states: expected at least one, got none")
         first = states[0]
         for number, state in enumerate(states):
+            check_kind(f"states[{number}]", state, TransformerState, "a TransformerState")
             if len(state) != len(first):
                 raise ValueError(
                     f"states[{number}]: expected {len(first)} layers, got {len(state)}"

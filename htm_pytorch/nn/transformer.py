@@ -77,7 +77,7 @@ class HTMTransformer(nn.Module):
     ):
         super().__init__()
         made: dict[str, Any] = {"device": device, "dtype": dtype}
-        sizes = {"depth": depth, "window": window, "mlp_ratio": mlp_ratio}
+        sizes = {"dim": dim, "depth": depth, "window": window, "mlp_ratio": mlp_ratio}
         for name, size in sizes.items():
             check_at_least(name, size, 1)
         check_at_least("mem_chunks", mem_chunks, 0)

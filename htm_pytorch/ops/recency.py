@@ -7,7 +7,7 @@ from torch import Tensor
 
 from htm_pytorch.memory.fading import Fading, log_ages
 from htm_pytorch.memory.home import Numbered, ages_of
-from htm_pytorch.shapes import check_device, check_floating, check_tensor
+from htm_pytorch.shapes import check_device, check_floating, check_tensor, may_look_at
 
 
 class Recency(NamedTuple):
@@ -18,7 +18,7 @@ class Recency(NamedTuple):
     """
 
     ceiling: Tensor
-    """[B, Q], of the route's dtype; infinite where there is none."""
+    """[B, Q], of the route's dtype; +infinity where there is none, never -infinity."""
     decay: Tensor
     """[B, Q], of the route's dtype; 0 where all ages are alike."""
     ages: Tensor | None = None
@@ -43,6 +43,8 @@ def check_recency(recency: Recency | None, route: Tensor, chunks: int) -> None:
         check_tensor(f"recency.{name}", part, "B Q", B=batch, Q=queries)
         check_floating(f"recency.{name}", part, route.dtype)
         check_device(f"recency.{name}", part, route.device)
+    if may_look_at(recency.ceiling) and (recency.ceiling == -torch.inf).any():
+        raise ValueError("recency.ceiling: expected numbers above -infinity, got some of it")
     if recency.ages is not None:
         check_ages("recency.ages", recency.ages, route, chunks)
 

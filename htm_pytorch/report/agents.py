@@ -20,6 +20,7 @@ from htm_pytorch.rl.evaluation import begin
 from htm_pytorch.rl.making import is_batched, most_steps
 from htm_pytorch.rl.observations import Nested, nested
 from htm_pytorch.rl.player import Choice, Player
+from htm_pytorch.shapes import check_at_least, check_kind
 
 MOST_STEPS = 20_000
 """Of an episode that is shown."""
@@ -41,6 +42,8 @@ def check_agent(agent: Agent, config: TrainConfig) -> None:
     Raises:
         ValueError: says so.
     """
+    check_kind("agent", agent, Agent, "an Agent")
+    check_kind("config", config, TrainConfig, "a TrainConfig")
     try:
         transformer_of(agent)
     except ValueError as error:
@@ -89,7 +92,9 @@ def trace_agent(
             closed, or its episode does not end.
     """
     check_agent(agent, config)
-    scene = scene or Scene()
+    check_at_least("stage", stage, 0)
+    scene = Scene() if scene is None else scene
+    check_kind("scene", scene, Scene, "a Scene")
     player = begin(agent, config, 1, stage)
     has_frames = scene.frames_of(_stacked([player.seen.observation])) is not None
     # A batch of environments would become single ones, whose episodes are others.

@@ -15,6 +15,7 @@ from typing import Any
 from htm_pytorch.memory import Span
 from htm_pytorch.report.png import data_uri, sprite_sheet
 from htm_pytorch.report.trace import Moment, Recalled, Trace
+from htm_pytorch.shapes import check_at_least, check_kind
 
 MOST_BYTES = 500_000
 """Of a page."""
@@ -44,6 +45,8 @@ def write_report(
     Raises:
         ValueError: no such folder, or even a few moments are too many.
     """
+    check_kind("trace", trace, Trace, "a Trace")
+    check_at_least("most_bytes", most_bytes, 1)
     path = check_path(path, ".html")
     path.write_text(render(trace, most_bytes), encoding="utf-8", newline="\n")
     return path

@@ -9,6 +9,7 @@ import numpy as np
 from htm_pytorch.report.page import check_path
 from htm_pytorch.report.trace import Moment, Trace
 from htm_pytorch.rl.plots import check_film, write_film
+from htm_pytorch.shapes import check_at_least, check_kind
 
 PICTURES = (".png", ".pdf", ".svg")
 """Kinds of files."""
@@ -31,6 +32,8 @@ def draw_moment(
     Raises:
         ValueError: no such moment, layer or folder.
     """
+    check_kind("trace", trace, Trace, "a Trace")
+    check_at_least("best", best, 0)
     path = check_path(path, *PICTURES)
     _check("number", number, len(trace.moments), "moments")
     _check("layer", layer, len(trace.moments[0].layers), "layers")
@@ -46,6 +49,7 @@ def film_moments(trace: Trace, path: str | os.PathLike[str], *, layer: int = -1)
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    check_kind("trace", trace, Trace, "a Trace")
     path = Path(path)
     check_film(path)
     _check("layer", layer, len(trace.moments[0].layers), "layers")
@@ -61,6 +65,7 @@ def film_moments(trace: Trace, path: str | os.PathLike[str], *, layer: int = -1)
 
 
 def _check(name: str, number: int, count: int, kind: str) -> None:
+    check_kind(name, number, int, f"the number of one of {count} {kind}")
     if not -count <= number < count:
         raise ValueError(f"{name}: expected one of {count} {kind}, got {number}")
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from htm_pytorch.memory import ChunkedMemory, Span
 from htm_pytorch.nn import HTMTransformer
 from htm_pytorch.ops import Recall
-from htm_pytorch.report.trace import Moment, Recalled, Seen, Trace
+from htm_pytorch.report.trace import Moment, Recalled, Seen, Trace, check_labels
+from htm_pytorch.shapes import check_at_least, check_kind, check_tensor
 
 TOLERANCE = 1e-2
 """Of the outputs, relative to the largest: how far what is noted may be from what ran."""
@@ -48,8 +49,11 @@ class Recorder:
 
     def __init__(self, model: nn.Module, rows: Sequence[int] = (0,)):
         self.transformer = transformer_of(model)
+        check_kind("rows", rows, Sequence, "numbers of rows, such as (0,)")
         self.rows = tuple(rows)
-        if not self.rows or len(set(self.rows)) < len(self.rows) or min(self.rows) < 0:
+        for number, row in enumerate(self.rows):
+            check_at_least(f"rows[{number}]", row, 0)
+        if not self.rows or len(set(self.rows)) < len(self.rows):
             raise ValueError(f"rows: expected different numbers of rows, got {list(self.rows)}")
         self.difference = 0.0
         """The largest between outputs of the run and what was noted, of the largest output."""
@@ -117,6 +121,9 @@ class Recorder:
         Raises:
             ValueError: nothing was asked of the memory, or frames and labels do not fit.
         """
+        check_labels("labels", labels)
+        if frames is not None:
+            check_tensor("frames", frames, "T H W 3")
         moments = self.moments(row)
         first = self._first.get(row, 0)
         last = max((moment.step for moment in moments if moment.step is not None), default=first)
@@ -130,7 +137,7 @@ class Recorder:
         return Trace(title, self.chunks(row), moments, steps, first, frames, facts or {})
 
     def _of(self, by_row: Mapping[int, Any], row: int) -> Any:
-        if row not in by_row:
+        if not isinstance(row, int) or row not in by_row:
             raise ValueError(f"row: expected one of {list(self.rows)} that were noted, got {row}")
         return by_row[row]
 
@@ -225,6 +232,7 @@ def transformer_of(model: nn.Module) -> HTMTransformer:
     Raises:
         ValueError: there is none, or several.
     """
+    check_kind("model", model, nn.Module, "a module that holds an HTMTransformer")
     found = [m for m in model.modules() if isinstance(m, HTMTransformer) and m.mem_chunks]
     if len(found) != 1:
         raise ValueError(

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.memory import ChunkedMemory, Home
+from htm_pytorch.memory.home import is_home
 from htm_pytorch.nn import HTMAttention, HTMBlock
-from htm_pytorch.report.trace import Moment, Recalled, Seen, Trace
-from htm_pytorch.shapes import check_number, check_tensor
+from htm_pytorch.report.trace import Moment, Recalled, Seen, Trace, check_labels
+from htm_pytorch.shapes import check_kind, check_number, check_tensor
 
 
 @torch.no_grad()
@@ -40,7 +41,15 @@ def trace_memory(
     Raises:
         ValueError: as for `layer.recall`; or labels do not fit.
     """
+    check_kind("layer", layer, (HTMAttention, HTMBlock), "an HTMAttention or an HTMBlock")
+    if not (isinstance(memory, ChunkedMemory) or is_home(memory)):
+        raise ValueError(
+            f"memory: expected a memory, as ChunkedMemory.from_steps makes one of a tensor, got "
+            f"{type(memory).__name__}"
+        )
     check_tensor("queries", queries, "B Q D")
+    check_labels("labels", labels)
+    check_labels("steps", steps)
     check_number("row", row, len(queries))
     count = queries.shape[1]
     if labels and len(labels) != count:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.memory import Span
+from htm_pytorch.shapes import check_kind
 
 
 class Seen(NamedTuple):
@@ -76,6 +77,13 @@ class Trace:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be shown."""
+        check_kind("title", self.title, str, "a str")
+        check_kind("facts", self.facts, Mapping, "texts by name")
+        kinds = {"chunks": Span, "moments": Moment, "steps": Seen}
+        for name, kind in kinds.items():
+            check_kind(name, parts := getattr(self, name), Sequence, f"a tuple of {kind.__name__}")
+            for number, part in enumerate(parts):
+                check_kind(f"{name}[{number}]", part, kind, f"a {kind.__name__}")
         if not self.moments:
             raise ValueError(
                 "moments: expected at least one, got none: nothing was asked of the memory; "
@@ -119,6 +127,7 @@ class Trace:
     def _check_frames(self) -> None:
         if self.frames is None:
             return
+        check_kind("frames", self.frames, Tensor, "a tensor [T, H, W, 3]")
         shape = tuple(self.frames.shape)
         wanted = len(self.steps)
         if len(shape) != 4 or shape[3] != 3 or shape[0] != wanted or not all(shape):
@@ -128,6 +137,15 @@ class Trace:
             )
         if self.frames.dtype != torch.uint8:
             raise ValueError(f"frames: expected dtype torch.uint8, got {self.frames.dtype}")
+
+
+def check_labels(name: str, labels: Sequence[str]) -> None:
+    """Raise a ValueError unless they are several texts."""
+    if isinstance(labels, str):
+        raise ValueError(f"{name}: expected several str, one each, got one: {labels!r}")
+    check_kind(name, labels, Sequence, "several str, one each")
+    for number, label in enumerate(labels):
+        check_kind(f"{name}[{number}]", label, str, "a str")
 
 
 def chunk_of(chunks: Sequence[Span], first: int, end: int) -> int | None:

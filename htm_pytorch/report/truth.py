@@ -14,6 +14,7 @@ from htm_pytorch.report.trace import Moment, chunk_of
 from htm_pytorch.rl import Agent, TrainConfig
 from htm_pytorch.rl.evaluation import UNSEEN, begin, most_rows
 from htm_pytorch.rl.making import most_steps
+from htm_pytorch.shapes import check_at_least, check_kind
 
 
 class LayerTruth(NamedTuple):
@@ -80,14 +81,14 @@ def measure(
         ValueError: nobody knows what is asked about, or nothing that was asked about could be
             recalled.
     """
-    if episodes < 1:
-        raise ValueError(f"episodes: expected at least 1, got {episodes}")
+    check_at_least("episodes", episodes, 1)
+    check_agent(agent, config)
+    check_kind("scene", scene, Scene, "a Scene")
     if scene.plots is None:
         raise ValueError(
             f"episodes: expected a task that knows which steps are asked about, as ballet does, "
             f"got {config.env}; without --episodes its report is written"
         )
-    check_agent(agent, config)
     generator = None if greedy else torch.Generator().manual_seed(config.seed)
     most = most_rows(config)
     found: list[_Asked] = []

@@ -12,6 +12,7 @@ from htm_pytorch.rl.config import TrainConfig
 from htm_pytorch.rl.cores import State, make_core
 from htm_pytorch.rl.observations import Nested, Steps, make_decoder, make_encoder
 from htm_pytorch.rl.statistics import ReturnStatistics, make_normalizer
+from htm_pytorch.shapes import check_kind
 
 PartMaker = Callable[[spaces.Space[Any], int], nn.Module]
 
@@ -125,7 +126,9 @@ def make_agent(
     Raises:
         ValueError: a space that cannot be encoded, or has no policy.
     """
-    parts = parts or Parts()
+    check_kind("config", config, TrainConfig, "a TrainConfig")
+    parts = Parts() if parts is None else parts
+    check_kind("parts", parts, Parts, "Parts(encoder=..., decoder=..., core=...)")
     dim = config.memories.dim
     encoder = (parts.encoder or make_encoder)(observation_space, dim)
     core = make_core(config.memories) if parts.core is None else parts.core(dim)

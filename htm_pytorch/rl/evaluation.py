@@ -18,6 +18,7 @@ from htm_pytorch.rl.player import Player
 from htm_pytorch.rl.plots import check_film, write_film
 from htm_pytorch.rl.rollout import Rollout, play
 from htm_pytorch.rl.run import CHECKPOINT, EVALUATIONS, Checkpoint
+from htm_pytorch.shapes import check_at_least
 
 UNSEEN = 2**62
 """Stands in seeds where trainings have the number of a batch, which never is as large."""
@@ -79,10 +80,9 @@ def evaluate(
     Raises:
         ValueError: no run there, or a broken one; or an argument that does not fit it.
     """
-    if episodes is not None and episodes < 1:
-        raise ValueError(f"episodes: expected at least 1, got {episodes}")
-    if patience < 1:
-        raise ValueError(f"patience: expected at least 1 step, got {patience}")
+    if episodes is not None:
+        check_at_least("episodes", episodes, 1)
+    check_at_least("patience", patience, 1)
     if render is not None:
         render = Path(render)
         check_film(render)

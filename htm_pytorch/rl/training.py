@@ -21,6 +21,7 @@ from htm_pytorch.rl.preparing import prepare
 from htm_pytorch.rl.processes import World
 from htm_pytorch.rl.rollout import Played, play
 from htm_pytorch.rl.run import CHECKPOINT, CURVE, METRICS, Checkpoint, Run
+from htm_pytorch.shapes import check_kind
 
 
 def train(config: TrainConfig, parts: Parts | None = None) -> Agent:
@@ -34,6 +35,7 @@ def train(config: TrainConfig, parts: Parts | None = None) -> Agent:
         ValueError: names the option that cannot work; nothing was written. Or a loss was not
             finite; the checkpoint is the last good one.
     """
+    check_kind("config", config, TrainConfig, "a TrainConfig")
     if restarted():
         config = config.replace(resume=True)
     world = World.join(config.device)

@@ -193,9 +193,44 @@ def one_step() -> None:
     parts.read(parts.env.reset()[0])
 
 
+def window_outside_recurrent_mode() -> None:
+    parts = Parts()
+    parts.body(parts.env.rollout(6, parts.actor).select("observation", "is_init", "htm_step"))
+
+
+def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
+    def act() -> None:
+        parts = Parts()
+        shown = parts.env.reset()
+        parts.actor(shown.set(name, change(shown[name])))
+
+    return act
+
+
+def named(**keys: Any) -> Callable[[], HTMModule]:
+    return lambda: HTMModule(transformer(), **{"in_key": "a", "out_key": "b"} | keys)
+
+
 @pytest.mark.parametrize(
     ("make", "told"),
     [
+        (window_outside_recurrent_mode, r"as recurrent mode is off, got 18 .*set_recurrent_mode"),
+        (
+            changed("is_init", torch.Tensor.float),
+            r"'is_init' as \[3, 1\] of torch.bool, got .*float",
+        ),
+        (changed("is_init", lambda p: p.repeat(1, 2)), r"\[3, 1\] of torch.bool, got \[3, 2\]"),
+        (changed("htm_step", torch.Tensor.float), r"'htm_step' as \[3, 1\] of torch.int64, got"),
+        (named(in_key=["a", "c"]), r"in_key: expected the name of one entry, .* got \['a', 'c'\]"),
+        (named(out_key=1), "out_key: expected the name of one entry"),
+        (named(is_init_key=()), "is_init_key: expected the name of one entry"),
+        (named(step_key="a"), "in_key: expected entries of different names"),
+        (named(out_key="is_init"), "in_key: expected entries of different names"),
+        (named(default_recurrent_mode=1), "default_recurrent_mode: expected a bool, got int"),
+        (
+            lambda: named()()(torch.zeros(3, DIM)),
+            "tensordict: expected a tensordict, .* got Tensor",
+        ),
         (lambda: HTMModule(nn.Linear(2, 2), in_key="a", out_key="b"), "htm: expected an HTMTr"),
         (lambda: Parts(windows=0), "windows: expected an integer >= 1, got 0"),
         (unprimed, r"an entry 'htm_step'.*make_tensordict_primer"),

@@ -321,6 +321,13 @@ def seq2seq() -> Any:
     ("wrong", "told"),
     [
         (lambda: add_memory(llama(), [3]), "layers: expected an integer from 0 to 2, got 3"),
+        (lambda: add_memory(llama(), 2), r"layers: expected numbers .* \[2\], got int"),  # pyright: ignore[reportArgumentType]
+        (
+            lambda: add_memory(nn.Linear(2, 2), [0]),
+            "model: expected one of transformers, .* Linear",
+        ),  # pyright: ignore[reportArgumentType]
+        (lambda: add_memory("gpt2", [0]), "model: expected one of transformers, .* got str"),  # pyright: ignore[reportArgumentType]
+        (lambda: load_memory("gpt2", "here"), "model: expected a model with a memory, got str"),  # pyright: ignore[reportArgumentType]
         (again, "layers: expected one memory a layer, got 1 twice"),
         (lambda: add_memory(seq2seq(), [0]), "model: expected a decoder .*got T5ForCond"),
         (lambda: add_stored_memory(llama(), [0], torch.zeros(1, 4, 4)), "memory: expected a mem"),  # pyright: ignore[reportArgumentType]

@@ -180,7 +180,7 @@ def test_views_by_episode_and_time(tmp_path: Path) -> None:
     assert (layer(queries, view) != 0).any()
     with pytest.raises(ValueError, match="a view is only read"):
         view.append(torch.randn(1, 4, DIM))
-    with pytest.raises(ValueError, match="since: expected a time, got nan"):
+    with pytest.raises(ValueError, match="since: expected a time in seconds, got nan"):
         held.where(since=float("nan"))
     held.close()
 
@@ -192,7 +192,7 @@ def test_views_by_episode_and_time(tmp_path: Path) -> None:
         ({"keys": [1, 2, 3]}, "keys: expected a str, or one or None for each step, got 1"),
         ({"times": torch.tensor([1.0, 2.0])}, r"times: expected shape \[T = 3\]"),
         ({"times": torch.tensor([1.0, 3.0, 2.0])}, "times: expected times that never fall"),
-        ({"times": float("nan")}, "times: expected finite numbers"),
+        ({"times": float("nan")}, "times: expected a time in seconds, got nan"),
     ],
 )
 def test_keys_and_times_are_checked(

@@ -196,7 +196,7 @@ def test_the_open_chunk_stays_when_all_others_are_forgotten(tmp_path: Path) -> N
 
 def test_what_is_no_time_forgets_nothing(tmp_path: Path) -> None:
     with make(tmp_path / "m").append(steps_from(0, 9), times=1.0) as held:
-        with pytest.raises(ValueError, match="before: expected a time, got nan"):
+        with pytest.raises(ValueError, match="before: expected a time in seconds, got nan"):
             held.forget(before=torch.nan)
         assert_holds(held, 9)
 

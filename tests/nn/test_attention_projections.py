@@ -147,6 +147,18 @@ def test_what_projects_to_another_width_is_refused(name: str) -> None:
         layer(normal(2, 5, 6), normal(2, 18, 6))
 
 
+@pytest.mark.parametrize("name", (*PROJECTIONS[:4], "to_recency"))
+def test_a_linear_of_another_width_is_refused_by_name(name: str) -> None:
+    layer = build(recency=True)
+    old = layer.get_submodule(name)
+    replace(layer, name, nn.Linear(old.in_features, old.out_features + 2).double())
+    memory = normal(1, 8, 6)
+    told = rf"^{name}: expected .*{old.out_features}.*, got .*{old.out_features + 2}"
+    for call in (layer, layer.recall):
+        with pytest.raises(ValueError, match=told):
+            call(normal(1, 3, 6), memory)
+
+
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 @pytest.mark.parametrize("name", PROJECTIONS)
 def test_hooks_are_called_and_have_their_effect(name: str) -> None:

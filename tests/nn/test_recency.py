@@ -166,6 +166,7 @@ def test_of_many_alike_the_newest() -> None:
     ("changes", "message"),
     [
         ({"ceiling": torch.zeros(2, 4)}, "recency.ceiling: expected shape"),
+        ({"ceiling": torch.full((2, 5), -torch.inf)}, "recency.ceiling: expected numbers above"),
         ({"decay": torch.zeros(3, 5)}, "recency.decay: expected shape"),
         ({"decay": torch.zeros(2, 5, dtype=torch.float64)}, "recency.decay: expected dtype"),
         ({"ages": torch.zeros(2, 5, 6, dtype=torch.int64)}, "recency.ages: expected shape"),

@@ -205,7 +205,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
     agent, config = make_walk()
     with pytest.raises(ValueError, match="episodes: expected a task that knows which steps"):
         measure(agent, config, 3, Scene())
-    with pytest.raises(ValueError, match="episodes: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="episodes: expected an integer >= 1, got 0"):
         measure(agent, config, 0, SCENE)
 
 
