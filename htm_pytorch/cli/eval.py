@@ -6,6 +6,7 @@ from typing import Literal
 import tyro
 
 from htm_pytorch import tasks
+from htm_pytorch.cli.report import draw_recall
 
 
 def evaluate(
@@ -31,18 +32,14 @@ def evaluate(
         patience: steps of all episodes together in which one has to end.
     """
     from htm_pytorch.rl import evaluate
-    from htm_pytorch.rl.evaluation import load_agent, read_config
+    from htm_pytorch.rl.evaluation import read_config
 
-    config = read_config(run_dir)
-    task = tasks.find(config.task) if config.task else None
-    parts = tasks.parts_of(config.task)
+    parts = tasks.parts_of(read_config(run_dir).task)
     greedy = actions == "greedy"
     others = {"env_args": env_args, "mem_chunks": mem_chunks, "patience": patience}
     print(evaluate(run_dir, episodes, seed, greedy=greedy, parts=parts, render=render, **others))
-    if task is not None and task.draw is not None:
-        picture = task.draw(load_agent(run_dir, parts)[0], config, run_dir)
-        if picture is not None:
-            print(f"what it recalled: {picture}")
+    if picture := draw_recall(run_dir):
+        print(f"what it recalled: {picture}")
 
 
 COMMAND = evaluate

@@ -73,6 +73,24 @@ def report(
 COMMAND = report
 
 
+def draw_recall(run_dir: Path) -> Path | None:
+    """Draw what the agent of a run recalled when it first had to choose, in the run's folder.
+
+    Return where that is; None where the task says nothing of how it is shown, or the agent recalls
+    no chunks.
+    """
+    from htm_pytorch.report import draw_moment, trace_agent
+    from htm_pytorch.rl.evaluation import load_agent, read_config
+
+    recorded = read_config(run_dir)
+    task = tasks.find(recorded.task) if recorded.task else None
+    if task is None or task.scene is None or recorded.memories.memory != "htm":
+        return None
+    agent, config, stage = load_agent(run_dir, tasks.parts_of(recorded.task))
+    trace = trace_agent(agent, config, stage=stage, scene=task.scene())
+    return draw_moment(trace, run_dir / "recall.png")
+
+
 def main(arguments: list[str]) -> None:
     """Parse and report."""
     tyro.cli(report, args=arguments, prog="htm report")

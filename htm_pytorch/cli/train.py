@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from htm_pytorch import tasks
+from htm_pytorch.cli.report import draw_recall
 from htm_pytorch.rl.config import TrainConfig
 from htm_pytorch.rl.launching import launch, restarted
 
 if TYPE_CHECKING:
-    from htm_pytorch.rl import Agent, Evaluation
+    from htm_pytorch.rl import Evaluation
 
 DESCRIPTION = f"""Train an agent that remembers: htm train ENV [options]
 
@@ -107,12 +108,14 @@ def _train(config: TrainConfig) -> "Evaluation | None":
         for told in (describe_source(config, fresh), describe_beginning(config)):
             if told:
                 print(told)
-    agent = train(config, parts)
+    train(config, parts)
     if not is_first():
         return None
     print(_ended(config))
     result = evaluate(config.run_dir, parts=parts)
-    print(f"{result}; {_drawn(agent, config)}")
+    picture = draw_recall(config.run_dir)
+    left = f"what it recalled: {picture}" if picture else f"the run is in {config.run_dir}"
+    print(f"{result}; {left}")
     return result
 
 
@@ -149,11 +152,3 @@ def _ended(config: TrainConfig) -> str:
     told = f"trained on {progress['frames']:,} frames in {progress['batches']:,} rollouts"
     more = f"; --frames {asked:,} ends with a whole one"
     return told + more * (progress["frames"] > asked)
-
-
-def _drawn(agent: "Agent", config: TrainConfig) -> str:
-    draw = tasks.find(config.task).draw if config.task else None
-    picture = None if draw is None else draw(agent, config, config.run_dir)
-    if picture is None:
-        return f"the run is in {config.run_dir}"
-    return f"what it recalled: {picture}"

@@ -153,4 +153,6 @@ def _said(trace: Trace, moment: Moment) -> str:
     said = f"step {moment.step}" + (f", {label}" if label else "")
     if moment.action is not None:
         said += f": does {moment.action}"
-    return said if moment.value is None else f"{said}, expects {moment.value:.2f}"
+    if moment.value is not None:
+        said += f", expects {moment.value:.2f}"
+    return f"{said}; return {trace.facts['return']}" if "return" in trace.facts else said

@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ from htm_pytorch.rl.config import TrainConfig
 from htm_pytorch.rl.making import is_batched, make_environments, most_steps, seeds_of
 from htm_pytorch.rl.player import Player
 from htm_pytorch.rl.plots import check_film, write_film
-from htm_pytorch.rl.rollout import Rollout, play
 from htm_pytorch.rl.run import CHECKPOINT, EVALUATIONS, Checkpoint
 from htm_pytorch.shapes import check_at_least
 
@@ -222,15 +220,6 @@ def film(agent: Agent, config: TrainConfig, greedy: bool = True, stage: int = 0)
         player.advance()
     player.environments.close()
     return pictures
-
-
-def watch(agent: Agent, config: TrainConfig, stage: int = 0) -> tuple[Rollout, float]:
-    """Play one unseen episode by the most probable actions; return it and its return."""
-    player = begin(agent, config, 1, stage)
-    rollouts = replace(config.rollouts, rollout="episodes", steps=2**40, decisions=0)
-    played = play(player, rollouts, None)
-    player.environments.close()
-    return played.rollout, played.episodes[0].total
 
 
 def _checkpoint(run_dir: Path | str) -> Checkpoint:

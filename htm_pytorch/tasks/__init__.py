@@ -3,14 +3,13 @@
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from htm_pytorch.rl.config import TrainConfig
 
 if TYPE_CHECKING:
     from htm_pytorch.report.scene import Scene
-    from htm_pytorch.rl import Agent, Parts
+    from htm_pytorch.rl import Parts
 
 TASKS = (
     "ballet",
@@ -32,10 +31,9 @@ class Task:
     """The preset."""
     parts: "Callable[[], Parts] | None" = None
     """Of the agent's own parts; None: what fits the spaces."""
-    draw: "Callable[[Agent, TrainConfig, Path], Path | None] | None" = None
-    """Draws what the agent recalled in an unseen episode, into the folder of its run."""
     scene: "Callable[[], Scene] | None" = None
-    """Of how reports show its episodes; None: as the observations say."""
+    """Of how reports show its episodes; None: as the observations say, and a training ends without
+    a picture."""
 
 
 def find(name: str) -> Task:

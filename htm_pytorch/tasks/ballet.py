@@ -1,6 +1,5 @@
 """Ballet, the paper's main task: a demo that takes minutes, with encoders that know its squares."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from htm_pytorch.rl.config import TrainConfig
@@ -8,7 +7,7 @@ from htm_pytorch.tasks import Task
 
 if TYPE_CHECKING:
     from htm_pytorch.report.scene import Scene
-    from htm_pytorch.rl import Agent, Parts
+    from htm_pytorch.rl import Parts
 
 
 def _parts() -> "Parts":
@@ -16,12 +15,6 @@ def _parts() -> "Parts":
     from htm_pytorch.tasks.ballet_parts import FrameDecoder, FrameEncoder
 
     return Parts(FrameEncoder, FrameDecoder)
-
-
-def _draw(agent: "Agent", config: TrainConfig, run_dir: Path) -> Path | None:
-    from htm_pytorch.tasks.ballet_picture import draw
-
-    return draw(agent, config, run_dir / "recall.png")
 
 
 def _scene() -> "Scene":
@@ -51,6 +44,5 @@ TASK = Task(
         eval_episodes=500,
     ),
     _parts,
-    _draw,
     _scene,
 )

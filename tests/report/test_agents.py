@@ -1,5 +1,6 @@
 """An agent is traced on the path that it runs on: the same actions and values, to the last bit."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from htm_pytorch.envs import ballet_tables as tables
 from htm_pytorch.report import Scene, measure, trace_agent
 from htm_pytorch.report.scene import Plot
 from htm_pytorch.rl import Agent, TrainConfig, make_agent
-from htm_pytorch.rl.evaluation import begin, judge, watch
+from htm_pytorch.rl.evaluation import begin, judge
 from htm_pytorch.rl.making import make_environments
+from htm_pytorch.rl.rollout import Rollout, play
 from htm_pytorch.tasks import find
 from htm_pytorch.tasks.ballet_scene import SCENE
 
@@ -41,11 +43,19 @@ def make_walk(**changes: Any) -> tuple[Agent, TrainConfig]:
     return make("tests.rl.worlds:Test/Walk-v0", **options)
 
 
+def watched(agent: Agent, config: TrainConfig) -> tuple[Rollout, float]:
+    """One unseen episode as a rollout of a training has it, and its return."""
+    player = begin(agent, config, 1, 0)
+    options = replace(config.rollouts, rollout="episodes", steps=2**40, decisions=0)
+    played = play(player, options, None)
+    return played.rollout, played.episodes[0].total
+
+
 @pytest.mark.parametrize("made", [make_ballet, make_walk], ids=["ballet", "walk"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_traced_episode_is_the_one_that_is_played(made: Any, seed: int) -> None:
     agent, config = made(seed=seed)
-    rollout, total = watch(agent, config)
+    rollout, total = watched(agent, config)
     trace = trace_agent(agent, config)
     counts = rollout.counts[0].nonzero()[:, 0]
     assert len(counts) > 0
