@@ -22,7 +22,8 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help check fix test test-narrow test-slow test-triton test-gpu test-minimal bench bench-gpu results demo docs clean
+.PHONY: help check fix test test-narrow test-slow test-triton test-gpu test-minimal coverage audit \
+	bench bench-gpu results demo docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z.][a-z.-]*:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +57,22 @@ test-narrow: .venv/.installed ## the tests of layers and kernels, as on a proces
 
 test-slow: .venv/.installed ## the slow tests: learning, long streams, every fault of a stored memory
 	$(BIN)/pytest -m slow --durations 10 $(ARGS)
+
+# Of this process alone: what a test starts as a command of its own does not count, nor does the compiler's work.
+coverage: .venv/.installed ## which lines the tests that are not slow run (htmlcov/index.html)
+	$(BIN)/pytest -n $(WORKERS) --maxprocesses 8 -m 'not slow and not compile' \
+		--cov --cov-report=term:skip-covered --cov-report=html $(ARGS)
+
+# It and what it brings are needed by nothing else.
+PIP_AUDIT := pip-audit==2.10.1
+
+audit: .venv-audit/.installed ## ask pypi.org for known vulnerabilities of every pinned version
+	.venv-audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip --strict
+
+.venv-audit/.installed: Makefile
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check "$(PIP_AUDIT)"
+	@touch $@
 
 # Not in constraints.txt: a torch for CUDA asks for a Triton of its own.
 TRITON := triton==3.9.0
@@ -128,7 +145,7 @@ docs: .venv/.installed ## build the documentation (docs/_build/html/index.html);
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env docs docs/_build/html
 
 clean: ## remove environments, caches and build products; keeps runs/
-	rm -rf .venv .venv-bench .venv-demo .venv-minimal .venv-results .venv-triton build dist docs/_build *.egg-info
+	rm -rf .venv .venv-audit .venv-bench .venv-demo .venv-minimal .venv-results .venv-triton build dist docs/_build *.egg-info
 	rm -f htm_pytorch/kernels/recall-*
-	rm -rf .pytest_cache .ruff_cache .hypothesis
+	rm -rf .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
