@@ -43,11 +43,11 @@ def report(
         raise ValueError(f"episodes: expected 0 or more, got {episodes}")
     name = read_config(run_dir).task
     # Before an episode is played.
-    page = check_path(run_dir / "report.html" if out is None else out, ".html")
+    page = check_path("out", run_dir / "report.html" if out is None else out, ".html")
     if picture is not None:
-        check_path(picture, *PICTURES)
+        check_path("picture", picture, *PICTURES)
     if film is not None:
-        check_film(film)
+        check_film("film", film)
     task = tasks.find(name) if name else None
     scene = Scene() if task is None or task.scene is None else task.scene()
     agent, config, stage = load_agent(run_dir, tasks.parts_of(name))
@@ -56,6 +56,9 @@ def report(
     greedy = actions == "greedy"
     title = f"What {run_dir.resolve().name} recalled: {name or config.env}"
     trace = trace_agent(agent, config, stage=stage, greedy=greedy, scene=scene, title=title)
+    count = len(trace.moments)
+    if picture is not None and not -count <= moment < count:
+        raise ValueError(f"moment: expected one of {count} decisions, got {moment}")
     facts = dict(trace.facts)
     if episodes:
         truth = measure(agent, config, episodes, scene, stage=stage, greedy=greedy)

@@ -47,22 +47,22 @@ def write_report(
     """
     check_kind("trace", trace, Trace, "a Trace")
     check_at_least("most_bytes", most_bytes, 1)
-    path = check_path(path, ".html")
+    path = check_path("path", path, ".html")
     path.write_text(render(trace, most_bytes), encoding="utf-8", newline="\n")
     return path
 
 
-def check_path(path: str | os.PathLike[str], *kinds: str) -> Path:
-    """Return the path of a file that can be written, of one of these kinds.
+def check_path(name: str, path: str | os.PathLike[str], *kinds: str) -> Path:
+    """Return the path of a file that can be written, of one of these kinds; `name` is for errors.
 
     Raises:
         ValueError: another kind of file, or a folder that is not there.
     """
     path = Path(path)
     if path.suffix not in kinds:
-        raise ValueError(f"path: expected a file {' or '.join(kinds)}, got {str(path)!r}")
+        raise ValueError(f"{name}: expected a file {' or '.join(kinds)}, got {str(path)!r}")
     if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"path: expected a file in a folder that exists, got {str(path)!r}")
+        raise ValueError(f"{name}: expected a file in a folder that exists, got {str(path)!r}")
     return path
 
 

@@ -34,7 +34,7 @@ def draw_moment(
     """
     check_kind("trace", trace, Trace, "a Trace")
     check_at_least("best", best, 0)
-    path = check_path(path, *PICTURES)
+    path = check_path("path", path, *PICTURES)
     _check("number", number, len(trace.moments), "moments")
     _check("layer", layer, len(trace.moments[0].layers), "layers")
     _figure(trace, trace.moments[number], layer, best).savefig(path, dpi=150)
@@ -51,7 +51,7 @@ def film_moments(trace: Trace, path: str | os.PathLike[str], *, layer: int = -1)
 
     check_kind("trace", trace, Trace, "a Trace")
     path = Path(path)
-    check_film(path)
+    check_film("path", path)
     _check("layer", layer, len(trace.moments[0].layers), "layers")
     count = len(trace.moments)
     shown = np.unique(np.linspace(0, count - 1, min(count, MOST_MOMENTS)).round().astype(int))

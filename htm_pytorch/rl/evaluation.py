@@ -83,7 +83,7 @@ def evaluate(
     check_at_least("patience", patience, 1)
     if render is not None:
         render = Path(render)
-        check_film(render)
+        check_film("render", render)
     agent, config, stage = load_agent(run_dir, parts, env_args, mem_chunks)
     count = config.budget.eval_episodes if episodes is None else episodes
     if seed is not None:

@@ -255,5 +255,5 @@ def test_pictures_of_a_moment_and_a_film(tmp_path: Path) -> None:
         draw_moment(trace, tmp_path / "moment.png", layer=2)
     with pytest.raises(ValueError, match="path: expected a file .png or .pdf or .svg, got"):
         draw_moment(trace, tmp_path / "moment.jpg")
-    with pytest.raises(ValueError, match="render: expected a file .gif or .mp4"):
+    with pytest.raises(ValueError, match="path: expected a file .gif or .mp4"):
         film_moments(trace, tmp_path / "moments.webm")

@@ -86,10 +86,10 @@ def test_another_place_and_seed(run_dir: Path, monkeypatch: pytest.MonkeyPatch) 
     ("options", "message"),
     [
         (["--episodes=-1"], "episodes: expected 0 or more, got -1"),
-        (["--out=report.txt"], "path: expected a file .html, got 'report.txt'"),
-        (["--picture=a.jpg"], "path: expected a file .png or .pdf or .svg, got 'a.jpg'"),
-        (["--film=a.png"], "render: expected a file .gif or .mp4, got 'a.png'"),
-        (["--picture=a.png", "--moment=99"], "number: expected one of"),
+        (["--out=report.txt"], "out: expected a file .html, got 'report.txt'"),
+        (["--picture=a.jpg"], "picture: expected a file .png or .pdf or .svg, got 'a.jpg'"),
+        (["--film=a.png"], "film: expected a file .gif or .mp4, got 'a.png'"),
+        (["--picture=a.png", "--moment=99"], "moment: expected one of"),
     ],
     ids=str,
 )
