@@ -27,6 +27,7 @@ from htm_pytorch.memory.sqlite_file import SqliteFile, connect
 
 _KINDS = {False: 0x48544D31, True: 0x48544D6E}
 """Numbers that tell the file of one memory from that of many."""
+_REMOVE = "the others are unharmed, and `memory.open_many(uri).remove(name)` lets go of this one"
 
 
 def says_many(path: Path) -> bool:
@@ -173,7 +174,8 @@ class FolderLog:
                 records.append(record)
             except (ValueError, TypeError, struct.error) as error:
                 raise MemoryFileError(
-                    f"{self.where}: the record of step {first_step} is damaged ({error}); {REPAIR}"
+                    f"{self.where}: the record of step {first_step} is damaged ({error}); "
+                    f"{_REMOVE if self.name else REPAIR}"
                 ) from error
         return check_records(self.where, Contents(head, records, pin), known if start else None)
 
@@ -261,7 +263,8 @@ def _head(connection: sqlite3.Connection, where: str, name: str) -> Head | None:
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 wrong = error
     if not found and wrong is not None:
-        raise MemoryFileError(f"{where}: its heads are damaged ({wrong}); {REPAIR}")
+        way_out = _REMOVE if name else REPAIR
+        raise MemoryFileError(f"{where}: its heads are damaged ({wrong}); {way_out}")
     return max(found, key=lambda head: head.sequence, default=None)
 
 

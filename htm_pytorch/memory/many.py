@@ -135,18 +135,19 @@ class Memories:
         return self._open(name, may_make=not self.read_only)
 
     def remove(self, name: str) -> None:
-        """Remove a memory; no byte of it is left in the file after `compact`.
+        """Remove a memory, damaged or not; no byte of it is left in the file after `compact`.
 
         Raises:
             KeyError: there is none.
         """
         self._check_writable()
         with self.mutex:
-            memory = self[name]
+            self._check(name, is_there=True)
             FolderLog(self._file, name).remove()
-            memory.close()
-            self._loaded.pop(name, None)
+            memory = self._loaded.pop(name, None)
             self._used.pop(name, None)
+            if memory is not None:
+                memory.close()
 
     def append(
         self,
@@ -290,21 +291,14 @@ class Memories:
         return f"Memories({self.uri!r}, {len(self):,} memories, dim={self._form.dim})"
 
     def _open(self, name: str, may_make: bool) -> ExactMemory:
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"name: expected a str that is not empty, got {name!r}")
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"name: expected text, got {name!r} ({error.reason})") from error
         with self.mutex:
+            self._check(name, is_there=False)
             memory = self._loaded.get(name)
             if memory is None:
                 log = FolderLog(self._file, name)
-                if not self._file.has(name):
-                    if not may_make:
-                        raise KeyError(
-                            f"{name!r}: no such memory in {self.uri!r}; open(name) makes one"
-                        )
+                if not may_make:
+                    self._check(name, is_there=True)
+                elif not self._file.has(name):
                     log.write(Head.first(self._form), [], replace=False)
                 memory = ExactMemory(self._place, log, None, None, self.read_only, 0, 1, self.mutex)
                 memory.reopens_as(_again_one, self.uri, name)
@@ -314,6 +308,17 @@ class Memories:
             while len(self._used) > MOST_LOADED:
                 self._used.popitem(last=False)
             return memory
+
+    def _check(self, name: str, is_there: bool) -> None:
+        """Raise unless it can be the name of a memory, and, with `is_there`, is one."""
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"name: expected a str that is not empty, got {name!r}")
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"name: expected text, got {name!r} ({error.reason})") from error
+        if is_there and not self._file.has(name):
+            raise KeyError(f"{name!r}: no such memory in {self.uri!r}; open(name) makes one")
 
     def _check_writable(self) -> None:
         if self.read_only:

@@ -1,8 +1,10 @@
 """Many small memories in one folder: each is a memory of its own, and rows read their own."""
 
+import contextlib
 import copy
 import os
 import pickle
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -158,6 +160,26 @@ def test_more_of_them_than_stay_in_ram(tmp_path: Path, monkeypatch: pytest.Monke
         filled_again = [users[name] for name in steps]
         assert users["user 5"] is kept
         assert filled_again[5] is kept
+
+
+def test_a_damaged_one_of_many_is_removed(tmp_path: Path) -> None:
+    with make(tmp_path / "many") as users:
+        steps = filled(users, 3)
+    journal = sqlite3.connect(tmp_path / "many" / "journal")
+    query = "UPDATE records SET body = zeroblob(length(body)) WHERE name = ?"
+    with contextlib.closing(journal), journal:
+        journal.execute(query, ("user 1",))
+    with make(tmp_path / "many") as users:
+        (problem,) = users.verify()
+        assert "memory 'user 1': the record of step 0 is damaged" in problem
+        assert "`memory.open_many(uri).remove(name)` lets go of this one" in problem
+        with pytest.raises(MemoryFileError, match="memory 'user 1'"):
+            users["user 1"]
+        users.remove("user 1")
+        assert users.verify() == []
+        assert users.names() == [name for name in steps if name != "user 1"]
+        with pytest.raises(KeyError, match="no such memory"):
+            users.remove("user 1")
 
 
 @pytest.mark.parametrize("is_damaged", [False, True])
