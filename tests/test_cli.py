@@ -483,11 +483,45 @@ def test_a_damaged_memory_is_repaired(
     assert htm(monkeypatch, "memory", "verify", place) == 0
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("train ballet", "eval run", "report run", "check", "memory", "memory info x", "info"),
+        "completion bash",
+    ],
+)
 def test_an_unknown_option_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert htm(monkeypatch, "train", "ballet", "--colour=red") == 2
-    assert "--colour" in capsys.readouterr().err
+    assert htm(monkeypatch, *command.split(), "--colour=red") == 2
+    printed = capsys.readouterr()
+    assert "colour" in printed.err and printed.out == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("dim: expected 8, got 9"), 2),
+        (FileNotFoundError("uri: no memory at 'x'"), 2),
+        (FileExistsError("path: 'x' exists"), 2),
+        (FileNotFoundError(2, "No such file or directory", "x"), 1),
+        (memory.MemoryFileError("path: 'x' is damaged"), 1),
+        (BlockingIOError("uri: another process writes to 'x'"), 1),
+        (OSError(28, "No space left on device"), 1),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_wrong_arguments_and_failures_have_different_statuses(
+    error: Exception,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("htm_pytorch.cli.info.main", fails)
+    assert_line(capsys, htm(monkeypatch, "info"), str(error), status)
 
 
 def test_stopping_says_how_to_go_on(
