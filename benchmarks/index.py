@@ -95,13 +95,14 @@ def measure(path: Path, kind: str, chunks: int) -> dict[str, Any]:
     assert isinstance(index, IndexedMemory)
     assert isinstance(exact, ExactMemory)
     torch.manual_seed(0)
-    like = exact.summaries[:, torch.randint(chunks, (128,))]
+    summaries = exact.summaries
+    like = summaries[:, torch.randint(chunks, (128,))]
     queries = {
         "near": like + torch.randn_like(like) * like.std(2, keepdim=True),
         "unrelated": torch.randn(1, 128, DIM),
     }
     for name, asked in queries.items():
-        row[f"found, {name}"] = check(index, exact, asked)
+        row[f"found, {name}"] = check(index, exact, summaries[0], asked)
     runs = {
         f"{name}_{count}_ms": functools.partial(ask, held, queries["near"][:, :count])
         for count in (1, 16)
@@ -111,10 +112,10 @@ def measure(path: Path, kind: str, chunks: int) -> dict[str, Any]:
     return row
 
 
-def check(index: IndexedMemory, exact: ExactMemory, queries: Tensor) -> float:
+def check(index: IndexedMemory, exact: ExactMemory, summaries: Tensor, queries: Tensor) -> float:
     """Return the share of the best chunks that the index finds; where all, answers are equal."""
     share = index.index_recall(queries, TOPK)
-    best = torch.cat([(q @ exact.summaries[0].T).topk(TOPK).indices for q in queries[0].split(16)])
+    best = torch.cat([(q @ summaries.T).topk(TOPK).indices for q in queries[0].split(16)])
     found = index.search(queries, TOPK)[0]
     hits = (best[:, :, None] == found[:, None]).any(2)
     assert abs(float(hits.float().mean()) - share) < 0.01, (float(hits.float().mean()), share)

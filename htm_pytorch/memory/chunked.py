@@ -126,7 +126,8 @@ class ChunkedMemory(Written):
         if chunks is None:
             slots, valid = cut(steps, chunk_size, mask, borders=borders, eps=eps, is_copy=copy)
             step_count = slots.first_steps.new_full(steps.shape[:1], steps.shape[1])
-            return cls._closed(slots, valid, step_count, step_count.clamp(max=1) - 1, room=0)
+            episode = step_count.clamp(max=1) - 1
+            return cls._closed(slots, valid, step_count, episode, room=0, is_own=copy)
         check_tensor("steps", steps, "B N D")
         if mask is not None:
             raise ValueError("mask: expected None beside `chunks` (append takes one), got a mask")
@@ -179,20 +180,32 @@ class ChunkedMemory(Written):
         slots = Slots(contents, summaries, step_mask, first_steps, torch.zeros_like(first_steps))
         step_count = counts.sum(1)
         episode = step_count.clamp(max=1) - 1
-        return cls._closed(slots, valid, step_count, episode, room=chunk_size)
+        return cls._closed(slots, valid, step_count, episode, room=chunk_size, is_own=copy)
 
     @classmethod
     def _closed(
-        cls, slots: Slots, valid: Tensor, step_count: Tensor, episode: Tensor, *, room: int
+        cls,
+        slots: Slots,
+        valid: Tensor,
+        step_count: Tensor,
+        episode: Tensor,
+        *,
+        room: int,
+        is_own: bool,
     ) -> Self:
-        """Return a memory with nothing but closed chunks, and an open one of `room` steps."""
+        """Return a memory with nothing but closed chunks, and an open one of `room` steps.
+
+        `is_own` says whether nobody else has the tensors of its slots.
+        """
         batch, chunks, _, dim = slots.contents.shape
         numbers = torch.arange(1, chunks + 1, device=valid.device)
         newest = (numbers * valid).amax(1) if chunks else numbers.new_zeros(batch)
         opened = slots.contents.new_zeros(batch, room, dim)
         next_slot = newest % max(chunks, 1)
         count = newest.new_zeros(batch)
-        return cls(Ring(slots), valid, opened, count, next_slot, step_count, episode)
+        is_own = is_own and not torch.compiler.is_compiling()
+        ring = Ring(slots, is_own=is_own)
+        return cls(ring, valid, opened, count, next_slot, step_count, episode)
 
     def select_rows(self, rows: Tensor) -> Self:
         """Return a copy of the rows [R] int64, in the order asked, or of those that [B] marks."""
@@ -244,7 +257,7 @@ class ChunkedMemory(Written):
         chunks = chunks.to(self.device, torch.int64)
         slots = self._ring.read().map(lambda part: part[:, chunks])
         numbers = self.step_count.clone(), self.episode.clone()
-        return self._closed(slots, self.valid[:, chunks], *numbers, room=0)
+        return self._closed(slots, self.valid[:, chunks], *numbers, room=0, is_own=True)
 
     def spans(self, chunks: Tensor, row: int = 0) -> list[Span]:
         """Return which steps the chunks numbered [U] int64 of a row hold, in the order asked.

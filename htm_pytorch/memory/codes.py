@@ -256,14 +256,22 @@ class RingCodes:
         with torch.inference_mode(False):
             self._is_stale = torch.ones(self._codes.radii.shape, dtype=torch.bool, device="cpu")
         self._is_any_stale = True
+        self._version: int | None = None
 
     def forget(self, rows: Tensor, slots: Tensor) -> None:
         """Note that other chunks lie at the slots [X] of the rows [X]."""
         self._is_stale[rows, slots // STRETCH] = True
         self._is_any_stale = True
 
-    def of(self, summaries: Tensor) -> Codes:
-        """Return the codes of the summaries [B, M', D], the first of the ring's."""
+    def of(self, summaries: Tensor, version: int | None) -> Codes:
+        """Return the codes of the summaries [B, M', D], the first of the ring's.
+
+        All are found anew where `version` is another one than before.
+        """
+        if version != self._version:
+            self._version, self._is_any_stale = version, True
+            with torch.inference_mode(False):
+                self._is_stale.fill_(True)
         if self._is_any_stale:
             with torch.inference_mode(False):
                 used = -(-summaries.shape[1] // STRETCH)

@@ -141,13 +141,19 @@ class Ring:
                 or not _may_be_coded(slots.summaries, k, queries)
             ):
                 return None
+            # What others hold they may write to, which nobody hears of in inference mode.
+            version = None
+            if not ring._is_own:
+                if slots.summaries.is_inference():
+                    return None
+                version = slots.summaries._version
             ring._times_scored += 1
             if ring._codes is None:
                 if ring._times_scored < 2:
                     return None
                 batch, _, dim = slots.summaries.shape
                 ring._codes = RingCodes(batch, ring._slots.summaries.shape[1], dim)
-            return ring._codes.of(slots.summaries)
+            return ring._codes.of(slots.summaries, version)
 
     def head(self, count: int | None) -> Slots:
         """Return what the first `count` slots hold, or all, for one who keeps no part of it."""

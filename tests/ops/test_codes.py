@@ -257,6 +257,28 @@ class TestRings:
             assert torch.equal(a, b)
         assert memory._ring._codes is not None
 
+    def test_summaries_that_are_learned(self) -> None:
+        """Others hold them, and write to them where they lie."""
+        torch.manual_seed(0)
+        summaries = torch.nn.Parameter(torch.randn(1, 200, 8))
+        contents = torch.randn(1, 200, 1, 8)
+        memory = ChunkedMemory.from_chunks(contents, summaries=summaries, copy=False)
+        route = torch.randn(1, 3, 8)
+        for _ in range(4):
+            assert_same(
+                native.pick(route, memory, 4, None), picks(route, summaries.detach(), 4, None)
+            )
+            with torch.no_grad():
+                summaries.copy_(torch.randn(1, 200, 8))
+        assert memory._ring._codes is not None
+        with torch.inference_mode():
+            summaries = torch.randn(1, 200, 8)
+            memory = ChunkedMemory.from_chunks(contents, summaries=summaries, copy=False)
+            for _ in range(3):
+                got = native.pick(route, memory.reading(), 4, None)
+                assert_same(got, picks(route, summaries, 4, None))
+                summaries.normal_()
+
     def test_summaries_that_are_scored_once_are_not_coded(self) -> None:
         memory = ChunkedMemory.from_steps(torch.randn(1, 64, 8), 2)
         route = torch.randn(1, 1, 8)
