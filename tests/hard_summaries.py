@@ -54,6 +54,15 @@ def no_numbers(chunks: int, dim: int) -> Tensor:
     return summaries
 
 
+def huge(chunks: int, dim: int) -> Tensor:
+    """Finite, unlike sums of products with them."""
+    return torch.randn(chunks, dim).sign() * 3e38 * (torch.rand(chunks, 1) < 0.1)
+
+
+def tiny(chunks: int, dim: int) -> Tensor:
+    return torch.randn(chunks, dim) * 1e-29
+
+
 def zeros(chunks: int, dim: int) -> Tensor:
     return torch.zeros(chunks, dim)
 
@@ -73,6 +82,8 @@ KINDS: list[Callable[[int, int], Tensor]] = [
     dwarfed,
     one_outlier,
     no_numbers,
+    huge,
+    tiny,
     zeros,
     subnormal,
 ]

@@ -33,6 +33,8 @@ void few_products(const T* left, const S** right, int64_t count, int64_t width, 
 
 constexpr int64_t kWindow = 256;  // stretches whose centres are compared at a time
 constexpr int64_t kPart = 32;     // of them, stretches that are gone through before any look
+constexpr float kLeast = 1e-33f;  // of what a product of codes is multiplied with
+constexpr int64_t kMostLooks = 4;  // one chunk in so many; where more are looked at, codes do not pay
 constexpr int64_t kFewest = 8;    // of them, from which on the best is looked for first
 
 inline float magnitude_of(float x) { return x < 0 ? -x : x; }
@@ -98,13 +100,17 @@ struct Bounds {
             Vector<int32_t> whole;
             memcpy(&whole, product + c, sizeof whole);
             whole -= asked.zero;
-            const Vector<float> about = base + __builtin_convertvector(whole, Vector<float>) *
-                                                   (load<float>(codes.scales + at + c) * asked.step);
+            const Vector<float> scales = load<float>(codes.scales + at + c);
+            const Vector<float> steps = scales * asked.step;
+            const Vector<float> about =
+                base + __builtin_convertvector(whole, Vector<float>) * steps;
             const Vector<float> sizes = load<float>(codes.sizes + at + c);
-            const Vector<float> off =
-                load<float>(codes.errors + at + c) * asked.length + sizes * asked.rest;
-            // What may have overflowed says nothing.
-            const Mask<float> known = sizes * asked.length < kLongest;
+            const Vector<float> errors = load<float>(codes.errors + at + c) * asked.length;
+            const Vector<float> off = errors + sizes * asked.rest + asked.lost;
+            // What may have become too large, or nothing, says nothing.
+            const Mask<float> known =
+                (errors + sizes * asked.length < kLongest) &
+                ((steps > kLeast) | (scales == 0) | (splat(asked.step) == 0));
             const Vector<float> unknown = splat(__builtin_nanf(""));
             store(upper + c, choose<float>(known, about + off, unknown));
             store(lower + c, choose<float>(known, about - off, unknown));
@@ -113,12 +119,29 @@ struct Bounds {
 
     // Make bounds of scores of those of products; false where `count` chunks are all below `mark`.
     bool fade(const Fading<float>& fading, const int64_t* chunks, int64_t count, float mark) {
-        if (!fading.score(upper, chunks, count, mark - 1e-5f * magnitude_of(mark))) return false;
-        fading.score(lower, chunks, count, __builtin_nanf(""));
+        float loss[kBlock] = {};
         for (int64_t c = 0; c < count; ++c) {
-            const float loss = 2 * magnitude_of(fading.decay * fading.fading[chunks[c]]);
-            upper[c] += 0x1p-20f * (1 + magnitude_of(upper[c]) + loss);
-            lower[c] -= 0x1p-20f * (1 + magnitude_of(lower[c]) + loss);
+            loss[c] = magnitude_of(fading.decay * fading.fading[chunks[c]]);
+        }
+        auto slack = [&](const float* score, int64_t c) __attribute__((always_inline)) {
+            const Vector<float> size = magnitude(load<float>(score + c));
+            return 0x1p-20f * (1 + size + 2 * load<float>(loss + c));
+        };
+        float most[kBlock];
+        Mask<float> pass = {};
+        for (int64_t c = 0; c < kBlock; c += lanes<float>) {
+            const Vector<float> lost = load<float>(loss + c);
+            // Fading may also raise: then by as much.
+            const Vector<float> raised = fading.decay < 0 ? lost : -lost;
+            store(most + c, fading.bent(load<float>(upper + c), Vector<float>{}) + raised);
+            pass |= ~(load<float>(most + c) + slack(most, c) < mark);
+        }
+        if (!__builtin_reduce_or(pass)) return false;
+        fading.score(upper, chunks, count, __builtin_nanf(""));
+        fading.score(lower, chunks, count, __builtin_nanf(""));
+        for (int64_t c = 0; c < kBlock; c += lanes<float>) {
+            store(upper + c, load<float>(upper + c) + slack(upper, c));
+            store(lower + c, load<float>(lower + c) - slack(lower, c));
         }
         return true;
     }
@@ -138,7 +161,8 @@ struct CodedPick {
     float* uppers;  // [count, kPart * kStretch]
     int64_t memory_row;
     const uint8_t *valid, *mask, *coarse;
-    int64_t window_start = 0;
+    int64_t window_start = 0, looks = 0;
+    bool is_seen[kWindow];
 
     CodedPick(Call& call, int64_t row, int64_t first, int64_t count, const int8_t* code,
               Seeking* seeking, float* bases, float* uppers)
@@ -161,6 +185,19 @@ struct CodedPick {
 
     bool sees(int64_t q, int64_t chunk) const {
         return (!valid || valid[chunk]) && (!mask || mask[q * call.chunk_mask_by_query + chunk]);
+    }
+
+    // Whether any of the queries [q, q + rows) sees any of `some` chunks from m on.
+    bool any_sees(int64_t q, int64_t rows, int64_t m, int64_t some) const {
+        uint8_t any = !valid;
+        for (int64_t c = m; valid && c < m + some; ++c) any |= valid[c];
+        if (!any || !mask) return any;
+        any = 0;
+        for (int64_t r = q; r < q + rows && !any; ++r) {
+            const uint8_t* seen = mask + r * call.chunk_mask_by_query + m;
+            for (int64_t c = 0; c < some; ++c) any |= seen[c];
+        }
+        return any;
     }
 
     // Bounds of `some` chunks from m on; false where all are below `mark`.
@@ -186,7 +223,7 @@ struct CodedPick {
             room.count = 0;
             int64_t most = 0;
             for (int64_t s = 1; s < stretches; ++s) {
-                if (base[s] > base[most]) most = s;
+                if (base[s] > base[most] || base[most] != base[most]) most = s;
             }
             const int64_t from = start + most * kStretch;
             for (int64_t m = from; m < from + kStretch && m < end; m += kBlock) {
@@ -248,6 +285,7 @@ struct CodedPick {
     }
 
     void look_at(int64_t q, const int64_t* chunks, int64_t some) {
+        looks += some;
         if constexpr (same<S, Absent>) {
             look_closer(q, chunks, some);
         } else {
@@ -273,8 +311,9 @@ struct CodedPick {
             if (d < dim) add(d, load<float>(one + d, dim - d));
             const float about = bases[q * kWindow + (m - window_start) / kStretch] +
                                 codes.scales[terms + m] * sum<float>(total);
-            const float off = codes.fine_errors[terms + m] * mine.asked.length;
-            const bool known = codes.sizes[terms + m] * mine.asked.length < kLongest;
+            const float error = codes.fine_errors[terms + m] * mine.asked.length;
+            const float off = error + mine.asked.lost;
+            const bool known = error + codes.sizes[terms + m] * mine.asked.length < kLongest;
             bounds.upper[c] = known ? about + off : __builtin_nanf("");
             bounds.lower[c] = known ? about - off : __builtin_nanf("");
         }
@@ -304,7 +343,8 @@ struct CodedPick {
         if (call.ceiling) return false;
         for (int64_t r = q; r < q + rows; ++r) {
             const Seeking& mine = seeking[r];
-            const float most = bases[r * kWindow + s] + mine.asked.length * radius;
+            const float most = bases[r * kWindow + s] + mine.asked.length * radius + mine.asked.lost;
+            if (!(most < kLongest)) return false;
             if (!(most < mine.mark() || most <= mine.best->threshold())) return false;
         }
         return true;
@@ -319,16 +359,12 @@ struct CodedPick {
             const int64_t to = from + kStretch < end ? from + kStretch : end;
             for (int64_t q = 0; q < count; q += 4) {
                 const int64_t rows = count - q < 4 ? count - q : 4;
-                const bool far = is_far(q, rows, s, radii[s]);
+                const bool far = !is_seen[s] || is_far(q, rows, s, radii[s]);
                 for (int64_t m = from; m < to; m += kBlock) {
                     const int64_t some = to - m < kBlock ? to - m : kBlock;
-                    bool any = !valid;
-                    for (int64_t c = 0; c < some; ++c) {
-                        chunks[c] = m + c;
-                        any |= valid && valid[m + c];
-                    }
+                    for (int64_t c = 0; c < some; ++c) chunks[c] = m + c;
                     float* upper = uppers + q * kPart * kStretch + m - begin;
-                    if (far || !any) {
+                    if (far || !any_sees(q, rows, m, some)) {
                         for (int64_t r = 0; r < rows; ++r) none(upper + r * kPart * kStretch);
                         continue;
                     }
@@ -344,31 +380,49 @@ struct CodedPick {
         for (int64_t q = 0; q < count; ++q) look(q, begin, end);
     }
 
-    // Go through kWindow stretches, from that of chunk `start` on.
-    void window(int64_t start, int64_t end, const float** centres, Best<float> room) {
+    // Go through kWindow stretches, from that of chunk `start` on. Returns where it stopped, since
+    // codes told next to nothing.
+    int64_t window(int64_t start, int64_t end, const float** centres, Best<float> room) {
         window_start = start;
         const int64_t begin = start / kStretch, stretches = (end - start + kStretch - 1) / kStretch;
         const float* radii = codes.radii + memory_row * codes.radii_by_batch + begin;
+        int64_t numbers[kWindow], seen = 0;
         for (int64_t s = 0; s < stretches; ++s) {
-            centres[s] = codes.centres + memory_row * codes.centres_by_batch + (begin + s) * call.dim;
+            const int64_t from = start + s * kStretch;
+            const int64_t some = end - from < kStretch ? end - from : kStretch;
+            is_seen[s] = any_sees(0, count, from, some);
+            if (!is_seen[s]) continue;
+            numbers[seen] = s;
+            centres[seen++] =
+                codes.centres + memory_row * codes.centres_by_batch + (begin + s) * call.dim;
         }
-        products<float, float>(route, call.dim, count, centres, stretches, call.dim, bases, kWindow);
+        if (!seen) return end;
+        products<float, float>(route, call.dim, count, centres, seen, call.dim, bases, kWindow);
         for (int64_t q = 0; q < count; ++q) {
-            for (int64_t s = 0; s < stretches; ++s) {
-                float& base = bases[q * kWindow + s];
-                if (!(magnitude_of(base) < kLongest)) base = __builtin_nanf("");
+            // Behind each other at first, then each where its stretch is.
+            float* base = bases + q * kWindow;
+            for (int64_t j = seen - 1, s = stretches - 1; s >= 0; --s) {
+                const bool is_next = j >= 0 && numbers[j] == s;
+                const float product = is_next ? base[j--] : -__builtin_inff();
+                base[s] = is_next && !(magnitude_of(product) < kLongest) ? __builtin_nanf("") : product;
             }
         }
         if (stretches >= kFewest) give_hints(start, end, stretches, room);
         for (int64_t s = 0; s < stretches; s += kPart) {
-            const int64_t stop = start + (s + kPart) * kStretch;
-            part(start, stop < end ? stop : end, s, radii);
+            int64_t stop = start + (s + kPart) * kStretch;
+            if (stop > end) stop = end;
+            const int64_t before = looks;
+            part(start, stop, s, radii);
+            const int64_t asked = (stop - start - s * kStretch) * count;
+            if (!same<S, Absent> && kMostLooks * (looks - before) > asked) return stop;
         }
+        return end;
     }
 };
 
+// Returns where it stopped: the rest is to be picked without.
 template <class S>
-void pick_coded(Call& call, int64_t row, int64_t first, int64_t last, int64_t begin, int64_t end,
+int64_t pick_coded(Call& call, int64_t row, int64_t first, int64_t last, int64_t begin, int64_t end,
                 Best<float>* best, Candidates* near = nullptr) {
     const int64_t count = last - first, width = call.codes.width, k = call.k;
     Scratch<int8_t> code(count * width);
@@ -376,7 +430,7 @@ void pick_coded(Call& call, int64_t row, int64_t first, int64_t last, int64_t be
     Scratch<float> bases(count * kWindow), uppers(count * kPart * kStretch), scores((count + 1) * k);
     Scratch<const float*> centres(kWindow + kBlock);
     Scratch<int64_t> chunks((count + 1) * k);
-    if (!got(call, code, seeking, bases, uppers, scores, centres, chunks)) return;
+    if (!got(call, code, seeking, bases, uppers, scores, centres, chunks)) return end;
     CodedPick<S> all(call, row, first, count, code, seeking, bases, uppers);
     for (int64_t q = 0; q < count; ++q) {
         seeking[q].asked = ask(all.route + q * call.dim, call.dim, width, code + q * width);
@@ -387,9 +441,12 @@ void pick_coded(Call& call, int64_t row, int64_t first, int64_t last, int64_t be
     }
     const Best<float> room = {scores + count * k, chunks + count * k, 0, k};
     for (int64_t start = begin; start < end; start += kWindow * kStretch) {
-        const int64_t stop = start + kWindow * kStretch;
-        all.window(start, stop < end ? stop : end, centres, room);
+        int64_t stop = start + kWindow * kStretch;
+        if (stop > end) stop = end;
+        const int64_t reached = all.window(start, stop, centres, room);
+        if (reached < stop) return reached;
     }
+    return end;
 }
 
 // All chunks that may be among the k best, as far as codes say, for summaries that are not here.

@@ -219,6 +219,7 @@ struct Asked {
     float step;          // it is about step x code
     float length, rest;  // of it, and of what the code leaves; no less
     int32_t zero;        // what kZero adds to a product of codes
+    float lost;          // of products so small that they count as 0; no less
 };
 
 #if defined(__x86_64__)
@@ -339,7 +340,8 @@ inline Asked ask(const float* route, int64_t dim, int64_t width, int8_t* code) {
     const double slack = 1 + 0x1p-16;
     const float length = static_cast<float>(__builtin_sqrt(square) * slack);
     memset(code, 0, width);
-    if (!(largest_one > kShortest && largest_one < kLongest)) return {0, length, length, 0};
+    const float lost = static_cast<float>(dim + 64) * 4e-38f;
+    if (!(largest_one > kShortest && largest_one < kLongest)) return {0, length, length, 0, lost};
     const double inverse = most / static_cast<double>(largest_one);
     int32_t total = 0;
     double left = 0;
@@ -352,7 +354,7 @@ inline Asked ask(const float* route, int64_t dim, int64_t width, int8_t* code) {
     }
     const double step = 1 / inverse;
     const auto rest = static_cast<float>(__builtin_sqrt(left) * step * slack);
-    return {static_cast<float>(step), length, rest, kZero * total};
+    return {static_cast<float>(step), length, rest, kZero * total, lost};
 }
 
 }  // namespace

@@ -137,12 +137,11 @@ void pick(Call& call) {
             for (int64_t x = start; x < start + last - first; ++x) {
                 best[x] = {scores + x * k, chunks + x * k, 0, k};
             }
-            const int64_t from = segment * each;
+            int64_t from = segment * each;
             const int64_t to = from + each < call.chunks ? from + each : call.chunks;
             if constexpr (same<T, float>) {
                 if (call.codes.coarse) {
-                    pick_coded<S>(call, row, first, last, from, to, best + start);
-                    continue;
+                    from = pick_coded<S>(call, row, first, last, from, to, best + start);
                 }
             }
             pick_segment<T, S>(call, row, first, last, from, to, best + start);

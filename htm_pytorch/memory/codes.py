@@ -257,6 +257,7 @@ class RingCodes:
             self._is_stale = torch.ones(self._codes.radii.shape, dtype=torch.bool, device="cpu")
         self._is_any_stale = True
         self._version: int | None = None
+        self._chunks = 0
 
     def forget(self, rows: Tensor, slots: Tensor) -> None:
         """Note that other chunks lie at the slots [X] of the rows [X]."""
@@ -272,6 +273,10 @@ class RingCodes:
             self._version, self._is_any_stale = version, True
             with torch.inference_mode(False):
                 self._is_stale.fill_(True)
+        if summaries.shape[1] > self._chunks:
+            with torch.inference_mode(False):
+                self._is_stale[:, self._chunks // STRETCH] = True
+            self._chunks, self._is_any_stale = summaries.shape[1], True
         if self._is_any_stale:
             with torch.inference_mode(False):
                 used = -(-summaries.shape[1] // STRETCH)

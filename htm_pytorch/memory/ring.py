@@ -19,6 +19,14 @@ CODED_NUMBERS = 2**18
 CODED_KEPT = 2**13
 """Numbers of a row's summaries for each chunk that a query keeps, from which on they do."""
 
+CODED_WRITTEN = 2**21
+"""Numbers of summaries times steps of a chunk, of all rows, from which on codes of a ring pay that
+is written to: those of a stretch are found anew each time that a chunk closes."""
+CODED_STEPS = 2**10
+"""Steps of a row from which on they do."""
+CODED_AFTER = 4
+"""How often summaries are scored before they are coded, which takes as long as some reads."""
+
 _mutex = threading.RLock()
 
 
@@ -92,6 +100,7 @@ class Ring:
         self._lender: Ring | None = None
         self._codes: RingCodes | None = None
         self._times_scored = 0
+        self._is_given_back = False
 
     def lend(self, slots: Slots | None = None) -> "Ring":
         """Return what the slots hold, or these of them, as a ring that is only read.
@@ -110,7 +119,7 @@ class Ring:
 
     def give_back(self, ring: "Ring") -> None:
         """Say that nobody reads any more what was lent."""
-        ring._lender = None
+        ring._lender, ring._is_given_back = None, True
         if not torch.compiler.is_compiling():
             self._lent = [other for other in self._lent if other() not in (None, ring)]
 
@@ -128,9 +137,9 @@ class Ring:
     def codes(self, k: int, queries: int) -> Codes | None:
         """Return the codes of the summaries, for so many queries a row that keep k chunks each.
 
-        None where they do not pay, and the first time: summaries that are scored once need none.
+        None where they do not pay, and the first times: summaries that are scored once need none.
         """
-        if torch.compiler.is_compiling() or is_transformed():
+        if torch.compiler.is_compiling() or is_transformed() or self._is_given_back:
             return None
         with alone():
             ring = self if self._lender is None else self._lender
@@ -138,7 +147,7 @@ class Ring:
             if (
                 ring._slots is None
                 or slots is None
-                or not _may_be_coded(slots.summaries, k, queries)
+                or not _may_be_coded(slots, k, queries, is_written=ring.used is not None)
             ):
                 return None
             # What others hold they may write to, which nobody hears of in inference mode.
@@ -149,7 +158,7 @@ class Ring:
                 version = slots.summaries._version
             ring._times_scored += 1
             if ring._codes is None:
-                if ring._times_scored < 2:
+                if ring._times_scored < CODED_AFTER:
                     return None
                 batch, _, dim = slots.summaries.shape
                 ring._codes = RingCodes(batch, ring._slots.summaries.shape[1], dim)
@@ -257,14 +266,18 @@ class Ring:
         self._oldest, self._replaced = None, 0
 
 
-def _may_be_coded(summaries: Tensor, k: int, queries: int) -> bool:
+def _may_be_coded(slots: Slots, k: int, queries: int, *, is_written: bool) -> bool:
+    summaries, size = slots.summaries, slots.contents.shape[2]
     batch, chunks, dim = summaries.shape
+    numbers = batch * chunks * dim
     # One query waits for what is read, many for arithmetic, of which each look costs more.
     harder = 1 if queries == 1 else 4 if queries < 32 else 8
     return (
         kernels.IS_AVAILABLE
-        and batch * chunks * dim >= CODED_NUMBERS
+        and numbers >= CODED_NUMBERS
         and chunks * dim >= CODED_KEPT * k * harder
+        and (not is_written or numbers * size >= CODED_WRITTEN)
+        and (not is_written or chunks * size >= CODED_STEPS)
         and dim <= MOST_DIM
         and summaries.device.type == "cpu"
         and summaries.dtype in kernels.STORED[torch.float32]

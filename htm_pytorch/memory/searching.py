@@ -33,7 +33,10 @@ def by_codes(
         allowed: [X, M] bool, which chunks each query may keep; None: all.
         fading: of X queries; ages [X, M], or [1, M].
     """
-    vectors = as_asked(vectors)
+    if fading is not None and not fading.decay.any():
+        # Then scores rise with products.
+        fading = None
+    vectors = as_asked(vectors, fading)
     starts, found = [0], []
     for state in states:
         start, catalog = starts[-1], state.catalog

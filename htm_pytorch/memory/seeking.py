@@ -19,8 +19,8 @@ from htm_pytorch.memory.formats import CPU
 
 _ROOM = 8
 """Chunks that may be left for each that is kept, at first."""
-_LARGEST = 1e15
-"""Of a route's numbers: products of larger ones may be none, and the order is the same."""
+_MOST_POWER = 50
+"""Of two, in a route that fades: products of larger ones may be none, and the order is the same."""
 
 
 class Bounded(NamedTuple):
@@ -147,14 +147,21 @@ def _sought_plainly(
     return Bounded(chunks, upper, lower)
 
 
-def as_asked(vectors: Tensor) -> Tensor:
+def as_asked(vectors: Tensor, fading: Fading | None) -> Tensor:
     """Return queries [X, D] float32 whose order of all chunks is known: numbers, not too large.
 
-    One that is not a number gives none in the end, whatever it finds.
+    One that is not a number gives none in the end, whatever it finds. Where scores do not fade,
+    the order does not depend on how long a query is, and its largest number becomes about 1.
     """
     vectors = vectors.float().nan_to_num()
-    most = vectors.abs().amax(1, keepdim=True) if vectors.shape[1] else vectors.sum(1, keepdim=True)
-    return (vectors * (_LARGEST / most.clamp(min=_LARGEST))).contiguous()
+    if not vectors.shape[1]:
+        return vectors
+    most = vectors.abs().amax(1, keepdim=True)
+    # By powers of two, which round nothing.
+    power = most.frexp().exponent
+    if fading is not None:
+        power = (power - _MOST_POWER).clamp(min=0)
+    return torch.ldexp(torch.ldexp(vectors, -(power // 2)), power // 2 - power).contiguous()
 
 
 def decided(

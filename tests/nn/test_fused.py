@@ -470,6 +470,9 @@ def test_chunks_are_found_by_their_codes(monkeypatch: pytest.MonkeyPatch, calls:
         with monkeypatch.context() as patch:
             patch.setattr(ring, "CODED_NUMBERS", 0)
             patch.setattr(ring, "CODED_KEPT", 0)
+            patch.setattr(ring, "CODED_WRITTEN", 0)
+            patch.setattr(ring, "CODED_STEPS", 0)
+            patch.setattr(ring, "CODED_AFTER", 2)
             coded_y, coded = stream(model, x, borders)
         assert torch.equal(coded_y, y)
         assert coded[0].memory is not None
