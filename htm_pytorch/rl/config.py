@@ -40,6 +40,8 @@ class EnvironmentConfig:
     """Rewards over the running deviation of discounted returns."""
     see_previous: bool = False
     """Previous action and reward are inputs, too."""
+    see_time: bool = False
+    """The number of the step in its episode is an input, too."""
 
 
 @dataclass(frozen=True)
@@ -230,8 +232,9 @@ class TrainConfig:
         if isinstance(record, dict):
             record |= {n: math.inf for n in ("stop_at", "promote_at") if record.get(n, "") is None}
             record.setdefault("stop_at", math.inf)
-            # Of a run from before ages counted.
+            # Of a run from before ages counted, or steps were numbered.
             record.setdefault("recency", False)
+            record.setdefault("see_time", False)
         expected = set(cls().options()) - set(_ABOUT_THE_CALL)
         found = set(record) if isinstance(record, dict) else set()
         if others := sorted(found ^ expected):

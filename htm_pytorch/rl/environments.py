@@ -16,6 +16,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from htm_pytorch.rl.observations import Nested, nested
 
+PERIODS = 4.0 * 2 ** np.arange(12)
+"""Of the clock, in steps: neighbours differ, and no two of 8,192 steps are alike."""
+
 
 class Seen(NamedTuple):
     """What the rows show at one step, and what the step to it brought."""
@@ -52,13 +55,19 @@ class Environments:
         observe: parts of a Dict observation to keep; default all.
         see_previous: observations are a Dict of `observation`, `previous_action`, one-hot where it
             is a choice and zeros at the first step, and `previous_reward`.
+        see_time: observations are a Dict of `observation` and `time`, sines and cosines [2 K] of
+            the step in its episode, whose periods are 4 steps and twice as long each.
 
     Raises:
         ValueError: another autoreset mode, or a part that is not there.
     """
 
     def __init__(
-        self, vector: VectorEnv, observe: tuple[str, ...] = (), see_previous: bool = False
+        self,
+        vector: VectorEnv,
+        observe: tuple[str, ...] = (),
+        see_previous: bool = False,
+        see_time: bool = False,
     ):
         mode = vector.metadata.get("autoreset_mode")
         if mode not in tuple(AutoresetMode):
@@ -71,7 +80,8 @@ class Environments:
         self.num_envs: int = vector.num_envs
         self.name: str = getattr(vector.spec, "id", type(vector.unwrapped).__name__)
         self.action_space: spaces.Space[Any] = vector.single_action_space
-        self._observe, self._sees_previous = observe, see_previous
+        self._observe, self._sees_previous, self._sees_time = observe, see_previous, see_time
+        self._time = np.zeros(self.num_envs, np.int64)
         self.observation_space = self._space(vector.single_observation_space)
         self._none = np.zeros(self.num_envs, bool)
         self._last: Seen | None = None
@@ -101,18 +111,20 @@ class Environments:
             self._following, self._last = None, following
             return following
         observed, reward, terminated, truncated, info = self.vector.step(self._actions)
-        began, ended = self._none, terminated | truncated
+        began, ended, first = self._none, terminated | truncated, None
         if self.mode == AutoresetMode.NEXT_STEP:
             began = last.ended
         elif ended.any():
-            observed, first, first_info = self._apart(observed, ended, info)
-            following = self._seen(
-                first, ended, ended, first_info, np.zeros_like(reward), self._none, self._none
-            )
+            observed, *first = self._apart(observed, ended, info)
         # A terminated episode is not cut, too.
         truncated = truncated & ~terminated
         seen = self._seen(observed, began, None, info, reward, terminated, truncated)
-        self._following = following
+        if first is not None:
+            nothing = np.zeros_like(reward)
+            self._following = self._seen(
+                first[0], ended, ended, first[1], nothing, self._none, self._none
+            )
+            self._last = seen
         return seen
 
     def close(self) -> None:
@@ -152,12 +164,17 @@ class Environments:
     ) -> Seen:
         if self._observe:
             observed = {name: observed[name] for name in self._observe}
+        there = ~self._none if exists is None else exists
+        self._time = np.where(is_first, 0, self._time + there)
+        more: dict[str, np.ndarray] = {}
         if self._sees_previous:
-            observed = {
-                "observation": observed,
-                "previous_action": self._previous_action(is_first),
-                "previous_reward": np.where(is_first, 0, reward).astype(np.float32)[:, None],
-            }
+            more["previous_action"] = self._previous_action(is_first)
+            more["previous_reward"] = np.where(is_first, 0, reward).astype(np.float32)[:, None]
+        if self._sees_time:
+            angles = 2 * np.pi * self._time[:, None] / PERIODS
+            more["time"] = np.concatenate([np.sin(angles), np.cos(angles)], 1).astype(np.float32)
+        if more:
+            observed = {"observation": observed, **more}
         acts = _action_counts(info, self.num_envs) & ~(terminated | truncated)
         acts = acts if exists is None else acts & exists
         reward = np.asarray(reward, np.float64)
@@ -172,16 +189,14 @@ class Environments:
             if missing:
                 raise ValueError(f"observe: expected some of {sorted(parts)}, got {missing}")
             space = spaces.Dict({name: parts[name] for name in self._observe})
+        more: dict[str, spaces.Space[Any]] = {}
         if self._sees_previous:
             size = spaces.flatdim(self.action_space)
-            space = spaces.Dict(
-                {
-                    "observation": space,
-                    "previous_action": spaces.Box(-np.inf, np.inf, (size,), np.float32),
-                    "previous_reward": spaces.Box(-np.inf, np.inf, (1,), np.float32),
-                }
-            )
-        return space
+            more["previous_action"] = spaces.Box(-np.inf, np.inf, (size,), np.float32)
+            more["previous_reward"] = spaces.Box(-np.inf, np.inf, (1,), np.float32)
+        if self._sees_time:
+            more["time"] = spaces.Box(-1, 1, (2 * len(PERIODS),), np.float32)
+        return spaces.Dict({"observation": space, **more}) if more else space
 
     def _previous_action(self, is_first: np.ndarray) -> np.ndarray:
         """Return the actions [B, N] that led here, choices one-hot."""

@@ -62,7 +62,7 @@ def make_environments(
         raise ValueError(f"env: {config.env} could not import what it needs: {error}") from error
     except (TypeError, ValueError, gymnasium.error.Error) as error:
         raise ValueError(f"env_args: {config.env} is not made with {arguments}: {error}") from error
-    return Environments(vector, options.observe, options.see_previous)
+    return Environments(vector, options.observe, options.see_previous, options.see_time)
 
 
 def is_batched(config: TrainConfig) -> bool:

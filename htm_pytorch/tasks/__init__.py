@@ -17,6 +17,7 @@ TASKS = (
     "endless-t-maze",
     "memory-s7",
     "proof-of-memory",
+    "repeat-first",
     "repeat-previous",
     "t-maze",
 )

@@ -258,6 +258,28 @@ def test_parts_and_what_was_before_can_be_seen() -> None:
         make(AutoresetMode.NEXT_STEP, observe=("colour",))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_clock_counts_the_steps_of_each_episode(mode: Any) -> None:
+    environments = make(mode, see_time=True)
+    seen = environments.reset(list(range(ROWS)))
+    count = np.full(ROWS, -1)
+    for _ in range(30):
+        exists = np.ones(ROWS, bool) if seen.exists is None else seen.exists
+        count = np.where(seen.is_first, 0, count + exists)
+        clock = seen.observation["time"]
+        assert clock.shape[1:] == environments.observation_space["time"].shape  # pyright: ignore[reportIndexIssue]
+        sines, cosines = clock[:, : clock.shape[1] // 2], clock[:, clock.shape[1] // 2 :]
+        # Of the slowest hand.
+        angle = np.arctan2(sines[:, -1], cosines[:, -1])
+        np.testing.assert_allclose(angle * 8192 / (2 * np.pi), count, atol=1e-2)
+        np.testing.assert_allclose(np.round(cosines[:, 0]), [1, 0, -1, 0] @ _one_hot(count % 4))
+        seen = environments.step(np.zeros((ROWS, 2), np.float32))
+
+
+def _one_hot(which: np.ndarray) -> np.ndarray:
+    return np.eye(4)[which].T
+
+
 def test_previous_choices_are_one_hot() -> None:
     config = small(env_args=("discrete=true",), see_previous=True)
     environments = make_environments(config, 2)

@@ -583,6 +583,7 @@ WAYS = {
     "refreshed": {"start": "refreshed"},
     "zeros": {"start": "zeros"},
     "previous": {"see_previous": True},
+    "clock": {"see_time": True},
     "stacked": {"frame_stack": 2, "time_limit": 20},
     "clipped": {"value_clip": 0.2, "normalize_advantages": False, "reconstruction_weight": 0.0},
 }
