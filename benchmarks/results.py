@@ -94,6 +94,20 @@ def _repeat(kind: str, distance: int, published: str) -> Row:
     )
 
 
+def _autoencode(kind: str, cards: int, published: str) -> Row:
+    """Return POPGym's Autoencode of so many cards."""
+    name = f"Autoencode{kind}"
+    return Row(
+        f"autoencode-{kind.lower()}",
+        f"POPGym {name}: {cards} cards, backwards; with a clock",
+        "-.5",
+        (Level("1.0 at best", published=published),),
+        seeds=(0,),
+        options={"env": f"popgym:popgym-{name}-v0"},
+        task="autoencode",
+    )
+
+
 PLAN = (
     Row(
         "t-maze",
@@ -120,8 +134,18 @@ PLAN = (
         "",
         (Level("1.2 at best"),),
     ),
+    Row(
+        "repeat-first",
+        "POPGym RepeatFirstHard: what was seen first, for 830 steps; with a clock",
+        "-.5",
+        (Level("1.0 at best", published="MMER .969 at 15 M frames (IndRNN, POPGym table 3)"),),
+        seeds=(0,),
+    ),
     _repeat("Medium", 32, ".789"),
     _repeat("Hard", 64, ".191"),
+    _autoencode("Easy", 52, "MMER .495 at 15 M frames (SHM, arXiv 2410.10132)"),
+    _autoencode("Medium", 104, "MMER -.420 at 15 M frames (IndRNN, POPGym table 3)"),
+    _autoencode("Hard", 156, "MMER -.448 at 15 M frames (IndRNN, POPGym table 3)"),
     Row(
         "endless-t-maze",
         "Endless T-Maze, trained on ten corridors of up to 10",

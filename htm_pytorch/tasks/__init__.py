@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from htm_pytorch.rl import Parts
 
 TASKS = (
+    "autoencode",
     "ballet",
     "cartpole-positions",
     "endless-t-maze",
