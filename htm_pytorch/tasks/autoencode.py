@@ -23,7 +23,7 @@ TASK = Task(
         # With .01 it decides for some suit wherever it does not know, and then learns no more.
         entropy_weight=0.08,
         final_entropy=0.1,
-        frames=3_000_000,
+        frames=1_500_000,
         stop_at=0.95,
         eval_episodes=500,
     )
