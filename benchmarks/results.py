@@ -11,6 +11,7 @@ which the page and its picture are made; nothing in them comes from elsewhere.
 import argparse
 import csv
 import json
+import math
 import os
 import statistics
 from dataclasses import dataclass, field
@@ -278,9 +279,11 @@ def _facts(record: Path) -> dict[str, float]:
     curve = _curve(record)
     last = curve[-1]
     frames, seconds = int(last["frames"]), float(last["seconds"])
+    returns = [step["return"] for step in curve]
     return {
         "return at its end": float(last["return"]),
-        "best mean return (MMER)": max(float(step["return"]) for step in curve),
+        # Before the first episode has ended there is none.
+        "best mean return (MMER)": max(r for r in map(float, returns) if not math.isnan(r)),
         "frames": frames,
         "frames a second": frames / seconds,
     }
