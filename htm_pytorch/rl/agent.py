@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from htm_pytorch.rl.actions import Distribution, Policy, make_policy
 from htm_pytorch.rl.config import TrainConfig
-from htm_pytorch.rl.cores import State, make_core
+from htm_pytorch.rl.contract import State
+from htm_pytorch.rl.cores import make_core
 from htm_pytorch.rl.observations import Nested, Steps, make_decoder, make_encoder
 from htm_pytorch.rl.statistics import ReturnStatistics, make_normalizer
 from htm_pytorch.shapes import check_kind
@@ -25,7 +26,7 @@ class Parts(NamedTuple):
     decoder: PartMaker | None = None
     """Of a module with `loss(features [X, D], observation [X, ...])`."""
     core: Callable[[int], nn.Module] | None = None
-    """Of a memory of width D, as `cores.Core` says; None: the config's."""
+    """Of a memory of width D, as `contract.Core` says; None: the config's."""
 
 
 class Outputs(NamedTuple):
@@ -44,7 +45,7 @@ class Agent(nn.Module):
 
     Args:
         encoder: from what is seen, nested [B, T, ...], to [B, T, D].
-        core: its memory, as `cores.Core` says.
+        core: its memory, as `contract.Core` says.
         policy: what it does.
         dim: D.
         decoder: of the present observation from features; None: nothing is reconstructed.

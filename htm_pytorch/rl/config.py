@@ -24,6 +24,8 @@ class EnvironmentConfig:
     """More such arguments, a stage each, as JSON objects."""
     promote_at: float = 0.9
     """Mean return at which the next stage begins."""
+    rehearse: float = 0.0
+    """Share of rollouts that play an earlier stage, so that none is forgotten."""
     num_envs: int = 64
     """Environments in all, shared by the processes."""
     vectorize: Literal["auto", "sync", "async"] = "auto"
@@ -64,6 +66,8 @@ class MemoryConfig:
     """Chunks a layer remembers."""
     window: int = 16
     """Steps that local attention covers."""
+    newest: int = 1
+    """Newest inputs that an MLP binds together before the memory, for their order."""
     recency: bool = True
     """The age of chunks counts, too."""
     detach_memories: bool = False
@@ -232,9 +236,9 @@ class TrainConfig:
         if isinstance(record, dict):
             record |= {n: math.inf for n in ("stop_at", "promote_at") if record.get(n, "") is None}
             record.setdefault("stop_at", math.inf)
-            # Of a run from before ages counted, or steps were numbered.
-            record.setdefault("recency", False)
-            record.setdefault("see_time", False)
+            # Of a run from before there were these.
+            added = {"recency": False, "see_time": False, "newest": 1, "rehearse": 0.0}
+            record = added | record
         expected = set(cls().options()) - set(_ABOUT_THE_CALL)
         found = set(record) if isinstance(record, dict) else set()
         if others := sorted(found ^ expected):

@@ -1,71 +1,31 @@
-"""Memories in the middle of an agent: one contract, and those that keep it.
-
-A core has `dim`, `initial_state(batch)`, and `y, state = core(x, state, is_first, mask, at=at)`:
-
-* x [B, T, D], is_first [B, T] bool where a row begins an episode, with nothing of what it saw;
-* mask [B, T] bool, False for steps that do not exist: the row goes on without them; None: all do;
-* y [B, T, D], or with at [B, P] int64 the outputs of these steps alone, [B, P, D];
-* the state is a value: a tree of tensors with the rows first, as `torch.utils._pytree` sees it, or
-  something with `select(rows)` and `detach()`. Steps one by one give what they give at once.
-"""
+"""Memories in the middle of an agent, all of which keep `contract.Core`."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from htm_pytorch import HTMTransformer
 from htm_pytorch.rl.config import MemoryConfig
+from htm_pytorch.rl.newest import NewestCore
 from htm_pytorch.rl.recurrent import NoMemory, RecurrentCore
-
-State = Any
-
-
-class Core(Protocol):
-    """What an agent asks of its memory."""
-
-    def initial_state(self, batch_size: int) -> State:
-        """Return the state of rows that have seen nothing."""
-        ...
-
-    def __call__(
-        self,
-        x: Tensor,
-        state: State,
-        is_first: Tensor,
-        mask: Tensor | None = None,
-        *,
-        at: Tensor | None = None,
-    ) -> tuple[Tensor, State]:
-        """Return the outputs and the state after all steps."""
-        ...
-
-
-def select_rows(state: State, rows: Tensor) -> State:
-    """Return a copy of some rows [R] int64 of a state."""
-    # A tensor alone is a tree, too; its own `select` is another one.
-    if hasattr(state, "select") and not isinstance(state, Tensor):
-        return state.select(rows)
-    return pytree.tree_map(lambda part: part[rows], state)
-
-
-def detach(state: State) -> State:
-    """Return a state cut from the graph."""
-    if hasattr(state, "detach"):
-        return state.detach()
-    return pytree.tree_map(torch.Tensor.detach, state)
 
 
 def make_core(config: MemoryConfig) -> nn.Module:
     """Return the config's memory, with about as many parameters as `htm` has at these sizes."""
-    return _maker(config)(None)
+    return _whole(config)(None)
 
 
 def count_parameters(config: MemoryConfig) -> int:
     """Return how many parameters the config's memory has, without making it."""
-    return _count(_maker(config))
+    return _count(_whole(config))
+
+
+def _whole(config: MemoryConfig) -> Callable[[Any], nn.Module]:
+    make = _maker(config)
+    if config.newest == 1:
+        return make
+    return lambda device: NewestCore(make(device), config.dim, config.newest, device)
 
 
 def _maker(config: MemoryConfig) -> Callable[[Any], nn.Module]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from htm_pytorch.rl.agent import Agent, Outputs
 from htm_pytorch.rl.config import TrainConfig
-from htm_pytorch.rl.cores import State, detach
+from htm_pytorch.rl.contract import State, detach
 from htm_pytorch.rl.losses import (
     PolicyLosses,
     clipped_policy_losses,

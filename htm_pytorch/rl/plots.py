@@ -16,7 +16,11 @@ def plot_curve(metrics: Path, path: Path) -> None:
     frames = [int(row["frames"]) for row in rows]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(frames, [float(row["return"]) for row in rows], label="training")
+    stages = sorted({row["stage"] for row in rows}, key=int)
+    for stage in stages:
+        played = [(int(r["frames"]), float(r["return"])) for r in rows if r["stage"] == stage]
+        label = "training" if len(stages) == 1 else f"training, stage {stage}"
+        axes.plot(*zip(*played, strict=True), label=label)
     judged = [float(row["unseen_return"] or math.nan) for row in rows]
     if not all(map(math.isnan, judged)):
         known = [(f, value) for f, value in zip(frames, judged, strict=True) if value == value]

@@ -10,8 +10,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 _POSITIVE = math.ulp(0.0)
 _LARGEST = 1e12
 _COUNT = 2**40
+_FINAL = ("final_learning_rate", "final_entropy")
 _RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("discount", "trace", "final_learning_rate", "final_entropy"), (0, 1)),
+    **dict.fromkeys(("discount", "trace", "rehearse", *_FINAL), (0, 1)),
     **dict.fromkeys(("learning_rate", "clip", "max_grad_norm"), (_POSITIVE, _LARGEST)),
     **dict.fromkeys(("value_weight", "entropy_weight", "reconstruction_weight"), (0, _LARGEST)),
     **dict.fromkeys(("time_limit", "decisions", "bptt", "eval_every"), (0, _COUNT)),

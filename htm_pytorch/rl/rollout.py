@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.rl.config import RolloutConfig
-from htm_pytorch.rl.cores import State, select_rows
+from htm_pytorch.rl.contract import State, select_rows
 from htm_pytorch.rl.observations import Steps
 from htm_pytorch.rl.player import Episode, Player, joined
 

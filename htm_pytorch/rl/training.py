@@ -1,6 +1,5 @@
 """Training: one loop, read from top to bottom."""
 
-import collections
 import contextlib
 import sys
 import time
@@ -14,14 +13,14 @@ from htm_pytorch.rl.config import TrainConfig
 from htm_pytorch.rl.evaluation import judge
 from htm_pytorch.rl.launching import restarted
 from htm_pytorch.rl.learner import Learner, Losses
-from htm_pytorch.rl.making import make_environments, seeds_of
-from htm_pytorch.rl.player import Player
+from htm_pytorch.rl.making import seeds_of
 from htm_pytorch.rl.plots import plot_curve
 from htm_pytorch.rl.preparing import prepare
 from htm_pytorch.rl.processes import World
 from htm_pytorch.rl.rollout import Played, play
 from htm_pytorch.rl.run import CHECKPOINT, CURVE, METRICS, Checkpoint, Run
 from htm_pytorch.shapes import check_kind
+from htm_pytorch.rl.stages import Recent, Stages
 
 
 def train(config: TrainConfig, parts: Parts | None = None) -> Agent:
@@ -58,7 +57,6 @@ class Training:
     def __init__(self, config: TrainConfig, parts: Parts | None, world: World):
         self.config, self.world = config, world
         self.rows = world.rows(config.environments.num_envs)
-        self.stage = 0
         self._opened = contextlib.ExitStack()
         self.run: Run | None = None
         if world.rank == 0:
@@ -69,12 +67,13 @@ class Training:
             self.agent = prepare(config.replace(resume=True), parts)
         self.learner = Learner(self.agent, config, world)
         self.batches, self.frames, self.episodes, self.seconds = 0, 0, 0, 0.0
-        self.recent: collections.deque[float] = collections.deque(maxlen=config.budget.average_over)
-        self.lengths: collections.deque[int] = collections.deque(maxlen=config.budget.average_over)
         path = config.run_dir / CHECKPOINT
+        progress = None
         if config.resume and path.exists():
-            self._restore(Checkpoint(path))
-        self._enter_stage()
+            progress = self._restore(Checkpoint(path))
+        self.stages = Stages(config, self.agent, self.rows, progress)
+        self.played: int | None = None
+        self._begin()
         if world.rank == 0:
             self.board = self._make_board()
             self.bar = self._make_bar()
@@ -82,22 +81,22 @@ class Training:
     def is_done(self) -> bool:
         """Say whether the budget is used, or the agent good enough."""
         budget = self.config.budget
-        enough = len(self.recent) == budget.average_over and self.mean() >= budget.stop_at
-        last = max(1, len(self.config.environments.curriculum)) - 1
-        return self.frames >= budget.frames or (enough and self.stage == last)
-
-    def mean(self) -> float:
-        """Return the mean return of the newest training episodes; NaN before any ended."""
-        return float(np.mean(self.recent)) if self.recent else float("nan")
+        return self.frames >= budget.frames or self.stages.reached(budget.stop_at)
 
     def batch(self) -> None:
         """Play one rollout, learn from it, and write down how it went."""
         config, began = self.config, time.perf_counter()
+        stage = self.stages.next(_generator(config.seed, self.batches, 2))
+        player, recent = self.stages.players[stage], self.stages.recent[stage]
+        if stage != self.played:
+            # What came before was another environment's.
+            self.learner.before = None
+        self.played = stage
         if config.rollouts.rollout == "episodes":
-            self.player.begin(seeds_of(config, self.batches, self.rows))
+            player.begin(seeds_of(config, self.batches, self.rows))
         generator = _generator(config.seed, self.batches)
         discount = config.learner.discount
-        played = play(self.player, config.rollouts, generator, discount)
+        played = play(player, config.rollouts, generator, discount)
         progress = min(1.0, self.frames / config.budget.frames)
         losses = self.learner.learn(
             played.rollout, _generator(config.seed, self.batches, 1), progress
@@ -110,14 +109,14 @@ class Training:
         frames = sum(one for one in found if isinstance(one, int))
         episodes = [one for one in found if not isinstance(one, int)]
         for episode in sorted(episodes, key=lambda e: (e.step, e.row)):
-            self.recent.append(episode.total)
-            self.lengths.append(episode.length)
+            recent.add(episode)
         self.frames += frames
         self.episodes += len(episodes)
         self.seconds += time.perf_counter() - began
         if self.world.rank == 0:
-            self._write(losses, frames, time.perf_counter() - began)
-        self._promote()
+            self._write(stage, recent, losses, frames, time.perf_counter() - began)
+        if self.stages.promote():
+            self._begin()
         if self.is_done() or self.batches % config.budget.checkpoint_every == 0:
             self._save()
 
@@ -133,32 +132,10 @@ class Training:
         if self.config.environments.normalize_rewards:
             self.agent.returns.moments.add(played.discounted[:, None], self.world.sum)
 
-    def _promote(self) -> None:
-        options = self.config.environments
-        full = len(self.recent) == self.config.budget.average_over
-        if self.stage + 1 < len(options.curriculum) and full and self.mean() >= options.promote_at:
-            self.stage += 1
-            self.recent.clear()
-            self.lengths.clear()
-            self.player.environments.close()
-            self._enter_stage()
-
-    def _enter_stage(self) -> None:
-        config = self.config
-        environments = make_environments(config, len(self.rows), self.stage)
-        self.player = Player(
-            environments,
-            self.agent,
-            config.rollouts.action_repeat,
-            self.rows,
-            config.environments.num_envs,
-        )
-        self._begin()
-
     def _begin(self) -> None:
         """Begin new episodes, with seeds that the batch decides, in a resumed run as in this."""
         self.learner.before = None
-        self.player.begin(seeds_of(self.config, self.batches, self.rows))
+        self.stages.begin(seeds_of(self.config, self.batches, self.rows))
 
     def _save(self) -> None:
         if self.run is not None:
@@ -167,39 +144,37 @@ class Training:
                 "frames": self.frames,
                 "episodes": self.episodes,
                 "seconds": self.seconds,
-                "stage": self.stage,
-                "recent": list(self.recent),
-                "lengths": list(self.lengths),
+                **self.stages.progress(),
             }
             self.run.save(self.agent, self.learner.optimizer, progress)
         self.world.wait()
         self._begin()
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
+    def _restore(self, checkpoint: Checkpoint) -> dict[str, Any]:
         checkpoint.restore_agent(self.agent)
         checkpoint.restore_optimizer(self.learner.optimizer)
         progress = checkpoint.progress
         self.batches, self.frames = progress["batches"], progress["frames"]
         self.episodes, self.seconds = progress["episodes"], progress["seconds"]
-        self.stage = progress["stage"]
-        self.recent.extend(progress["recent"])
-        self.lengths.extend(progress["lengths"])
+        return progress
 
-    def _write(self, losses: Losses, frames: int, seconds: float) -> None:
+    def _write(
+        self, stage: int, recent: Recent, losses: Losses, frames: int, seconds: float
+    ) -> None:
         budget = self.config.budget
         judged: float | str = ""
         if budget.eval_every and self.batches % budget.eval_every == 0:
             agent = self.agent.eval()
-            judged = judge(agent, self.config, budget.eval_episodes, stage=self.stage).mean
+            judged = judge(agent, self.config, budget.eval_episodes, stage=self.stages.newest).mean
             self.agent.train()
         row: dict[str, Any] = {
             "batch": self.batches,
             "frames": self.frames,
             "episodes": self.episodes,
-            "return": self.mean(),
-            "length": float(np.mean(self.lengths)) if self.lengths else float("nan"),
+            "return": recent.mean(),
+            "length": recent.length(),
             **losses._asdict(),
-            "stage": self.stage,
+            "stage": stage,
             "unseen_return": judged,
             "seconds": round(self.seconds, 3),
         }
@@ -209,7 +184,7 @@ class Training:
             for name, value in row.items():
                 if value != "":
                     self.board.add_scalar(name, value, self.frames)
-        self.bar.set_postfix_str(f"return {self.mean():.3f}, {frames / seconds:,.0f} frames/s")
+        self.bar.set_postfix_str(f"return {recent.mean():.3f}, {frames / seconds:,.0f} frames/s")
         self.bar.update(frames)
 
     def _make_board(self) -> Any:
@@ -239,7 +214,7 @@ class Training:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.player.environments.close()
+        self.stages.close()
         self._opened.close()
 
 

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.rl.config import MemoryConfig
-from htm_pytorch.rl.cores import count_parameters, detach, make_core, select_rows
+from htm_pytorch.rl.contract import detach, select_rows
+from htm_pytorch.rl.cores import count_parameters, make_core
+from htm_pytorch.rl.newest import NewestCore
 from tests.helpers import assert_near
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,10 +25,15 @@ SIZES: dict[str, Any] = {
 KINDS = ("htm", "window", "transformer", "gru", "lstm", "none")
 
 
-@pytest.fixture(params=[(kind, depth) for kind in KINDS for depth in (1, 2)], ids=str)
+CORES = [(kind, depth, 1) for kind in KINDS for depth in (1, 2)]
+BOUND = [("htm", 1, 4), ("lstm", 1, 2), ("none", 1, 9)]
+
+
+@pytest.fixture(params=CORES + BOUND, ids=str)
 def core(request: pytest.FixtureRequest) -> Any:
-    kind, depth = request.param
-    return make_core(MemoryConfig(memory=kind, depth=depth, **SIZES)).double()
+    kind, depth, newest = request.param
+    config = MemoryConfig(memory=kind, depth=depth, newest=newest, **SIZES)
+    return make_core(config).double()
 
 
 def made(seed: int, first: float, exists: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,6 +136,16 @@ def test_the_state_is_a_value(core: Any) -> None:
         for step in range(5):
             _, state = core(x[:, step : step + 1], state, is_first[:, step : step + 1])
         assert_near(core(x, kept, is_first)[0], expected, 1e-12)
+
+
+def test_the_mean_of_what_is_bound_knows_the_order() -> None:
+    core = make_core(MemoryConfig(newest=2, **SIZES)).double()
+    assert isinstance(core, NewestCore)
+    x, none, _ = made(8, 0.0, 1.0)
+    there, _, _ = core.bind(x, core.initial_state(BATCH), none, None)
+    back, _, _ = core.bind(x.flip(1), core.initial_state(BATCH), none, None)
+    assert_near(x.mean(1), x.flip(1).mean(1), 1e-12)
+    assert (there.mean(1) - back.mean(1)).abs().amax(1).min() > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -571,6 +571,37 @@ def test_a_curriculum_promotes_and_goes_on(tmp_path: Path, monkeypatch: pytest.M
     assert_same_run(config.run_dir, tmp_path / "run")
 
 
+@pytest.mark.parametrize("kind", ROLLOUTS)
+def test_a_run_that_rehearses_is_resumed_exactly(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = {
+        "steps": ('{"bonus": 1}', '{"bonus": -10}'),
+        "episodes": ('{"num_dancers": 1}', '{"num_dancers": 2}'),
+    }
+    changes: dict[str, Any] = {
+        "curriculum": stages[kind],
+        "promote_at": -100.0,
+        "average_over": 4,
+        "rehearse": 0.5,
+        "frames": 2 * ROLLOUTS[kind]["frames"],
+        "start": "refreshed" if kind == "steps" else "stored",
+    }
+    train(tiny(tmp_path / "run", kind, **changes))
+    rows = metrics(tmp_path / "run")
+    played = [row["stage"] for row in rows]
+    assert played[0] == "0" and "0" in played[played.index("1") :], "an earlier one comes again"
+    if kind == "steps":
+        means = {
+            stage: {float(r["return"]) < 0 for r in rows if r["stage"] == stage} for stage in "01"
+        }
+        assert means == {"0": {False}, "1": {True}}, "the mean is of the stage that was played"
+    config = tiny(tmp_path / "broken", kind, **changes)
+    break_off(monkeypatch, learner.Learner, "learn", 5, config)
+    train(config.replace(resume=True))
+    assert_same_run(config.run_dir, tmp_path / "run")
+
+
 def test_agents_are_judged_while_they_learn(tmp_path: Path) -> None:
     train(tiny(tmp_path / "run", eval_every=3))
     judged = [row["unseen_return"] for row in metrics(tmp_path / "run")]
