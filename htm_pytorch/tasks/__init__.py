@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 TASKS = (
     "autoencode",
     "ballet",
+    "ballet-levels",
     "cartpole-positions",
     "endless-t-maze",
     "memory-s7",

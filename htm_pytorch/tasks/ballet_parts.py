@@ -15,13 +15,25 @@ class FrameEncoder(nn.Module):
     def __init__(self, space: spaces.Space[Any], dim: int):
         super().__init__()
         self.kind = _kind(space)
-        self.frame = (SymbolEncoder if self.kind == "symbols" else ImageEncoder)(dim)
+        self.frame = self.make_frame(dim)
         self.instruction = nn.Embedding(len(tables.INSTRUCTIONS), dim)
+
+    def make_frame(self, dim: int) -> nn.Module:
+        """Return the encoder of frames alone."""
+        return (SymbolEncoder if self.kind == "symbols" else ImageEncoder)(dim)
 
     def forward(self, observation: dict[str, Any]) -> Tensor:
         """Encode frames [B, T, ...] and instructions [B, T]: [B, T, D]."""
         word = self.instruction(observation["instruction"])
         return self.frame(observation[self.kind]) + word
+
+
+class StageEncoder(FrameEncoder):
+    """The same, of symbols by `StageSymbolEncoder`."""
+
+    def make_frame(self, dim: int) -> nn.Module:
+        """Return the encoder of frames alone."""
+        return StageSymbolEncoder(dim) if self.kind == "symbols" else super().make_frame(dim)
 
 
 class FrameDecoder(nn.Module):
@@ -58,9 +70,30 @@ class SymbolEncoder(nn.Module):
         walls = self.walls((flat == tables.WALL).to(self.square.weight.dtype))
         frame, square = (flat >= tables.AGENT).nonzero(as_tuple=True)
         shape, colour = _shape_and_colour(flat[frame, square])
-        things = self.square(square) + self.shape(shape) + self.colour(colour)
+        things = self.place(square) + self.shape(shape) + self.colour(colour)
         things = nn.functional.relu(things)
         return self.mix(walls.index_add(0, frame, things)).unflatten(0, frames.shape[:2])
+
+    def place(self, square: Tensor) -> Tensor:
+        """Encode squares [X] of the view: [X, D]."""
+        return self.square(square)
+
+
+class StageSymbolEncoder(SymbolEncoder):
+    """As `SymbolEncoder`, with a part that squares have in common, as in a convolution of stride 3.
+
+    Dancers have stages of 3 by 3 squares each; a step to the north is then the same step on all of
+    them, where the squares of each would have to be learned apart.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__(dim)
+        self.step = nn.Embedding(9, dim)
+
+    def place(self, square: Tensor) -> Tensor:
+        """Encode squares [X] of the view: [X, D]."""
+        row, column = square // tables.BOARD % 3, square % tables.BOARD % 3
+        return self.square(square) + self.step(3 * row + column)
 
 
 class SymbolDecoder(nn.Module):

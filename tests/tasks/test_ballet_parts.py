@@ -13,7 +13,13 @@ from htm_pytorch.rl.config import TrainConfig
 from htm_pytorch.rl.making import make_environments
 from htm_pytorch.rl.observations import Steps
 from htm_pytorch.tasks import find
-from htm_pytorch.tasks.ballet_parts import FrameDecoder, ImageEncoder, SymbolEncoder
+from htm_pytorch.tasks.ballet_parts import (
+    FrameDecoder,
+    FrameEncoder,
+    ImageEncoder,
+    StageSymbolEncoder,
+    SymbolEncoder,
+)
 from tests.helpers import assert_near
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -114,18 +120,22 @@ OTHERWISE = {
 }
 
 
-@KINDS
+ENCODERS = {SymbolEncoder: "symbols", StageSymbolEncoder: "symbols", ImageEncoder: "image"}
+encoders = pytest.mark.parametrize("kind", ENCODERS)
+
+
+@encoders
 @pytest.mark.parametrize("after", OTHERWISE.values(), ids=OTHERWISE)
-def test_encoder_tells_who_stands_where(observation: str, after: np.ndarray) -> None:
-    encode = {"symbols": SymbolEncoder, "image": ImageEncoder}[observation](16)
-    one, other = encode(as_frames(observation, [BEFORE, after]))[0]
+def test_encoder_tells_who_stands_where(kind: type[nn.Module], after: np.ndarray) -> None:
+    encode = kind(16)
+    one, other = encode(as_frames(ENCODERS[kind], [BEFORE, after]))[0]
     assert (one - other).abs().max() > 1e-3 * one.abs().max()
 
 
-@KINDS
-def test_encoding_is_of_the_frame_alone(observation: str) -> None:
-    encode = {"symbols": SymbolEncoder, "image": ImageEncoder}[observation](16).double()
-    frames = as_frames(observation, [BEFORE, *OTHERWISE.values()])
+@encoders
+def test_encoding_is_of_the_frame_alone(kind: type[nn.Module]) -> None:
+    encode = kind(16).double()
+    frames = as_frames(ENCODERS[kind], [BEFORE, *OTHERWISE.values()])
     together = encode(frames)
     assert together.shape == (1, 7, 16)
     alone = torch.cat([encode(frames[:, step : step + 1]) for step in range(7)], 1)
@@ -133,8 +143,30 @@ def test_encoding_is_of_the_frame_alone(observation: str) -> None:
     assert_near(encode(frames.transpose(0, 1)), together.transpose(0, 1), 1e-12)
 
 
+def test_a_step_is_the_same_on_every_stage() -> None:
+    """Where dancers stand, and a step from there; not so without what the squares share."""
+    homes = torch.tensor(ballet_tables.DANCER_SQUARES) @ torch.tensor([ballet_tables.BOARD, 1])
+    encode = StageSymbolEncoder(16).double()
+    steps = [encode.place(homes + move) - encode.square(homes + move) for move in (0, 1, -11)]
+    for shared in steps:
+        assert torch.equal(shared, shared[:1].expand_as(shared))
+    assert len({tuple(shared[0].tolist()) for shared in steps}) == 3
+
+
+def test_the_levels_have_the_encoder_that_shares() -> None:
+    for name, kind in (("ballet", SymbolEncoder), ("ballet-levels", StageSymbolEncoder)):
+        task = find(name)
+        environments = make_environments(task.config, 1)
+        assert task.parts is not None
+        encoder = task.parts().encoder
+        assert encoder is not None
+        made = encoder(environments.observation_space, 12)
+        assert isinstance(made, FrameEncoder) and type(made.frame) is kind
+
+
 def test_a_frame_without_dancers_can_be_encoded() -> None:
-    assert SymbolEncoder(16)(as_frames("symbols", [room()])).isfinite().all()
+    for kind in (SymbolEncoder, StageSymbolEncoder):
+        assert kind(16)(as_frames("symbols", [room()])).isfinite().all()
 
 
 @KINDS
