@@ -159,6 +159,21 @@ PLAN = (
         "",
         (Level("uniform 10, ten corridors"),),
     ),
+    Row(
+        "ballet-levels",
+        "Ballet from symbols, trained on delays of 1, all levels by one agent, 10,000,000 frames",
+        "a dancer at random: 1 of their number",
+        tuple(
+            Level(
+                f"{dancers} dancers, delay {delay}",
+                (f"num_dancers={dancers}", f"dance_delay={delay}"),
+                ways=(True,),
+            )
+            for delay in (16, 48)
+            for dancers in (2, 4, 8)
+        ),
+        seeds=(0,),
+    ),
 )
 
 
@@ -275,15 +290,21 @@ def _curve(record: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def _hardest(curve: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return the rows of the last stage that was reached, beside which others may be rehearsed."""
+    last = max(int(step["stage"]) for step in curve)
+    return [step for step in curve if int(step["stage"]) == last]
+
+
 def _facts(record: Path) -> dict[str, float]:
     curve = _curve(record)
-    last = curve[-1]
-    frames, seconds = int(last["frames"]), float(last["seconds"])
-    returns = [step["return"] for step in curve]
+    frames, seconds = int(curve[-1]["frames"]), float(curve[-1]["seconds"])
+    curve = _hardest(curve)
+    returns = map(float, (step["return"] for step in curve))
     return {
-        "return at its end": float(last["return"]),
+        "return at its end": float(curve[-1]["return"]),
         # Before the first episode has ended there is none.
-        "best mean return (MMER)": max(r for r in map(float, returns) if not math.isnan(r)),
+        "best mean return (MMER)": max(value for value in returns if not math.isnan(value)),
         "frames": frames,
         "frames a second": frames / seconds,
     }
@@ -299,7 +320,7 @@ def draw() -> None:
     for axes, row in zip(every, rows, strict=False):
         for memory in row.memories:
             for number, record in enumerate(_records(row, memory)):
-                curve = _curve(record)
+                curve = _hardest(_curve(record))
                 x = [int(step["frames"]) for step in curve]
                 y = [float(step["return"]) for step in curve]
                 label = memory if number == 0 else None
