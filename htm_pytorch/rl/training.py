@@ -19,8 +19,8 @@ from htm_pytorch.rl.preparing import prepare
 from htm_pytorch.rl.processes import World
 from htm_pytorch.rl.rollout import Played, play
 from htm_pytorch.rl.run import CHECKPOINT, CURVE, METRICS, Checkpoint, Run
-from htm_pytorch.shapes import check_kind
 from htm_pytorch.rl.stages import Recent, Stages
+from htm_pytorch.shapes import check_kind
 
 
 def train(config: TrainConfig, parts: Parts | None = None) -> Agent:
