@@ -161,7 +161,7 @@ PLAN = (
     ),
     Row(
         "ballet-levels",
-        "Ballet from symbols, trained on delays of 1, all levels by one agent, 10,000,000 frames",
+        "Ballet from symbols, all levels by one agent, 20,000,000 frames",
         "a dancer at random: 1 of their number",
         tuple(
             Level(

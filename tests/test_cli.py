@@ -643,7 +643,7 @@ def test_completion_is_a_script_that_knows_all_commands(
     ("typed", "expected"),
     [
         ("memory co", "compact"),
-        ("train ba", "ballet"),
+        ("train cart", "cartpole-positions"),
         ("train --memory ls", "lstm"),
         ("train CartPole-v1 --eval-ev", "--eval-every"),
         ("info --j", "--json"),

@@ -21,23 +21,24 @@ TASK = dataclasses.replace(
     ballet.TASK,
     config=ballet.TASK.config.replace(
         env_args=("observation=symbols",),
-        # Longer delays need not be seen in training. Of two dancers the one who was not asked about
-        # can be recalled, to go to the other: a way that leads nowhere with more, so 4 come first.
+        # Of two dancers the one who was not asked about can be recalled, to go to the other: a way
+        # that leads nowhere with more, so 4 come first. Long delays cost frames, and come last.
         curriculum=tuple(
-            json.dumps({"num_dancers": dancers, "dance_delay": 1}) for dancers in (4, 2, 8)
+            json.dumps({"num_dancers": dancers, "dance_delay": delay})
+            for delay, dancers in ((1, 4), (1, 2), (1, 8), (48, 2), (48, 4), (48, 8))
         ),
-        rehearse=0.25,
+        rehearse=0.5,
         promote_at=0.9,
         # A dance and a delay of 1: one chunk each.
         mem_chunk_size=16,
         # For 8 dancers and delays of 48.
-        mem_chunks=32,
+        mem_chunks=40,
         topk_mems=4,
         newest=4,
         steps=1024,
         final_learning_rate=0.1,
         final_entropy=0.1,
-        frames=10_000_000,
+        frames=20_000_000,
         stop_at=0.98,
         average_over=1_000,
         checkpoint_every=20,
