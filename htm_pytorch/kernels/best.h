@@ -11,6 +11,21 @@ constexpr int64_t kBlock = 16;    // chunks scored at a time: their summaries fi
 constexpr double kLeak = 0x1p-10;  // of products above a ceiling
 constexpr int64_t kQueries = 64;  // queries that read the summaries together
 
+// In how many segments the chunks are gone through, so that `items` rows or blocks of queries keep
+// all threads busy, and how many chunks are in each: a multiple of `whole`.
+struct Segments {
+    int64_t count, each;
+
+    Segments(const Call& call, int64_t items, int64_t whole) {
+        count = (call.threads + items - 1) / items;
+        const int64_t most = call.chunks / kSegment;
+        if (count > most) count = most;
+        if (count < 1 || call.threads == 1) count = 1;
+        each = (call.chunks + count - 1) / count;
+        each = (each + whole - 1) / whole * whole;
+    }
+};
+
 template <class T>
 struct Best {
     T* scores;  // [K], best first

@@ -26,7 +26,7 @@ struct Heads {
 
 // Summaries in 8 bits: about centre + scale (u + v / kFine), with u and v of 8 bits each.
 #define CODES_FIELDS(_)                                                                          \
-    _(uint8_t*, coarse) /* [B, M, W], u + kZero, W being D up to whole kCodeBytes; or null */    \
+    _(uint8_t*, coarse) /* [B, M, W], u + kZero, W being D up to whole kLineBytes; or null */    \
     _(uint8_t*, fine) /* likewise v + kZero; or null */                                          \
     _(int64_t, by_batch)                                                                         \
     _(int64_t, width)                                                                            \

@@ -454,13 +454,9 @@ inline void seek(Seek& seek) {
     Call& call = seek.recall;
     const int64_t k = call.k, queries = call.queries, room = seek.room;
     const int64_t pairs = call.batch * queries;
-    int64_t segments = (call.threads + call.batch - 1) / call.batch;
-    const int64_t most = call.chunks / kSegment;
-    if (segments > most) segments = most;
-    if (segments < 1 || call.threads == 1) segments = 1;
-    int64_t each = (call.chunks + segments - 1) / segments;
-    each = (each + kStretch - 1) / kStretch * kStretch;
     const int64_t blocks = (queries + kQueries - 1) / kQueries;
+    const Segments parts(call, call.batch * blocks, kStretch);
+    const int64_t segments = parts.count, each = parts.each;
     Scratch<float> scores(segments * pairs * k), upper(segments * pairs * room);
     Scratch<float> lower(segments * pairs * room);
     Scratch<int64_t> chunks(segments * pairs * k), found(segments * pairs * room);

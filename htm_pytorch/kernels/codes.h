@@ -34,7 +34,6 @@ struct Encoding {
 namespace {
 
 constexpr int64_t kStretch = 64;    // chunks that share a centre
-constexpr int64_t kCodeBytes = 64;  // of the widest register
 constexpr int kZero = 128, kMost = 127;
 constexpr int kFine = 2 * kMost;
 // Lengths of which squares are numbers; what is not among them is looked at as it is.
@@ -61,14 +60,22 @@ inline Vector<float> rounded(Vector<float> x) {
 
 inline Vector<float> magnitude(Vector<float> x) { return choose<float>(x < 0, -x, x); }
 
+// The largest magnitude in a row; NaN where one of its numbers is none.
+template <class S>
+float largest_of(const S* row, int64_t dim) {
+    Vector<float> most = {};
+    int64_t d = 0;
+    for (; d + lanes<float> <= dim; d += lanes<float>) {
+        most = larger<float>(most, magnitude(load<float>(row + d)));
+    }
+    if (d < dim) most = larger<float>(most, magnitude(load<float>(row + d, dim - d)));
+    return largest<float>(most);
+}
+
 // Code the rest [W] of a summary, zeros behind its numbers. `far` is the length of its centre.
 inline Terms encode_row(const float* rest, int64_t width, int64_t dim, double far, uint8_t* coarse,
                         uint8_t* fine) {
-    Vector<float> most = {};
-    for (int64_t d = 0; d < width; d += lanes<float>) {
-        most = larger<float>(most, magnitude(load<float>(rest + d)));
-    }
-    const float largest_one = largest<float>(most);
+    const float largest_one = largest_of(rest, width);
     if (!(largest_one < kLongest) || !(far < kLongest)) {
         memset(coarse, kZero, width);
         if (fine) memset(fine, kZero, width);
@@ -103,18 +110,6 @@ inline Terms encode_row(const float* rest, int64_t width, int64_t dim, double fa
     const double always = 2 * rounding_of(dim) * (far + size + error) + tiny_rest;
     return {scale, static_cast<float>(error + always), static_cast<float>(size),
             static_cast<float>(rest_of_fine + always)};
-}
-
-// The largest magnitude in a row; NaN where one of its numbers is none.
-template <class S>
-float largest_of(const S* row, int64_t dim) {
-    Vector<float> most = {};
-    int64_t d = 0;
-    for (; d + lanes<float> <= dim; d += lanes<float>) {
-        most = larger<float>(most, magnitude(load<float>(row + d)));
-    }
-    if (d < dim) most = larger<float>(most, magnitude(load<float>(row + d, dim - d)));
-    return largest<float>(most);
 }
 
 inline double length_of(const float* row, int64_t dim) {

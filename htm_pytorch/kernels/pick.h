@@ -112,12 +112,8 @@ void pick(Call& call) {
     if (block > queries) block = queries;
     if (!block) return;
     const int64_t blocks = (queries + block - 1) / block;
-    int64_t segments = (call.threads + call.batch * blocks - 1) / (call.batch * blocks);
-    const int64_t most = call.chunks / kSegment;
-    if (segments > most) segments = most;
-    if (segments < 1 || call.threads == 1) segments = 1;
-    int64_t each = (call.chunks + segments - 1) / segments;
-    if (call.codes.coarse) each = (each + kStretch - 1) / kStretch * kStretch;
+    const Segments parts(call, call.batch * blocks, call.codes.coarse ? kStretch : 1);
+    const int64_t segments = parts.count, each = parts.each;
     Scratch<T> scores(segments * pairs * k);
     Scratch<int64_t> chunks(segments * pairs * k);
     Scratch<Best<T>> best(segments * pairs);

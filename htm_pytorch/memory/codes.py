@@ -7,6 +7,7 @@ The centre is shared by `STRETCH` chunks that follow each other. A product with 
 largest possible product lies below the k-th best need not be looked at. See docs/math.md.
 """
 
+import functools
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -18,8 +19,9 @@ STRETCH = 64
 """Chunks that share a centre."""
 MOST_DIM = 2**15
 """Numbers of a summary whose products in 8 bits a sum of 32 bits has room for."""
+BLOCK = 64 * STRETCH
+"""Chunks of which float32 numbers are held at a time."""
 _CODE_BYTES = 64
-_BLOCK = 64 * STRETCH
 _ZERO, _MOST = 128, 127
 _SHORTEST, _LONGEST = 1e-30, 1e30
 """Of what is coded; other summaries are looked at as they are."""
@@ -162,8 +164,8 @@ class Codes(NamedTuple):
         moved = (order != torch.arange(len(order), device="cpu")).nonzero()[:, 0]
         same = int(moved[0]) // STRETCH * STRETCH if len(moved) else len(order)
         codes = self._copied(codes, same)
-        for start in range(same, len(order), _BLOCK):
-            some = order[start : start + _BLOCK]
+        for start in range(same, len(order), BLOCK):
+            some = order[start : start + BLOCK]
             _, size, _, error = self.terms[0][:, some]
             codes.appended(start, self.decoded(some))
             centres = self.centres[0, some // STRETCH]
@@ -243,9 +245,17 @@ class Codes(NamedTuple):
 
 def _digests(summaries: Tensor) -> Tensor:
     """Return numbers [M] int64 of summaries [M, D] float32; one other bit makes another one."""
-    factors = torch.randint(2**62, summaries.shape[1:], generator=torch.Generator().manual_seed(1))
-    parts = [part.long() @ (2 * factors + 1) for part in summaries.view(torch.int32).split(_BLOCK)]
+    factors = _factors(summaries.shape[1])
+    parts = [part.long() @ factors for part in summaries.view(torch.int32).split(BLOCK)]
     return torch.cat(parts) if parts else factors[:0]
+
+
+@functools.cache
+def _factors(width: int) -> Tensor:
+    """Return odd numbers [D] int64, always the same."""
+    with torch.inference_mode(False):
+        generator = torch.Generator().manual_seed(1)
+        return 2 * torch.randint(2**62, (width,), generator=generator) + 1
 
 
 class RingCodes:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from htm_pytorch import kernels
 from htm_pytorch.memory.best import nearest
-from htm_pytorch.memory.codes import STRETCH, Codes
+from htm_pytorch.memory.codes import BLOCK, Codes
 from htm_pytorch.memory.fading import Fading
 from htm_pytorch.memory.formats import CPU
 
@@ -58,39 +58,14 @@ def sought(
         fading: of X queries; ages [X, M], or [1, M].
     """
     if not kernels.IS_AVAILABLE:
-        return _sought_plainly(codes, length, vectors, k, allowed, fading)
-    room, k = min(length, _ROOM * k), min(k, length)
-    while True:
-        found = Bounded(
-            torch.empty(len(vectors), room, dtype=torch.int64, device=CPU),
-            torch.empty(len(vectors), room, dtype=torch.float32, device=CPU),
-            torch.empty(len(vectors), room, dtype=torch.float32, device=CPU),
-        )
-        if not found.chunks.numel():
-            return found
-        if _fits(codes, length, vectors, k, allowed, fading, found):
-            return found
-        room = min(length, _ROOM * room)
-
-
-def _fits(
-    codes: Codes,
-    length: int,
-    vectors: Tensor,
-    k: int,
-    allowed: Tensor | None,
-    fading: Fading | None,
-    found: Bounded,
-) -> bool:
-    """Fill `found` and say whether there was room."""
+        return _sought_plainly(codes, length, vectors, allowed, fading)
     arguments: dict[str, object] = {}
-    held: list[Tensor] = []
     if allowed is not None:
-        held.append(allowed := allowed.contiguous())
+        allowed = allowed.contiguous()
         arguments |= {"chunk_mask": allowed, "chunk_mask_by_query": allowed.stride(0)}
     if fading is not None:
+        # Named, so that they outlive the calls.
         ceiling, decay, ages = (part.float().contiguous() for part in fading)
-        held += [ceiling, decay, ages]
         arguments |= {"ceiling": ceiling, "decay": decay, "fading": ages}
         arguments["fading_by_query"] = 0 if len(ages) == 1 else ages.stride(0)
     call = kernels.struct(
@@ -99,30 +74,35 @@ def _fits(
         batch=1,
         queries=len(vectors),
         chunks=length,
-        k=k,
+        k=min(k, length),
         memory_batch=1,
         route=vectors,
         dim=vectors.shape[1],
         codes=codes.struct(),
         **arguments,
     )
-    seek = kernels.struct(
-        "Seek",
-        recall=call,
-        room=found.chunks.shape[1],
-        found=found.chunks,
-        upper=found.upper,
-        lower=found.lower,
-    )
-    kernels.call("seek_f32", seek, seek.recall)
-    return not seek.is_short
+    room = min(length, _ROOM * k)
+    while True:
+        shape = len(vectors), room
+        found = Bounded(
+            torch.empty(shape, dtype=torch.int64, device=CPU),
+            torch.empty(shape, dtype=torch.float32, device=CPU),
+            torch.empty(shape, dtype=torch.float32, device=CPU),
+        )
+        if not found.chunks.numel():
+            return found
+        parts = {"found": found.chunks, "upper": found.upper, "lower": found.lower}
+        seek = kernels.struct("Seek", recall=call, room=room, **parts)
+        kernels.call("seek_f32", seek, seek.recall)
+        if not seek.is_short:
+            return found
+        room = min(length, _ROOM * room)
 
 
 def _sought_plainly(
     codes: Codes,
     length: int,
     vectors: Tensor,
-    k: int,
     allowed: Tensor | None,
     fading: Fading | None,
 ) -> Bounded:
@@ -130,8 +110,7 @@ def _sought_plainly(
     size = vectors.norm(dim=1, keepdim=True) * (1 + 2.0**-16)
     about = torch.empty(len(vectors), length, dtype=torch.float32, device=CPU)
     off = size * codes.terms[0, 3, :length]
-    for start in range(0, length, 64 * STRETCH):
-        some = torch.arange(start, min(start + 64 * STRETCH, length), device=CPU)
+    for some in torch.arange(length, device=CPU).split(BLOCK):
         about[:, some] = vectors @ codes.decoded(some).T
     upper, lower = about + off, about - off
     if fading is not None:

@@ -72,8 +72,7 @@ class Stages:
     def promote(self) -> bool:
         """Go to the next stage if the newest one is mastered; say whether."""
         options = self.config.environments
-        is_last = self.newest + 1 >= len(options.curriculum)
-        if is_last or not self.recent[self.newest].reached(options.promote_at):
+        if self._is_last() or not self.recent[self.newest].reached(options.promote_at):
             return False
         if not options.rehearse:
             self.players.pop(self.newest).environments.close()
@@ -83,8 +82,7 @@ class Stages:
 
     def reached(self, mean: float) -> bool:
         """Say whether the newest episodes have so high a mean return, in all stages played."""
-        is_last = self.newest + 1 >= len(self.config.environments.curriculum)
-        return is_last and all(self.recent[stage].reached(mean) for stage in self.players)
+        return self._is_last() and all(self.recent[stage].reached(mean) for stage in self.players)
 
     def begin(self, seeds: list[int]) -> None:
         """Begin new episodes in all stages played."""
@@ -100,6 +98,9 @@ class Stages:
         """Return what JSON can hold, from which another process goes on."""
         recent = [[list(one.returns), list(one.lengths)] for one in self.recent]
         return {"stage": self.newest, "recent": recent}
+
+    def _is_last(self) -> bool:
+        return self.newest + 1 >= len(self.config.environments.curriculum)
 
     def _enter(self, stage: int, *, is_played: bool) -> None:
         config = self.config
