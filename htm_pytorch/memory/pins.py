@@ -1,9 +1,11 @@
 """What the log keeps of the files of a table, against damage: their ends, and a manifest.
 
 The engine's files say at their ends where everything in them is, and a manifest says which files
-there are. Neither has a checksum of its own.
+there are. Neither has a checksum of its own, nor have those of an index, which the engine trusts so
+far that a flipped bit in one can end the process: of them the log keeps checksums of the whole.
 """
 
+import contextlib
 import json
 import os
 import struct
@@ -16,6 +18,9 @@ from htm_pytorch.memory.files import MemoryFileError, sync_file, sync_folder
 from htm_pytorch.memory.log import REPAIR, Pin, sealed, unsealed
 
 _FOOTER = struct.Struct("<QQQIIHH4s")
+_INDICES = "_indices/"
+_BLOCK = 2**24
+"""Bytes of a file of an index that are read at a time."""
 
 
 def pin(folder: Path, dataset: Any, before: Pin | None) -> Pin:
@@ -39,6 +44,8 @@ def pin(folder: Path, dataset: Any, before: Pin | None) -> Pin:
             ends[name] = _read_end(folder / name, start) or b""
             length = start + len(ends[name])
             found[name] = [length, start, zlib.crc32(ends[name])]
+    for name in _files_of_indices(folder, dataset):
+        found[name] = known.get(name) or _sum(folder / name)
     kept = manifest(folder, dataset.version).read_bytes()
     text = json.dumps(found, separators=(",", ":")).encode()
     return Pin(sealed(struct.pack("<I", len(text)) + text + kept), ends)
@@ -68,6 +75,8 @@ def check(
             raise _damaged(path)
         _replace(path, right)
     for name, (length, start, checksum) in ends.items():
+        if name.startswith(_INDICES):
+            continue
         path = folder / name
         end = _read_end(path, start)
         if end is not None and (start + len(end), zlib.crc32(end)) == (length, checksum):
@@ -80,6 +89,25 @@ def check(
         if right is None or len(before) != start or zlib.crc32(right) != checksum:
             raise MemoryFileError(f"{str(path)!r} is damaged or gone; {REPAIR}")
         _replace(path, before + right)
+
+
+def damaged_indices(folder: Path, kept: Pin, known: set[str]) -> list[str]:
+    """Say which files of an index are not what was written; none of those that are `known`.
+
+    Those that are right become known.
+    """
+    damaged: list[str] = []
+    for name, sums in _files_of(kept.body).items():
+        if not name.startswith(_INDICES) or name in known:
+            continue
+        if _sum(folder / name) == sums:
+            known.add(name)
+        else:
+            damaged.append(
+                f"the index is damaged: {str(folder / name)!r}; where it was just compacted, "
+                f"`refresh()` or open it again; else {REPAIR}, without the index"
+            )
+    return damaged
 
 
 def files_of(kept: Pin) -> set[str]:
@@ -155,6 +183,23 @@ def _start(path: Path) -> int:
         file.seek(table)
         places = struct.unpack(f"<{2 * buffers}Q", file.read(16 * buffers))[::2]
     return min(columns, length, *places) if places else min(columns, length)
+
+
+def _files_of_indices(folder: Path, dataset: Any) -> Iterator[str]:
+    for found in dataset.describe_indices():
+        for segment in found.segments:
+            place = f"{_INDICES}{segment.uuid}"
+            yield from (f"{place}/{name}" for name in sorted(os.listdir(folder / place)))
+
+
+def _sum(path: Path) -> list[int]:
+    """Return the length of a file, where what is summed begins, and its CRC-32."""
+    length = checksum = 0
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            length += len(block)
+            checksum = zlib.crc32(block, checksum)
+    return [length, 0, checksum]
 
 
 def _read_end(path: Path, start: int) -> bytes | None:

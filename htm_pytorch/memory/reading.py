@@ -185,7 +185,8 @@ class Reading:
         # Not while this process is forked.
         with self.mutex:
             found = self._log.problems()
-        if now.table is not None:
+        if now.table is not None and self._versions is not None:
+            found += self._versions.damaged_indices(now.table.pin)
             found += now.table.verify(now.head.gaps)
         return found + self.unfit()
 
@@ -355,7 +356,9 @@ class Reading:
                 elif table is None or table.pinned != head.table:
                     assert self._versions is not None
                     end_of = None if self.read_only else self._log.end
-                    table = self._versions.open(head, contents.pin, end_of)
+                    # A writer extends it.
+                    with_index = not (self.read_only and self.holds_summaries)
+                    table = self._versions.open(head, contents.pin, end_of, with_index)
                 return follow(before, contents, table, self.holds_summaries)
             except MemoryFileError:
                 newest = self._log.read()

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import operator
+import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.formats import CPU, Chunks, Format, Marks
 from htm_pytorch.memory.rows import (
     BATCH_BYTES,
+    NUMBERS,
     decoded,
     filled,
     joined,
@@ -31,6 +33,14 @@ from htm_pytorch.memory.rows import (
 
 TOGETHER_BYTES = 1024
 """The engine stores chunks of more bytes each by itself; its own bound is lower."""
+
+
+_FACTORS = {
+    **dict(zip(("sum", *NUMBERS[:5]), odd_factors(2**62, 6).tolist(), strict=True)),
+    "marked": 1,
+    "numbers": -1,
+}
+"""With these the numbers of a row come to nothing, as the last one is the sum of the others."""
 
 
 class SalvagedRow(NamedTuple):
@@ -62,6 +72,8 @@ class DamagedRows:
         self._last: tuple[tuple[int, int, tuple[str, ...]], Any] | None = None
         self._windows: dict[str, dict[int, bytes]] = {}
         self._marks: dict[str, dict[Any, bytes | None]] = {}
+        self._missing: tuple[str, ...] = ()
+        """Columns without which the last row could be read."""
 
     def rows(self) -> list[SalvagedRow]:
         """Return those that can be read."""
@@ -86,13 +98,16 @@ class DamagedRows:
     def _read(self, start: int, end: int, names: tuple[str, ...]) -> Any:
         table = self._dataset.take(list(range(start, end)), columns=list(names))
         (batch,) = table.combine_chunks().to_batches()
+        there = self._dataset.schema.names
+        for missing in [n for n in (*NUMBERS, "checksum") if n in there and n not in names]:
+            batch = batch.append_column(missing, determined(missing, batch, self._form))
         if "contents" not in names:
             checksums = enumerate(batch["checksum"].to_pylist(), start)
             found = [self._carved(row, checksum) for row, checksum in checksums]
             contents = torch.frombuffer(bytearray(b"".join(found)), dtype=torch.uint8)
             column = list_column(contents, self._form.chunk_bytes)
             batch = batch.append_column("contents", column)
-        if "marks" not in names and "marks" in self._dataset.schema.names:
+        if "marks" not in names and "marks" in there:
             batch = batch.append_column("marks", self._carved_marks(start, batch))
         return batch
 
@@ -147,14 +162,17 @@ class DamagedRows:
         if end - start > 1:
             middle = (start + end) // 2
             return self._from(start, middle, names) + self._from(middle, end, names)
-        # None is needed: a summary is made again, and steps may be found otherwise.
+        # None is needed: a summary is made again, steps may be found otherwise, and of numbers each
+        # one follows from the others and their checksum.
         needless = [name for name in ("marks", "summary", "contents") if name in names]
-        for count in range(1, len(needless) + 1):
-            for missing in itertools.combinations(needless, count):
-                left = tuple(name for name in names if name not in missing)
-                found = self._salvaged(start, end, left)
-                if found is not None:
-                    return found
+        ways = [c for count in (1, 2, 3) for c in itertools.combinations(needless, count)]
+        ways += [(name,) for name in (*NUMBERS, "checksum") if name in names]
+        for missing in (self._missing, *ways):
+            left = tuple(name for name in names if name not in missing)
+            found = self._salvaged(start, end, left)
+            if found is not None:
+                self._missing = missing
+                return found
         return []
 
     def _salvaged(self, start: int, end: int, names: tuple[str, ...]) -> list[SalvagedRow] | None:
@@ -166,6 +184,53 @@ class DamagedRows:
             if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
                 raise
         return None
+
+
+def determined(missing: str, batch: Any, form: Format) -> Any:
+    """Return the one column of numbers that cannot be read, as all others say what it held.
+
+    Raises:
+        ValueError: it is not the only one, or they say what it cannot have held.
+    """
+    import pyarrow as pa
+
+    kind = schema(form).field(missing).type
+    if missing == "checksum":
+        counts = joined(batch["steps"], torch.int32)
+        stored = joined(batch["contents"], torch.uint8)
+        stored = stored.view(-1, form.chunk_size, form.step_bytes)
+        kept = joined(batch["summary"], torch.float32).view(len(counts), -1)
+        is_right = torch.isclose(form.summarise(stored, counts), kept, rtol=1e-5, atol=1e-6).all(1)
+        pairs = zip(stored, is_right.tolist(), strict=True)
+        return pa.array(
+            [zlib.crc32(row.numpy().data) if right else -1 for row, right in pairs], kind
+        )
+    others = {name: factor for name, factor in _FACTORS.items() if name != missing}
+    if not others.keys() <= set(batch.schema.names):
+        raise ValueError("several numbers are missing")
+    found: list[Any] = []
+    for row in zip(*(batch[name].to_pylist() for name in others), strict=True):
+        total = sum(f * _bits(value) for f, value in zip(others.values(), row, strict=True))
+        found.append(_value(-total * pow(_FACTORS[missing], -1, 2**64), kind))
+    return pa.array(found, kind)
+
+
+def _bits(value: float | bool | None) -> int:
+    """Return a number as a checksum takes it."""
+    if value is None:
+        raise ValueError("a number is missing")
+    return struct.unpack("<q", struct.pack("<d", value))[0] if type(value) is float else int(value)
+
+
+def _value(bits: int, kind: Any) -> float | bool | int:
+    """Return the number of this kind that a checksum takes for these bits, of 64."""
+    stored = struct.pack("<Q", bits % 2**64)
+    value = struct.unpack("<d" if str(kind) == "double" else "<q", stored)[0]
+    if str(kind) != "bool":
+        return value
+    if value not in (0, 1):
+        raise ValueError(f"expected a flag, got {value}")
+    return bool(value)
 
 
 def _mended(row: Chunks, place: int, kept: int, right: int) -> Chunks | None:

@@ -48,6 +48,8 @@ class Versions:
         self._sync = sync
         # Of none is it known at first: whoever wrote before may not have waited for the disk.
         self._synced: set[str] = set()
+        self._right: set[str] = set()
+        """Files of an index that were compared with their checksums."""
 
     @property
     def exists(self) -> bool:
@@ -63,12 +65,16 @@ class Versions:
         return True
 
     def open(
-        self, head: Head, pin: Pin | None, end_of: Callable[[str], bytes | None] | None
+        self,
+        head: Head,
+        pin: Pin | None,
+        end_of: Callable[[str], bytes | None] | None,
+        with_index: bool,
     ) -> Table:
         """Open the version that a head names, and compare it with what the log keeps of it.
 
         `end_of` gives what the log keeps of the ends of files, to put right those that are damaged;
-        None: nothing is changed.
+        None: nothing is changed. An index is compared where it is used.
 
         Raises:
             MemoryFileError: it is damaged, or no longer there.
@@ -77,6 +83,9 @@ class Versions:
         assert pinned is not None
         if self._folder is not None and pin is not None:
             pins.check(self._folder, pinned.version, pin, end_of)
+            damaged = pins.damaged_indices(self._folder, pin, self._right) if with_index else ()
+            if damaged:
+                raise MemoryFileError(damaged[0])
         with reading(f"version {pinned.version} of {self.uri!r}"):
             dataset = loaded_lance().dataset(
                 self.uri, version=pinned.version, storage_options=self._options
@@ -89,6 +98,12 @@ class Versions:
                 f"{head.generation!r}: it is not the table of this memory"
             )
         return Table(dataset, head.form, pinned, pin)
+
+    def damaged_indices(self, pin: Pin | None) -> list[str]:
+        """Say which files of an index are not what was written, as far as the log tells."""
+        if self._folder is None or pin is None:
+            return []
+        return pins.damaged_indices(self._folder, pin, set())
 
     def newest(self) -> tuple[Table, dict[str, str]]:
         """Return the newest version, and what it says of itself.

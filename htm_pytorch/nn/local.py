@@ -85,6 +85,7 @@ class LocalAttention(nn.Module):
         back = torch.arange(self.window - 1, -1, -1, device=keys.device)
         seen = (back <= filled.view(-1, 1)).unsqueeze(2)
         weights = torch.where(seen, scores, -torch.inf).softmax(1)
+        values = torch.where(seen.unsqueeze(3), values, 0)
         attended = (weights.unsqueeze(3) * values).sum(1, keepdim=True)
         return attended if attended.dtype == values.dtype else attended.to(values.dtype)
 
@@ -101,6 +102,10 @@ class LocalAttention(nn.Module):
         missing = -length % block
         blocks = (length + missing) // block
         pad = torch.nn.functional.pad
+        # A weight of 0 times what is not finite is no 0: it is left out, and told to who sees it.
+        broken = ~values.isfinite().flatten(2).all(2)
+        values = values.masked_fill(broken[..., None, None], 0)
+        broken = pad(broken, (0, missing)).unfold(1, block + past, block)
         queries = pad(queries, (0, 0, 0, 0, 0, missing)).unflatten(1, (blocks, block))
         keys, values = (
             pad(part, (0, 0, 0, 0, 0, missing)).unfold(1, block + past, block)
@@ -117,6 +122,8 @@ class LocalAttention(nn.Module):
         scores = scores.to(_exact(scores.dtype)) + self.distance_bias[:, distance.clamp(0, past)]
         weights = masked_softmax(scores, mask[:, :, None]).to(values.dtype)
         attended = torch.einsum("bnhqk,bnhek->bnqhe", weights, values)
+        sees_broken = (mask & broken[:, :, None]).any(3)
+        attended = attended.masked_fill(sees_broken[..., None, None], torch.nan)
         return attended.flatten(1, 2)[:, :length]
 
 

@@ -305,16 +305,23 @@ def in_place(recall: Recall, place: Tensor | None, exists: Tensor) -> Recall:
     return Recall(*parts)
 
 
-def _flatten(state: TransformerState) -> tuple[list[LayerState], None]:
-    return list(state.layers), None
+def _flatten(state: TransformerState) -> tuple[list[tuple[Any, ...]], None]:
+    # Torch takes None for a leaf: a layer without a memory is its window alone.
+    return [layer[1:] if layer.memory is None else layer for layer in state], None
 
 
 def _flatten_with_keys(state: TransformerState) -> tuple[list[Any], None]:
-    return [(pytree.SequenceKey(number), layer) for number, layer in enumerate(state)], None
+    return [
+        (pytree.SequenceKey(number), layer) for number, layer in enumerate(_flatten(state)[0])
+    ], None
 
 
 def _unflatten(layers: Iterable[Any], _: None) -> TransformerState:
-    return TransformerState(tuple(layers))
+    return TransformerState(
+        tuple(
+            layer if isinstance(layer, LayerState) else LayerState(None, *layer) for layer in layers
+        )
+    )
 
 
 pytree.register_pytree_node(

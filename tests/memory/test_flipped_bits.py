@@ -19,10 +19,14 @@ import torch
 from htm_pytorch import memory
 from htm_pytorch.memory import MemoryFileError, StoredMemory, folder_log, stored
 from htm_pytorch.memory.carved import sealed_lists, windows
+from htm_pytorch.memory.formats import Chunks, Format, Marks
 from htm_pytorch.memory.log import sealed
+from htm_pytorch.memory.rows import NUMBERS, encoded
+from htm_pytorch.memory.salvage_rows import determined
 from tests.memory.on_disk import DIM, SIZE, child, steps_from
 
 lance = pytest.importorskip("lance", reason="the extra `store` is not installed")
+pa = pytest.importorskip("pyarrow", reason="the extra `store` is not installed")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SECONDS = 30.0
@@ -136,16 +140,20 @@ def judge(whole: Path, pipe: Connection, truth: Truth) -> None:
             pipe.send(traceback.format_exc())
 
 
+def flip_in(folder: Path, flip: Flip) -> None:
+    file = folder / flip.file
+    content = bytearray(file.read_bytes())
+    content[flip.byte] ^= 1 << flip.bit
+    file.write_bytes(content)
+
+
 def complaint(whole: Path, flip: Flip, truth: Truth) -> str:
     damaged = whole.with_name("damaged")
 
     def anew() -> None:
         shutil.rmtree(damaged, ignore_errors=True)
         shutil.copytree(whole, damaged)
-        file = damaged / flip.file
-        content = bytearray(file.read_bytes())
-        content[flip.byte] ^= 1 << flip.bit
-        file.write_bytes(content)
+        flip_in(damaged, flip)
 
     was_said = False
     for search in ("exact", "index"):
@@ -249,6 +257,32 @@ def test_flipped_bits(tmp_path: Path, is_killed: bool) -> None:
     flip_bits(tmp_path, is_killed, 16, seed=1)
 
 
+def test_a_damaged_index_is_not_asked_and_keeps_nobody_from_reading(tmp_path: Path) -> None:
+    whole, draw = tmp_path / "whole", random.Random(0)
+    with child(write, whole, False) as (process, pipe):
+        truth = pipe.recv()
+        process.join(60)
+    for file in sorted(whole.rglob("*.idx")):
+        flip = Flip(str(file.relative_to(whole)), draw.randrange(file.stat().st_size), 7)
+        assert complaint(whole, flip, truth) == ""
+        damaged = tmp_path / "damaged"
+        with open_(damaged) as held:
+            first = held.next_step
+            held.append(steps_from(first, 50), times=torch.arange(first, first + 50.0))
+            held.build_index()
+        with open_(damaged, search="index", read_only=True) as held:
+            assert held.verify() == []
+        other = next((damaged / "chunks.lance").rglob(file.name))
+        flip_in(damaged, Flip(str(other.relative_to(damaged)), 0, 0))
+        with open_(damaged, read_only=True) as held:
+            assert held.steps == len(said_by(held))
+            (problem,) = held.verify()
+        assert "the index is damaged" in problem and WAY_OUT.search(problem)
+        for options in ({"search": "index", "read_only": True}, {}):
+            with pytest.raises(MemoryFileError, match="the index is damaged"):
+                open_(damaged, **options)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("is_killed", [False, True])
 @pytest.mark.parametrize("seed", range(5))
@@ -268,3 +302,42 @@ def test_windows_by_their_checksums() -> None:
     wanted = {zlib.crc32(data[at : at + 16]): data[at : at + 16] for at in (0, 111, 284)}
     assert windows(data, 16, {*wanted, 7}) == wanted
     assert windows(b"", 16, {7}) == {}
+
+
+def three_chunks(form: Format) -> Chunks:
+    counts = torch.tensor([SIZE, 2, 1], dtype=torch.int32)
+    steps = torch.randn(3, SIZE, DIM)
+    steps[torch.arange(SIZE) < SIZE - counts[:, None]] = 0
+    stored = form.encode(steps)
+    marks = Marks((5.0, 6.5), ("a", None))
+    return Chunks(
+        stored,
+        form.summarise(stored, counts),
+        counts,
+        torch.tensor([0, 7, 2**40]),
+        torch.tensor([0, SIZE, 2**62]),
+        torch.tensor([[torch.nan, torch.nan], [5.0, 6.5], [-1e300, torch.inf]]).double(),
+        torch.tensor([False, True, False]),
+        (None, marks, None),
+    )
+
+
+@pytest.mark.parametrize("missing", [*NUMBERS, "checksum"])
+def test_a_column_of_numbers_follows_from_the_others(missing: str) -> None:
+    form = Format(DIM, SIZE, torch.float32)
+    (batch,) = encoded(three_chunks(form), form, "")
+    found = determined(missing, batch.drop_columns([missing]), form)
+    assert found.type == batch[missing].type
+    assert found.to_numpy(zero_copy_only=False).tobytes() == (
+        batch[missing].to_numpy(zero_copy_only=False).tobytes()
+    )
+
+
+def test_what_the_others_rule_out_is_not_made_up() -> None:
+    form = Format(DIM, SIZE, torch.float32)
+    (batch,) = encoded(three_chunks(form), form, "")
+    with pytest.raises(ValueError, match="several numbers"):
+        determined("steps", batch.drop_columns(["steps", "episode"]), form)
+    other = batch.set_column(2, "steps", pa.array([SIZE, 3, 1], pa.int32()))
+    with pytest.raises(ValueError, match="expected a flag"):
+        determined("marked", other.drop_columns(["marked"]), form)

@@ -1,5 +1,7 @@
 """`HTMTransformer`: streamed = whole, and what must not matter does not."""
 
+import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -70,6 +72,51 @@ def test_streamed_equals_whole(
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-9, atol=1e-9)
     for one, other in zip(leaves(state), leaves(state_whole), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.integers(0, 29),
+    st.sampled_from([torch.nan, torch.inf, -torch.inf]),
+    st.lists(st.integers(1, 29), max_size=6),
+    st.sampled_from([0.05, 0.2]),
+    st.booleans(),
+    st.integers(1, 7),
+    st.sampled_from([0, 1, 4]),
+)
+def test_a_step_that_is_no_number_spoils_what_sees_it_and_nothing_else(
+    seed: int,
+    place: int,
+    value: float,
+    cuts: list[int],
+    border: float,
+    keep: bool,
+    window: int,
+    mem_chunks: int,
+) -> None:
+    torch.manual_seed(seed)
+    keep = keep and mem_chunks > 0
+    model = build(window=window, mem_chunks=mem_chunks, keep_across_episodes=keep)
+    x = torch.randn(2, 30, 12, dtype=torch.float64)
+    is_first = torch.rand(2, 30) < border
+    broken = x.clone()
+    broken[0, place] = value
+    with torch.no_grad():
+        clean, _ = model(x, is_first=is_first)
+        whole, _ = model(broken, is_first=is_first)
+        state, pieces = model.initial_state(2), []
+        for start, end in itertools.pairwise([0, *sorted(cuts), 30]):
+            y, state = model(broken[:, start:end], state, is_first[:, start:end])
+            pieces.append(y)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
+    close(torch.cat(pieces, 1), whole, equal_nan=True)
+    assert not whole[0, place].isfinite().any()
+    close(whole[1], clean[1])
+    close(whole[0, :place], clean[0, :place])
+    episodes = is_first[0].cumsum(0)
+    later = (episodes > episodes[place]) & (not keep)
+    close(whole[0, later], clean[0, later])
 
 
 def test_one_step_at_a_time_equals_500_at_once() -> None:

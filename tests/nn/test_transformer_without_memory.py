@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
 
 from htm_pytorch import HTMTransformer
 from htm_pytorch.nn import TransformerState
@@ -51,6 +52,29 @@ def test_only_the_window_is_seen() -> None:
     (grad,) = torch.autograd.grad(y[0, 11, 0], x)
     # Two layers of five steps reach eight steps back.
     assert not grad[0, :3].any() and grad[0, 3:].any(-1).all()
+
+
+def test_its_state_has_leaves_that_are_tensors() -> None:
+    model, x = make(), torch.randn(3, 7, 12)
+    _, state = model(x)
+    held = pytree.tree_leaves(state)
+    assert len(held) == 6 and all(isinstance(leaf, torch.Tensor) for leaf in held)
+    same = pytree.tree_map(lambda part: part[[0, 2]], state)
+    assert isinstance(same, TransformerState) and same.batch == 2
+    torch.testing.assert_close(model(x[[0, 2]], same)[0], model(x, state)[0][[0, 2]])
+    paths = [pytree.keystr(path) for path, _ in pytree.tree_leaves_with_path(state)]
+    assert paths == [f"[{layer}][{part}]" for layer in range(2) for part in range(3)]
+
+
+def test_it_compiles() -> None:
+    model, x = make(), torch.randn(3, 7, 12)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    state = state_eager = model.initial_state(3)
+    for _ in range(2):
+        y, state = compiled(x, state)
+        wanted, state_eager = model(x, state_eager)
+        torch.testing.assert_close(y, wanted)
+    assert isinstance(state, TransformerState)
 
 
 def test_its_state_is_a_value(tmp_path: Path) -> None:
