@@ -72,7 +72,7 @@ def add_memory(
 
     Raises:
         ValueError: there is no such layer, it has a memory already, or the model has no decoder
-            layers that can be found.
+            layers that can be found, or none whose attention is causal.
     """
     check_at_least("mem_chunks", mem_chunks, 1)
 
@@ -330,11 +330,22 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
         for module in model.modules():
             for layers in module.children():
                 if isinstance(layers, nn.ModuleList) and len(layers) == count:
+                    _check_causal(model, layers)
                     return module, layers
     raise ValueError(
         f"model: expected a decoder with a ModuleList of {count} layers (num_hidden_layers), got "
         f"{type(model).__name__} without one"
     )
+
+
+def _check_causal(model: PreTrainedModel, layers: nn.ModuleList) -> None:
+    """Raise where all attention sees what comes later: what it computes is of no step."""
+    said = [part.is_causal for part in layers.modules() if hasattr(part, "is_causal")]
+    if said and not any(said):
+        raise ValueError(
+            f"model: expected a causal one, as AutoModelForCausalLM.from_pretrained returns, got "
+            f"{type(model).__name__}, whose attention sees later tokens, too"
+        )
 
 
 def _call_of(model: PreTrainedModel) -> _Call:

@@ -317,6 +317,13 @@ def seq2seq() -> Any:
     return transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=9, **small))
 
 
+def bert() -> Any:
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    return transformers.BertModel(
+        transformers.BertConfig(vocab_size=9, num_hidden_layers=2, **small)
+    )
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
@@ -330,6 +337,7 @@ def seq2seq() -> Any:
         (lambda: load_memory("gpt2", "here"), "model: expected a model with a memory, got str"),  # pyright: ignore[reportArgumentType]
         (again, "layers: expected one memory a layer, got 1 twice"),
         (lambda: add_memory(seq2seq(), [0]), "model: expected a decoder .*got T5ForCond"),
+        (lambda: add_memory(bert(), [0]), "model: expected a causal one, .*got BertModel"),
         (lambda: add_stored_memory(llama(), [0], torch.zeros(1, 4, 4)), "memory: expected a mem"),  # pyright: ignore[reportArgumentType]
         (lambda: ask(cache=lambda m: StaticCache(m.config, max_cache_len=80)), "got StaticCache"),
         (lambda: ask(cache=filled), "got a DynamicCache of 60 tokens, whose memories are missing"),
