@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -211,16 +212,21 @@ def test_a_run_broken_off_again_and_again(
 
 
 @pytest.mark.slow
-def test_a_killed_command_goes_on(tmp_path: Path, finished: Path) -> None:
+@pytest.mark.usefixtures("one_thread")
+def test_a_command_that_is_killed_20_times_ends_as_one_that_was_not(tmp_path: Path) -> None:
     """SIGKILL, which no process can answer, at moments that nobody chose."""
+    draw = random.Random(0)
+    frames = 4 * 16 * 150
+    train(tiny(tmp_path / "whole", frames=frames))
     run_dir = tmp_path / "run"
-    options = {**TINY, **ROLLOUTS["steps"], "run_dir": run_dir}
+    options = {**TINY, **ROLLOUTS["steps"], "run_dir": run_dir, "frames": frames}
     env = options.pop("env")
     given = []
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
         given += [flag] if value is True else [f"{flag}={value}"]
-    for _ in range(2):
+    path = run_dir / "metrics.csv"
+    for _ in range(20):
         process = subprocess.Popen(
             [sys.executable, "-m", "htm_pytorch", "train", env, "--resume", *given],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -228,17 +234,23 @@ def test_a_killed_command_goes_on(tmp_path: Path, finished: Path) -> None:
             stderr=subprocess.DEVNULL,
         )
         try:
-            path, deadline = run_dir / "metrics.csv", time.monotonic() + 120
-            rows = len(path.read_text().splitlines()) if path.exists() else 0
-            while process.poll() is None and time.monotonic() < deadline:
-                if path.exists() and len(path.read_text().splitlines()) > rows + 2:
-                    break
+            # Some while they begin, or between two checkpoints, so that they have done nothing.
+            wanted = _rows(path) + draw.randrange(6)
+            deadline = time.monotonic() + 120
+            while process.poll() is None and time.monotonic() < deadline and _rows(path) < wanted:
                 time.sleep(0.002)
+            time.sleep(draw.uniform(0, 0.05))
+            assert process.poll() is None, "it was killed while it ran"
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()
-    train(tiny(run_dir, resume=True))
-    assert_same_run(run_dir, finished)
+    assert 0 < _rows(path) < 150
+    train(tiny(run_dir, frames=frames, resume=True))
+    assert_same_run(run_dir, tmp_path / "whole")
+
+
+def _rows(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def test_a_finished_run_can_be_made_longer(unbroken: tuple[str, Path], tmp_path: Path) -> None:
