@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Self
 
 from htm_pytorch.memory.files import MemoryFileError
-from htm_pytorch.memory.folder_log import FolderLog, LogFile
+from htm_pytorch.memory.folder_log import FolderLog
 from htm_pytorch.memory.formats import Format
 from htm_pytorch.memory.lance_access import is_damage
 from htm_pytorch.memory.log import REPAIR, Contents, Head, Log, Pin, Record, check_records
+from htm_pytorch.memory.log_file import LogFile
 from htm_pytorch.memory.object_log import EARLIER, ObjectLog, decoded, is_object
 from htm_pytorch.memory.place import Place
 from htm_pytorch.memory.table import Table, holes
@@ -208,7 +209,7 @@ def in_folder(place: Place, sync: bool, read_only: bool) -> Log | None:
         if read_only:
             return EarlierLog.of_format_1(versions, path.read_bytes, where)
         found = _widened(versions, path.read_bytes(), where)
-    return FolderLog(LogFile.create(path, {"": found}, sync=sync))
+    return FolderLog(LogFile.create(path, {"": found}, sync=sync), tails=place.tails)
 
 
 def in_object_store(place: Place, log: ObjectLog, read_only: bool) -> Log:

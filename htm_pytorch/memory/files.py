@@ -85,6 +85,11 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def sync_data(file: int) -> None:
+    """Wait until the disk has the bytes of a file that is open under this number."""
+    getattr(os, "fdatasync", os.fsync)(file)
+
+
 def sync_folder(path: Path) -> None:
     """Wait until the disk has the names in a folder, where the system can say so."""
     if os.name == "posix":

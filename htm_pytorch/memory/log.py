@@ -2,12 +2,13 @@
 
 A `Log` changes in transactions: a new `Head`, and records that come or go with it, all or none.
 What it answers is what the last transaction left, so the head says which version of the table
-counts. `folder_log.FolderLog` is in an SQLite file, `object_log.ObjectLog` is one object in an
-object store.
+counts. `folder_log.FolderLog` is in an SQLite file and the tail behind it, `object_log.ObjectLog`
+is one object in an object store.
 """
 
 import json
 import os
+import re
 import struct
 import zlib
 from collections.abc import Sequence
@@ -18,7 +19,12 @@ import torch
 from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.formats import Format
 
-FORMAT = 2
+FORMAT = 3
+"""The newest format; heads of those before are read."""
+_WITHOUT_TAIL = 2
+"""The format of a head that names no tail: earlier releases read it."""
+TAIL_NAME = re.compile("[0-9a-f]{32}")
+"""What a tail may be called."""
 _JSON = json.JSONEncoder(separators=(",", ":"))
 Range = tuple[int, int]
 """Steps from a first one up to, and without, a last one."""
@@ -88,9 +94,14 @@ class Head(NamedTuple):
         at = self.generation, self.sequence
         return self.sequence > 0 and at == (known.generation, known.sequence)
 
-    def encode(self) -> bytes:
-        """Return it as bytes, behind a checksum."""
-        body = {**self._asdict(), "format": FORMAT}
+    def encode(self, tail: str = "") -> bytes:
+        """Return it as bytes, behind a checksum.
+
+        `tail` names the file that goes on where this head ends; see `tail`.
+        """
+        body = {**self._asdict(), "format": FORMAT if tail else _WITHOUT_TAIL}
+        if tail:
+            body["tail"] = tail
         if self.table is not None:
             body["table"] = self.table._asdict()
         return sealed(_JSON.encode(body).encode())
@@ -102,14 +113,27 @@ class Head(NamedTuple):
         Raises:
             ValueError: they are damaged, or of another format.
         """
+        return cls.with_tail(stored)[0]
+
+    @classmethod
+    def with_tail(cls, stored: bytes) -> tuple[Self, str]:
+        """Return the head that `encode` made these bytes of, and the name of its tail, if any.
+
+        Raises:
+            ValueError: they are damaged, or of another format.
+        """
         body = json.loads(unsealed(stored))
-        if body.pop("format") != FORMAT:
+        if body.pop("format") not in (_WITHOUT_TAIL, FORMAT):
             raise OtherFormatError("it is of another format; a newer release reads it")
         if body["table"] is not None:
             body["table"] = Pinned(**body["table"])
         for name in ("forgotten", "lost"):
             body[name] = tuple((start, end) for start, end in body[name])
-        return cls(**body)
+        tail = body.pop("tail", "")
+        if tail and not TAIL_NAME.fullmatch(tail):
+            # It is to name a file of the memory, whoever has written this.
+            raise ValueError(f"{tail!r} is no name of a tail")
+        return cls(**body), tail
 
 
 class Record(NamedTuple):
@@ -128,6 +152,11 @@ class Record(NamedTuple):
     closes: bool
     """Whether the chunk that they end in is closed, however short it is."""
     steps: bytes
+
+    @property
+    def size(self) -> int:
+        """How many bytes its steps have, and characters its keys."""
+        return len(self.steps) + sum(len(key) for key in self.keys if key is not None)
 
     def encode(self) -> bytes:
         """Return it as bytes, behind a checksum."""

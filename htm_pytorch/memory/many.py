@@ -12,9 +12,10 @@ from torch import Tensor
 
 from htm_pytorch.memory import entries, forks, place
 from htm_pytorch.memory.files import MemoryFileError
-from htm_pytorch.memory.folder_log import FolderLog, LogFile, says_many
+from htm_pytorch.memory.folder_log import FolderLog
 from htm_pytorch.memory.formats import CPU
 from htm_pytorch.memory.log import REPAIR, Contents, Head, Record
+from htm_pytorch.memory.log_file import LogFile, says_many
 from htm_pytorch.memory.opening import check_agrees, checked
 from htm_pytorch.memory.place import Lock, Place
 from htm_pytorch.memory.state import State

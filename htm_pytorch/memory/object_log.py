@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from htm_pytorch.memory.files import MemoryFileError
-from htm_pytorch.memory.folder_log import FolderLog, LogFile
+from htm_pytorch.memory.folder_log import FolderLog, named_tail
 from htm_pytorch.memory.log import (
     REPAIR,
     Contents,
@@ -26,6 +26,7 @@ from htm_pytorch.memory.log import (
     unknown,
     unsealed,
 )
+from htm_pytorch.memory.log_file import LogFile
 from htm_pytorch.memory.object_store import Objects, Replaced
 from htm_pytorch.memory.place import Place
 
@@ -33,6 +34,8 @@ MAGIC = b"HTMLOG02"
 NAME = "journal"
 EARLIER = "journal.lance"
 """The name that the log of format 1 had, which was a table."""
+TAILS = "tails"
+"""Where the log of a memory goes on that was copied from a folder."""
 _FOLDERS = b"SQLite format 3\0"
 """What a log begins with that was copied from a folder."""
 _NUMBER_BYTES = 16
@@ -116,8 +119,9 @@ class ObjectLog:
         self._objects.reopen()
 
     def purge(self) -> None:
-        """Leave no byte of records that are no more: only an earlier format left any."""
-        self._objects.delete(self._objects.sizes(EARLIER))
+        """Leave no byte of records that are no more: an earlier format left some, or a folder."""
+        for folder in (EARLIER, TAILS):
+            self._objects.delete(self._objects.sizes(folder))
 
     def problems(self) -> list[str]:
         """Return what is wrong with the object."""
@@ -185,11 +189,41 @@ class ObjectLog:
 
     def _taken_apart(self, body: bytes, tag: dict[str, str]) -> _Object:
         if body.startswith(_FOLDERS):
-            found = _of_folder(body, self.where)
+            found = self._of_folder(body)
             return _Object(b"", tag, found.head, [record.encode() for record in found.records])
         with _damage(self.where):
             number, head, records = _parts(body)
             return _Object(number, tag, Head.decode(head), records)
+
+    def _tail_of_folder(self, tail: str) -> bytes:
+        try:
+            found = self._objects.get(f"{TAILS}/{tail}")
+        except FileNotFoundError as error:
+            raise MemoryFileError(
+                f"{self.where} goes on in {TAILS}/{tail}, which is not there; copy that, too, or "
+                f"{REPAIR}"
+            ) from error
+        assert found is not None
+        return found.body
+
+    def _of_folder(self, body: bytes) -> Contents:
+        """Return what is in the log of a memory that was copied from a folder."""
+        with tempfile.TemporaryDirectory(prefix="htm_pytorch-") as folder:
+            path, tails = Path(folder, NAME), Path(folder, TAILS)
+            path.write_bytes(body)
+            file = LogFile(path)
+            file.where = self.where
+            with contextlib.closing(file):
+                tail = named_tail(file)
+                if tail:
+                    tails.mkdir()
+                    (tails / tail).write_bytes(self._tail_of_folder(tail))
+                contents = FolderLog(file, tails=tails).read()
+        if contents is None:
+            raise MemoryFileError(
+                f"{self.where} is that of many memories, which only a folder can hold"
+            )
+        return contents
 
 
 def is_object(body: bytes) -> bool:
@@ -237,20 +271,6 @@ def _damage(where: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, KeyError, struct.error) as error:
         raise MemoryFileError(f"{where} is damaged ({error}); {REPAIR}") from error
-
-
-def _of_folder(body: bytes, where: str) -> Contents:
-    """Return what is in the log of a memory that was copied from a folder."""
-    with tempfile.TemporaryDirectory(prefix="htm_pytorch-") as folder:
-        path = Path(folder, NAME)
-        path.write_bytes(body)
-        file = LogFile(path)
-        file.where = where
-        with contextlib.closing(file):
-            found = FolderLog(file).read()
-    if found is None:
-        raise MemoryFileError(f"{where} is that of many memories, which only a folder can hold")
-    return found
 
 
 def _parts(body: bytes) -> tuple[bytes, bytes, list[bytes]]:

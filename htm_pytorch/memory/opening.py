@@ -8,10 +8,11 @@ import torch
 
 from htm_pytorch.memory import earlier, index, place
 from htm_pytorch.memory.files import MemoryFileError
-from htm_pytorch.memory.folder_log import FolderLog, LogFile
+from htm_pytorch.memory.folder_log import FolderLog
 from htm_pytorch.memory.formats import DTYPES, Format
 from htm_pytorch.memory.lance_access import load_engine
 from htm_pytorch.memory.log import REPAIR, Contents, Head, Log
+from htm_pytorch.memory.log_file import LogFile
 from htm_pytorch.memory.object_log import ObjectLog
 from htm_pytorch.memory.place import MARKER, Lock, Place
 from htm_pytorch.memory.stored import ExactMemory, IndexedMemory, StoredMemory
@@ -154,7 +155,7 @@ def _log(where: Place, form: Format | None, read_only: bool, sync: bool) -> Log:
         if not read_only:
             # Where whoever made it did not come to that.
             place.mark(where.folder, sync)
-        return FolderLog(file)
+        return FolderLog(file, tails=where.tails)
     if any((where.folder / name).exists() for name in (MARKER, "chunks.lance")):
         raise MemoryFileError(
             f"{str(path)!r} is gone, and with it the newest steps of this memory; put it back, or "
@@ -164,4 +165,4 @@ def _log(where: Place, form: Format | None, read_only: bool, sync: bool) -> Log:
         raise FileNotFoundError(place.NO_MEMORY.format(where.uri))
     file = LogFile.create(path, {"": Contents(Head.first(form), [])}, sync=sync)
     place.mark(where.folder, sync)
-    return FolderLog(file)
+    return FolderLog(file, tails=where.tails)

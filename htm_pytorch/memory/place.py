@@ -21,6 +21,7 @@ _TEXT = """\
 This folder is a memory of htm_pytorch. Please leave all of its files together.
 
 journal         the newest steps, and what counts of the rest (an SQLite file)
+tails           the very newest steps, which the journal does not hold yet
 journal-journal, while it is open for writing: part of the journal
 chunks.lance    the other steps (a Lance table)
 lock            held by the one process that writes
@@ -43,6 +44,12 @@ class Place(NamedTuple):
         """The file of the log."""
         assert self.folder is not None
         return self.folder / "journal"
+
+    @property
+    def tails(self) -> Path:
+        """The folder of what the log goes on with."""
+        assert self.folder is not None
+        return self.folder / "tails"
 
 
 def find(uri: str | os.PathLike[str], storage_options: dict[str, str] | None) -> Place:

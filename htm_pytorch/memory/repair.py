@@ -18,9 +18,9 @@ from torch import Tensor
 
 from htm_pytorch.memory import place
 from htm_pytorch.memory.files import MemoryFileError, sync_folder
-from htm_pytorch.memory.folder_log import LogFile, says_many
 from htm_pytorch.memory.formats import CPU, Chunks, Format
 from htm_pytorch.memory.log import Contents, Head, Range, Record, merged
+from htm_pytorch.memory.log_file import LogFile, says_many
 from htm_pytorch.memory.open_chunk import Batch, OpenChunk
 from htm_pytorch.memory.opening import open_memory
 from htm_pytorch.memory.place import Lock, Place
@@ -30,7 +30,7 @@ from htm_pytorch.memory.salvage_rows import DamagedRows, SalvagedRow
 from htm_pytorch.memory.versions import Versions
 
 _NEW = ".repaired"
-_PARTS = ("journal", "journal-journal", "chunks.lance")
+_PARTS = ("journal", "journal-journal", "tails", "chunks.lance")
 
 
 class Report(NamedTuple):

@@ -5,10 +5,10 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from htm_pytorch.memory import carved, earlier, object_log, pins
+from htm_pytorch.memory import carved, earlier, object_log, pins, tail
 from htm_pytorch.memory.files import MemoryFileError
-from htm_pytorch.memory.folder_log import LogFile
 from htm_pytorch.memory.log import Head, Pin, Record, unsealed
+from htm_pytorch.memory.log_file import LogFile
 from htm_pytorch.memory.place import Place
 from htm_pytorch.memory.rows import facts_of
 from htm_pytorch.memory.versions import Versions
@@ -28,14 +28,14 @@ def salvaged_log(where: Place) -> tuple[Head | None, list[Record], Pin | None]:
         found, records = object_log.salvaged(body)
         records.sort(key=lambda record: record.first_step)
         return next(iter(found), None), records, None
-    heads: list[Head] = []
+    heads: list[tuple[Head, str]] = []
     records: list[Record] = []
     pin: Pin | None = None
     with contextlib.closing(LogFile(path)) as file:
         for table in ("heads", "spare_heads"):
             for (body,) in _rows(file, f"SELECT body FROM {table}"):
                 with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-                    heads.append(Head.decode(body))
+                    heads.append(Head.with_tail(body))
         for (body,) in _rows(file, "SELECT body FROM pins"):
             with contextlib.suppress(ValueError):
                 unsealed(body)
@@ -47,13 +47,33 @@ def salvaged_log(where: Place) -> tuple[Head | None, list[Record], Pin | None]:
     if not is_whole:
         found = [body for _, body in carved.blobs(path.read_bytes())]
         if not heads:
-            heads = list(_decoded(found, Head.decode))
+            heads = list(_decoded(found, Head.with_tail))
         known = {record.first_step for record in records}
         records += [
             record for record in _decoded(found, Record.decode) if record.first_step not in known
         ]
+    head, name = max(heads, key=lambda found: found[0].sequence, default=(None, ""))
+    entries = tail.salvaged(where.tails, name) if name or head is None else []
+    for newest, record in _counting(entries, head):
+        head = newest
+        records.append(record)
     records.sort(key=lambda record: record.first_step)
-    return max(heads, key=lambda head: head.sequence, default=None), records, pin
+    return head, records, pin
+
+
+def _counting(entries: Sequence[tail.Entry], head: Head | None) -> list[tuple[Head, Record]]:
+    """Return what those of all entries, in their order, say that came after `head`.
+
+    Where no head can be read, those after which there was no change of another kind: what is before
+    one may be forgotten.
+    """
+    start = 0 if head is None else head.sequence + 1
+    if head is None:
+        for before, entry in zip(entries, entries[1:], strict=False):
+            if entry.sequence > before.sequence + 1:
+                start = entry.sequence
+    found = [(Head.decode(entry.head), entry.record) for entry in entries]
+    return [one for one in found if one[0].sequence >= start]
 
 
 def _rows(file: LogFile, query: str) -> list[tuple[Any, ...]]:

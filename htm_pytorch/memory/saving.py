@@ -6,8 +6,8 @@ from pathlib import Path
 
 from htm_pytorch.memory import answers, entries
 from htm_pytorch.memory.files import sync_folder
-from htm_pytorch.memory.folder_log import LogFile
 from htm_pytorch.memory.log import Contents
+from htm_pytorch.memory.log_file import LogFile
 from htm_pytorch.memory.place import Place, mark
 from htm_pytorch.memory.state import State
 from htm_pytorch.memory.versions import Versions

@@ -26,15 +26,16 @@ class SqliteFile:
     """A file with tables, of which a transaction changes all or nothing.
 
     With `sync` a change survives a loss of power. There is a rollback journal and no write-ahead
-    log, so that this one file holds all that was acknowledged at any moment, and a reader needs no
-    right to write. The rollback journal stays between transactions, with nothing of use in it.
+    log: a flipped bit in one would drop without a word what was acknowledged, and readers would
+    need the right to write. The rollback journal stays between transactions, with nothing of use in
+    it.
     """
 
     def __init__(self, path: Path, *, sync: bool = True, read_only: bool = False):
         self.path = path
         self.where = f"the log {str(path)!r}"
-        self._sync = sync
-        self._read_only = read_only
+        self.sync = sync
+        self.is_read_only = read_only
         self._connection: sqlite3.Connection | None = None
         self._copied: tempfile.TemporaryDirectory[str] | None = None
         self.mutex = threading.RLock()
@@ -61,7 +62,7 @@ class SqliteFile:
             self.close()
         if self._beside.exists():
             raise OSError(f"{str(self._beside)!r} cannot be removed; nothing is lost, try again")
-        if self._sync:
+        if self.sync:
             sync_folder(self.path.parent)
 
     def save(self, path: Path) -> None:
@@ -85,7 +86,7 @@ class SqliteFile:
         with self.mutex:
             connection, self._connection = self._connection, None
             if connection is not None:
-                if not self._read_only:
+                if not self.is_read_only:
                     # Removes what is beside the file, where nobody needs it.
                     with contextlib.suppress(sqlite3.Error):
                         connection.execute("PRAGMA journal_mode = DELETE")
@@ -99,7 +100,7 @@ class SqliteFile:
         _inherited.append((self._connection, self._copied))
         self._connection = self._copied = None
         self.mutex = threading.RLock()
-        self._read_only = True
+        self.is_read_only = True
 
     def look_again(self) -> None:
         """Let go of the file, where another one is in its place by now.
@@ -128,11 +129,11 @@ class SqliteFile:
             self._opened = _identity(self.path)
             if self._opened is None:
                 raise MemoryFileError(f"{self.where} is gone; {REPAIR}")
-            if not self._read_only:
-                self._connection = connect(self.path, "rw", self._sync)
+            if not self.is_read_only:
+                self._connection = connect(self.path, "rw", self.sync)
             elif os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK):
                 # To take back what a process that was killed has left half done.
-                self._connection = connect(self.path, "rw", self._sync)
+                self._connection = connect(self.path, "rw", self.sync)
                 self._connection.execute("PRAGMA query_only = ON")
             else:
                 self._connection = self._open_elsewhere()
@@ -142,7 +143,7 @@ class SqliteFile:
         """Open the file where nothing can be written beside it."""
         self._is_fixed = True
         if not self._is_unfinished():
-            return connect(self.path, "ro", self._sync)
+            return connect(self.path, "ro", self.sync)
         self._copied = tempfile.TemporaryDirectory(prefix="htm_pytorch-")
         for path in (self._beside, self.path):
             shutil.copy(path, self._copied.name)
@@ -201,8 +202,9 @@ class _Transaction:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
-            if error is None:
-                self._file.connected().execute("COMMIT")
+            connection = self._file.connected()
+            if error is None and connection.in_transaction:
+                connection.execute("COMMIT")
         except BaseException as failed:
             self._undo()
             if isinstance(failed, sqlite3.Error):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch import memory
-from htm_pytorch.memory import StoredMemory, stored, versions
+from htm_pytorch.memory import StoredMemory, folder_log, stored, versions
 
 ROOT = Path(__file__).parents[2]
 CALLS = (
@@ -374,8 +374,13 @@ def _contents(
 # What is written, and what must be there.
 
 SIZE, DIM = 4, 3
-SMALL = {"GROUP_BYTES": 5 * SIZE * DIM * 4, "MOST_SMALL": 4}
-"""Of a table: so that versions come often, and are joined often."""
+SMALL = (
+    (stored, "GROUP_BYTES", 5 * SIZE * DIM * 4),
+    (versions, "MOST_SMALL", 4),
+    (folder_log, "FULL", 2000),
+    (folder_log, "WORN", 1000),
+)
+"""So that versions of a table come often, and are joined often, and tails are replaced often."""
 
 
 class Step(NamedTuple):
@@ -471,7 +476,8 @@ def open_for_writing(place: Path, sync: bool = True) -> StoredMemory:
 
 def write(here: Path, script: int) -> None:
     """Run a script, and say of each call that it has returned."""
-    stored.GROUP_BYTES, versions.MOST_SMALL = SMALL["GROUP_BYTES"], SMALL["MOST_SMALL"]
+    for bound in SMALL:
+        setattr(*bound)
     acks = os.open(here / "acks", os.O_CREAT | os.O_WRONLY)
     held, appended = open_for_writing(here / "disk" / "m"), 0
     os.write(acks, b"1 open\n")

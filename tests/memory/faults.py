@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from htm_pytorch import memory
-from htm_pytorch.memory import catalog, folder_log, table, versions
+from htm_pytorch.memory import catalog, folder_log, log_file, table, tail, versions
 
 OURS: tuple[ModuleType, ...] = tuple(
     importlib.import_module(f"htm_pytorch.memory.{found.name}")
@@ -21,7 +21,10 @@ OURS: tuple[ModuleType, ...] = tuple(
 METHODS: dict[str, tuple[type, str]] = {
     "write": (folder_log.FolderLog, "write"),
     "read": (folder_log.FolderLog, "read"),
-    "purge": (folder_log.LogFile, "purge"),
+    "purge": (log_file.LogFile, "purge"),
+    "entry": (tail.Tail, "append"),
+    "follow": (tail.Tail, "follow"),
+    "set_aside": (tail.Tail, "set_aside"),
     "append": (versions.Versions, "append"),
     "join": (versions.Versions, "join"),
     "without": (versions.Versions, "without"),
@@ -37,7 +40,10 @@ FUNCTIONS = {
     "sync_file": "sync_file",
     "sync_folder": "sync_folder",
     # Everything of a transaction but for its end.
-    "put": "_put",
+    "put": "put_changes",
+    "sync_data": "sync_data",
+    "make": "make",
+    "remove_others": "remove_others",
 }
 SEAMS = (*METHODS, *FUNCTIONS)
 

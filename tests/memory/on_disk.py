@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch import memory
-from htm_pytorch.memory import StoredMemory, stored, versions
+from htm_pytorch.memory import StoredMemory, folder_log, stored, versions
 
 SIZE, DIM = 4, 6
 
@@ -65,6 +65,7 @@ def write_until_killed(
     """Append pieces of any length and say how many steps are stored, until something kills us."""
     stored.GROUP_BYTES = 20 * SIZE * DIM * 4
     versions.MOST_SMALL = 4
+    folder_log.FULL, folder_log.WORN = 12_000, 6_000
     draw = random.Random(seed)
     held = make(path, sync=before is not None)
     if before is not None:

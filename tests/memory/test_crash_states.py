@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("lance", reason="the extra `store` is not installed")
 
 from htm_pytorch import memory
-from htm_pytorch.memory import StoredMemory, stored, versions
+from htm_pytorch.memory import StoredMemory
 from tests.memory.crash_states import (
     SIZE,
     SMALL,
@@ -176,8 +176,8 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = why_not()
     if reason is not None:
         pytest.skip(reason)
-    monkeypatch.setattr(stored, "GROUP_BYTES", SMALL["GROUP_BYTES"])
-    monkeypatch.setattr(versions, "MOST_SMALL", SMALL["MOST_SMALL"])
+    for bound in SMALL:
+        monkeypatch.setattr(*bound)
 
 
 @pytest.mark.usefixtures("traced")
@@ -198,7 +198,8 @@ def test_what_was_compacted_away_does_not_come_back() -> None:
 def test_an_empty_manifest_where_no_version_counts_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stored, "GROUP_BYTES", SMALL["GROUP_BYTES"])
+    for bound in SMALL:
+        monkeypatch.setattr(*bound)
     held = open_for_writing(tmp_path / "m", sync=False)
     versions = tmp_path / "m" / "chunks.lance" / "_versions"
     versions.mkdir(parents=True)
@@ -219,7 +220,8 @@ def test_a_loss_of_power_loses_nothing_in_thousands_of_states(script: int) -> No
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    stored.GROUP_BYTES, versions.MOST_SMALL = SMALL["GROUP_BYTES"], SMALL["MOST_SMALL"]
+    for bound in SMALL:
+        setattr(*bound)
     script, first, last = (int(argument) for argument in sys.argv[1:])
     opened, told = explore(script, range(first, last))
     print(f"{opened} states opened, {len(told)} wrong", *told, sep="\n")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from htm_pytorch.memory import StoredMemory, stored, versions
+from htm_pytorch.memory import StoredMemory, folder_log, stored, versions
 from tests.memory.on_disk import DIM, SIZE, child, look, make, steps_from
 from tests.memory.plain_memory import Plain, assert_shows, expected_of, shown_by
 
@@ -46,7 +46,8 @@ def plain_past(steps: int, forgotten: int = 0) -> Plain:
 
 
 def make_small() -> None:
-    """Let the table have many versions, in this process."""
+    """Let the table have many versions, and the log many tails, in this process."""
+    folder_log.FULL, folder_log.WORN = 12_000, 6_000
     stored.GROUP_BYTES = 20 * SIZE * DIM * 4
     versions.MOST_SMALL = 4
 

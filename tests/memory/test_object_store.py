@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from htm_pytorch import memory
+from htm_pytorch.memory import MemoryFileError
 from tests.memory.in_object_store import (
     DIM,
     assert_holds,
@@ -121,13 +122,22 @@ def test_a_memory_can_be_copied_there_and_back(s3: S3Server, place: str, tmp_pat
         assert held.verify() == []
     with memory.open(tmp_path / "copy", read_only=True, cache_bytes=0) as held:
         assert numbers(held) == list(range(95))
+    (tail,) = (tmp_path / "copy" / "tails").iterdir()
     back = s3.place()
     uploaded(s3, tmp_path / "copy", back)
     assert_holds(s3, back, list(range(95)))
+    s3.store.delete(f"{folder_of(back)}/tails/{tail.name}")
+    with pytest.raises(MemoryFileError, match=f"{tail.name}, which is not there.*memory repair"):
+        made(s3, back)
+    uploaded(s3, tmp_path / "copy", back)
     with made(s3, back) as held:
         held.append(numbered(95, 1)).compact()
+        assert f"tails/{tail.name}" in {name.partition("/")[2] for name in bodies(s3, back)}
         with made(s3, back) as other:
             other.append(numbered(96, 1))
         with pytest.raises(BlockingIOError):
             held.append(numbered(97, 1))
     assert_holds(s3, back, list(range(97)))
+    with made(s3, back) as held:
+        held.forget(before_step=20).compact()
+    assert not [name for name in bodies(s3, back) if tail.name in name]

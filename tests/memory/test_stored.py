@@ -308,7 +308,7 @@ def test_a_table_of_something_else(tmp_path: Path) -> None:
 
 def test_a_later_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("htm_pytorch.memory.log.FORMAT", 3)
+        patch.setattr("htm_pytorch.memory.log._WITHOUT_TAIL", 4)
         make(tmp_path / "next").close()
     for options in ({}, {"read_only": True}):
         with pytest.raises(MemoryFileError, match="of another format") as raised:

@@ -3,6 +3,7 @@
 import os
 import random
 import resource
+import shutil
 import signal
 import sqlite3
 import tempfile
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from htm_pytorch import HTMAttention
-from htm_pytorch.memory import MemoryFileError, StoredMemory, stored, table
+from htm_pytorch.memory import MemoryFileError, StoredMemory, folder_log, stored, table
 from tests.memory.faults import Fault, die_at, everywhere, failing
 from tests.memory.on_disk import (
     SIZE,
@@ -185,7 +186,8 @@ def test_a_journal_of_something_else(tmp_path: Path, content: bytes) -> None:
     assert_refused(tmp_path / "m", "journal")
 
 
-def test_a_damaged_record(tmp_path: Path) -> None:
+def test_a_damaged_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_log, "MOST_BYTES", 0)
     held = make(tmp_path / "m").append(steps_from(0, 2)).append(steps_from(2, 9))
     held.append(steps_from(11, 1))
     flip(tmp_path / "m" / "journal", steps_from(2, 9).numpy().tobytes())
@@ -485,7 +487,9 @@ def test_another_memory_in_the_same_place_is_seen(tmp_path: Path) -> None:
     make(tmp_path / "m").append(steps_from(0, 5)).close()
     make(tmp_path / "other").append(steps_from(5, 5)).close()
     reader = look(tmp_path / "m")
-    (tmp_path / "other/journal").replace(tmp_path / "m/journal")
+    shutil.rmtree(tmp_path / "m/tails")
+    for name in ("journal", "tails"):
+        (tmp_path / "other" / name).replace(tmp_path / "m" / name)
     assert torch.equal(reader.refresh().read(0, 5), steps_from(5, 5))
     reader.close()
 

@@ -93,8 +93,15 @@ def past(path: Path) -> Plain:
     return plain_past(27)
 
 
+def append_behind_another_tail(held: StoredMemory) -> None:
+    log: Any = held._log
+    log._doubtful = log._tail.path.name
+    held.append(steps_from(27, 2), times=1.0)
+
+
 CALLS: dict[str, Callable[[StoredMemory], Any]] = {
     "append": lambda held: held.append(steps_from(27, 2), times=1.0),
+    "append behind another tail": append_behind_another_tail,
     "append to the table": lambda held: held.append(steps_from(27, 12), times=1.0),
     "flush": lambda held: held.flush(),
     "forget": lambda held: held.forget(before_step=6),
@@ -107,6 +114,7 @@ CALLS: dict[str, Callable[[StoredMemory], Any]] = {
 }
 AFTER: dict[str, Plain] = {
     "append": plain_past(29),
+    "append behind another tail": plain_past(29),
     "append to the table": plain_past(39),
     "forget": plain_past(27).without(lambda step: step.number < 6),
     "reset": Plain(SIZE),

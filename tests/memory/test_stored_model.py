@@ -31,7 +31,7 @@ from hypothesis.stateful import (
 )
 
 from htm_pytorch import HTMAttention, memory
-from htm_pytorch.memory import MemoryFileError, StoredMemory, stored, versions
+from htm_pytorch.memory import MemoryFileError, StoredMemory, folder_log, stored, versions
 from htm_pytorch.ops import recall_with_weights
 from tests.helpers import assert_near
 from tests.memory.any_changes import (
@@ -93,6 +93,8 @@ class AnyCalls(RuleBasedStateMachine):
         chunk = self.changes.form.chunk_bytes
         self.patch.setattr(stored, "GROUP_BYTES", 3 * chunk)
         self.patch.setattr(versions, "MOST_SMALL", 4)
+        self.patch.setattr(folder_log, "FULL", 3000)
+        self.patch.setattr(folder_log, "WORN", 1500)
         everywhere(self.patch, "SMALL_BYTES", 5 * chunk)
         everywhere(self.patch, "FRAGMENT_BYTES", 8 * chunk)
         everywhere(self.patch, "BATCH_BYTES", 3 * chunk)
