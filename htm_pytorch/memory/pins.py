@@ -104,8 +104,9 @@ def damaged_indices(folder: Path, kept: Pin, known: set[str]) -> list[str]:
             known.add(name)
         else:
             damaged.append(
-                f"the index is damaged: {str(folder / name)!r}; where it was just compacted, "
-                f"`refresh()` or open it again; else {REPAIR}, without the index"
+                f"the index is damaged ({str(folder / name)!r}); all else is unharmed. "
+                "memory.open(uri).build_index() makes another; where its writer has just "
+                "compacted, `refresh()` or open it again"
             )
     return damaged
 

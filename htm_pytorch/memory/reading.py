@@ -356,8 +356,7 @@ class Reading:
                 elif table is None or table.pinned != head.table:
                     assert self._versions is not None
                     end_of = None if self.read_only else self._log.end
-                    # A writer extends it.
-                    with_index = not (self.read_only and self.holds_summaries)
+                    with_index = not self.holds_summaries
                     table = self._versions.open(head, contents.pin, end_of, with_index)
                 return follow(before, contents, table, self.holds_summaries)
             except MemoryFileError:

@@ -302,9 +302,9 @@ class StoredMemory(Reading):
         if was_indexed and not table.length:
             table = versions.drop_index(table)
         elif was_indexed:
-            # An index that was built with what is forgotten still tells of it.
-            renew = versions.build_index if now.head.purge else versions.extend_index
-            table = renew(table)
+            # One that was built with what is forgotten still tells of it; a damaged one is gone.
+            is_sound = not now.head.purge and versions.is_indexed(table)
+            table = (versions.extend_index if is_sound else versions.build_index)(table)
         others = versions.others(table) if now.head.purge else ()
         now = self._replace_table(now, table)
         versions.clean(table, everything=now.head.purge, others=others)

@@ -6,6 +6,7 @@ name never was.
 
 import datetime
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,7 @@ class Versions:
     def join(self, base: Table, fragment_bytes: int) -> Table:
         """Return the version with fragments of about that size, without rows that were deleted."""
         rows = max(2, fragment_bytes // base.form.chunk_bytes)
+        base = self._without_damaged_index(base)
         with writing(self.uri):
             dataset = self._on_top(base)
             dataset.optimize.compact_files(
@@ -226,7 +228,16 @@ class Versions:
 
     def extend_index(self, base: Table) -> Table:
         """Return the version whose index has all chunks, where there is an index."""
-        return self._indexed(base, index.add_missing)
+        return self._indexed(self._without_damaged_index(base), index.add_missing)
+
+    def _without_damaged_index(self, base: Table) -> Table:
+        """Return the version without its index, where that is damaged: the engine would read it."""
+        if self._folder is None or base.pin is None:
+            return base
+        for problem in pins.damaged_indices(self._folder, base.pin, self._right):
+            warnings.warn(f"{self.uri!r}: {problem}; this one is dropped", stacklevel=2)
+            return self.drop_index(base)
+        return base
 
     def _indexed(self, base: Table, change: Callable[[Any], Any]) -> Table:
         """Return the version with the same rows and another index."""

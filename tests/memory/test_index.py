@@ -9,6 +9,7 @@ from torch import Tensor
 
 from htm_pytorch import HTMAttention, memory, recall
 from htm_pytorch.memory import ExactMemory, IndexedMemory, MemoryFileError, StoredMemory, stored
+from htm_pytorch.memory.versions import MOST_SMALL
 from htm_pytorch.ops import recall_with_weights
 from tests.memory.on_disk import look
 
@@ -136,18 +137,40 @@ def test_a_damaged_index(tmp_path: Path) -> None:
         writer.append(topics(500, 128)).build_index()
     for path in (tmp_path / "m" / "chunks.lance" / "_indices").rglob("*.*"):
         path.write_bytes(path.read_bytes()[:20])
-    held = look(tmp_path / "m", search="index")
-    assert isinstance(held, IndexedMemory)
-    with pytest.raises(MemoryFileError, match="summaries: cannot be searched"):
-        held.search(torch.randn(1, 1, 128), 4)
+    for options in ({"read_only": True}, {}):
+        with pytest.raises(MemoryFileError, match=r"the index is damaged .*\.build_index\(\)"):
+            memory.open(tmp_path / "m", search="index", **options)
     # What is stored is unharmed, and another index can be made.
     layer = HTMAttention(128, topk_mems=2)
     exact = memory.open(tmp_path / "m")
     layer(torch.randn(1, 2, 128), exact)
+    assert all("the index is damaged" in problem for problem in exact.verify())
+    exact.build_index()
     assert exact.verify() == []
-    exact.build_index().close()
-    assert held.refresh().steps == 1000
+    exact.close()
+    held = look(tmp_path / "m", search="index")
+    assert isinstance(held, IndexedMemory) and held.steps == 1000
     assert look(tmp_path / "m").index_recall() > 0.5
+
+
+@pytest.mark.parametrize("way", ["compact", "append"])
+def test_a_damaged_index_is_dropped_before_the_engine_reads_it(tmp_path: Path, way: str) -> None:
+    with make(tmp_path / "m", 128) as writer:
+        writer.append(topics(500, 128)).build_index()
+    for path in (tmp_path / "m" / "chunks.lance" / "_indices").rglob("*.*"):
+        path.write_bytes(path.read_bytes()[:20])
+    with memory.open(tmp_path / "m") as held:
+        with pytest.warns(UserWarning, match=r"the index is damaged .* dropped"):
+            if way == "compact":
+                held.compact()
+            else:
+                for _ in range(MOST_SMALL + 1):
+                    held.append(torch.randn(1, SIZE, 128)).flush()
+        assert held.verify() == []
+    with look(tmp_path / "m", search="index") as held:
+        found = held.search(torch.randn(1, 1, 128), 4)
+        assert (found >= 0).all()
+        assert (held.info()["chunks in the index"] > 0) == (way == "compact")
 
 
 def recalled(held: StoredMemory, **some: Any) -> list[int]:
