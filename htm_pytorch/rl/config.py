@@ -22,8 +22,8 @@ class EnvironmentConfig:
     """Arguments of the environment: name=value, or a JSON object."""
     curriculum: tuple[str, ...] = ()
     """More such arguments, a stage each, as JSON objects."""
-    promote_at: float = 0.9
-    """Mean return at which the next stage begins."""
+    promote_at: tuple[float, ...] = (0.9,)
+    """Mean return at which the next stage begins; of all stages, or one for each."""
     rehearse: float = 0.0
     """Share of rollouts that play an earlier stage, so that none is forgotten."""
     num_envs: int = 64
@@ -196,6 +196,12 @@ class TrainConfig:
         ):
             if count % parts:
                 raise ValueError(f"{name}: expected a divisor of num_envs = {count}, got {parts}")
+        bars, stages = self.environments.promote_at, len(self.environments.curriculum)
+        if len(bars) != 1 and len(bars) != stages - 1:
+            raise ValueError(
+                f"promote_at: expected one mean return, or one for each of {stages} stages but the "
+                f"last, got {bars}"
+            )
         if self.rollouts.rollout == "episodes" and self.rollouts.start != "stored":
             raise ValueError(
                 f"start: expected 'stored' with rollouts of episodes, which begin with no past, "
@@ -221,6 +227,8 @@ class TrainConfig:
     def to_json(self) -> str:
         """Return the record of the run, without where and how it was called; infinity is null."""
         record = {k: None if v == math.inf else v for k, v in self.options().items()}
+        bars = self.environments.promote_at
+        record["promote_at"] = [None if bar == math.inf else bar for bar in bars]
         for name in _ABOUT_THE_CALL:
             del record[name]
         return json.dumps(record, indent=2, default=str)
@@ -234,8 +242,13 @@ class TrainConfig:
         """
         record = json.loads(text)
         if isinstance(record, dict):
-            record |= {n: math.inf for n in ("stop_at", "promote_at") if record.get(n, "") is None}
-            record.setdefault("stop_at", math.inf)
+            if record.get("stop_at") is None:
+                record["stop_at"] = math.inf
+            # A number in a run from before it could differ from stage to stage.
+            bars = record.get("promote_at", [])
+            bars = bars if isinstance(bars, list) else [bars]
+            if "promote_at" in record:
+                record["promote_at"] = [math.inf if bar is None else bar for bar in bars]
             # Of a run from before there were these.
             added = {"recency": False, "see_time": False, "newest": 1, "rehearse": 0.0}
             record = added | record

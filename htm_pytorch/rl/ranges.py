@@ -43,6 +43,8 @@ def check_kinds(part: Any) -> None:
 
 def check_range(name: str, value: Any) -> None:
     """Refuse a number outside the range of its option; NaN is outside of all."""
+    for one in value if isinstance(value, tuple) else ():
+        check_range(name, one)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     least, most = _RANGES.get(name, (1, _COUNT))

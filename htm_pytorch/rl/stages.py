@@ -72,7 +72,10 @@ class Stages:
     def promote(self) -> bool:
         """Go to the next stage if the newest one is mastered; say whether."""
         options = self.config.environments
-        if self._is_last() or not self.recent[self.newest].reached(options.promote_at):
+        if self._is_last():
+            return False
+        bars = options.promote_at
+        if not self.recent[self.newest].reached(bars[self.newest if len(bars) > 1 else 0]):
             return False
         if not options.rehearse:
             self.players.pop(self.newest).environments.close()

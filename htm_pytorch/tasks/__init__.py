@@ -19,9 +19,11 @@ TASKS = (
     "endless-t-maze",
     "memory-s7",
     "proof-of-memory",
+    "rapid-binding",
     "repeat-first",
     "repeat-previous",
     "t-maze",
+    "visual-match",
 )
 """Each is a file here, which has a `TASK`."""
 

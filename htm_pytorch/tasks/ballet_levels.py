@@ -28,7 +28,7 @@ TASK = dataclasses.replace(
             for delay, dancers in ((1, 4), (1, 2), (1, 8), (48, 2), (48, 4), (48, 8))
         ),
         rehearse=0.5,
-        promote_at=0.9,
+        promote_at=(0.9,),
         # A dance and a delay of 1: one chunk each.
         mem_chunk_size=16,
         # For 8 dancers and delays of 48.

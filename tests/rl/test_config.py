@@ -26,7 +26,10 @@ WRONG = [
     ("vectorize", "magic"),
     ("frame_stack", 0),
     ("time_limit", -1),
-    ("promote_at", math.nan),
+    ("promote_at", (math.nan,)),
+    ("promote_at", 0.5),
+    ("promote_at", ()),
+    ("promote_at", (0.5, 0.5)),
     ("rollout", "years"),
     ("steps", 0),
     ("decisions", -1),
@@ -101,6 +104,18 @@ def test_the_record_has_no_infinity() -> None:
     assert record.pop("stop_at") is None
     for same in (text, json.dumps(record), text.replace('"stop_at": null', '"stop_at": Infinity')):
         assert TrainConfig.from_json(same) == TrainConfig()
+
+
+def test_a_bar_of_every_stage_survives_the_record() -> None:
+    config = TrainConfig().replace(curriculum=("{}", "{}", "{}"), promote_at=(0.5, math.inf))
+    text = config.to_json()
+    assert "Infinity" not in text and TrainConfig.from_json(text) == config
+    record = json.loads(TrainConfig().to_json())
+    assert record["promote_at"] == [0.9]
+    before = TrainConfig.from_json(json.dumps({**record, "promote_at": 0.9}))
+    assert before == TrainConfig(), "a run from before had one number"
+    before = TrainConfig.from_json(json.dumps({**record, "promote_at": None}))
+    assert before.environments.promote_at == (math.inf,)
 
 
 def test_every_number_has_a_range() -> None:

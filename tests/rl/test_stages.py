@@ -15,11 +15,15 @@ from htm_pytorch.rl.stages import Recent, Stages
 CURRICULUM = ('{"bonus": 1}', '{"bonus": 2}', '{"bonus": 3}')
 
 
-def made(progress: dict[str, Any] | None = None, **changes: Any) -> Stages:
+def made(
+    progress: dict[str, Any] | None = None,
+    promote_at: tuple[float, ...] = (0.5,),
+    **changes: Any,
+) -> Stages:
     config = TrainConfig(run_dir=Path("nowhere")).replace(
         env="tests.rl.worlds:Test/Walk-v0",
         curriculum=CURRICULUM,
-        promote_at=0.5,
+        promote_at=promote_at,
         average_over=4,
         num_envs=2,
         minibatches=1,
@@ -82,6 +86,17 @@ def test_only_what_the_newest_stage_reached_promotes() -> None:
     end(stages.recent[0], 1, 1, 1, 1)
     end(stages.recent[1], 0, 0, 1, 0)
     assert not stages.promote() and stages.newest == 1
+    stages.close()
+
+
+def test_stages_may_have_bars_of_their_own() -> None:
+    stages = made(promote_at=(0.5, 2.0))
+    end(stages.recent[0], 1, 1, 1, 1)
+    assert stages.promote()
+    end(stages.recent[1], 1, 1, 1, 1)
+    assert not stages.promote()
+    end(stages.recent[1], 2, 2, 2, 2)
+    assert stages.promote() and stages.newest == 2
     stages.close()
 
 

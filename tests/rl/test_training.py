@@ -570,7 +570,7 @@ def test_learning_stops_when_it_is_good_enough(tmp_path: Path) -> None:
 def test_a_curriculum_promotes_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes: dict[str, Any] = {
         "curriculum": ('{"bonus": 1}', '{"bonus": -10}'),
-        "promote_at": 2.0,
+        "promote_at": (2.0,),
         "average_over": 8,
     }
     train(tiny(tmp_path / "run", **changes))
@@ -593,7 +593,7 @@ def test_a_run_that_rehearses_is_resumed_exactly(
     }
     changes: dict[str, Any] = {
         "curriculum": stages[kind],
-        "promote_at": -100.0,
+        "promote_at": (-100.0,),
         "average_over": 4,
         "rehearse": 0.5,
         "frames": 2 * ROLLOUTS[kind]["frames"],
