@@ -109,6 +109,36 @@ def _autoencode(kind: str, cards: int, published: str) -> Row:
     )
 
 
+def _ballet(
+    name: str,
+    about: str,
+    stages: tuple[tuple[int, int], ...],
+    levels: tuple[tuple[str, str], ...],
+    **options: Any,
+) -> Row:
+    """Return Ballet's agent of all levels with other stages, each of a delay and dancers."""
+    stage = {"num_dancers": 2, "dance_delay": 16} if not stages else {}
+    return Row(
+        name,
+        about,
+        "a dancer at random: 1 of their number",
+        tuple(
+            Level(", ".join(level).replace("_", " ").replace("=", " "), level, ways=(True,))
+            for level in levels
+        ),
+        options={
+            "env_args": ("observation=symbols", *(f"{k}={v}" for k, v in stage.items())),
+            "curriculum": tuple(
+                json.dumps({"num_dancers": dancers, "dance_delay": delay})
+                for delay, dancers in stages
+            ),
+            "rehearse": 0.5 if stages else 0.0,
+        }
+        | options,
+        task="ballet-levels",
+    )
+
+
 PLAN = (
     Row(
         "t-maze",
@@ -160,6 +190,39 @@ PLAN = (
         (Level("uniform 10, ten corridors"),),
     ),
     Row(
+        "visual-match",
+        "Visual match, trained with up to 60 steps of distraction",
+        ".33",
+        tuple(
+            Level(
+                f"{steps} steps of distraction",
+                (f"distraction={steps}", "explore=15", "choice=30"),
+                chunks,
+            )
+            for steps, chunks in ((60, None), (250, 40), (500, 72))
+        ),
+        options={"frames": 6_000_000},
+    ),
+    Row(
+        "rapid-binding",
+        "Rapid binding, trained with up to 2 phases of distraction",
+        "a third of the best",
+        tuple(
+            Level(
+                f"{phases} phases, {rounds} rounds, {best} at best",
+                (f"distractions={phases}", f"rounds={rounds}"),
+                chunks,
+                ways=(True,),
+            )
+            for phases, rounds, best, chunks in (
+                (2, 1, 3, 16),
+                (10, 1, 3, 40),
+                (20, 1, 3, 72),
+                (2, 3, 15, 72),
+            )
+        ),
+    ),
+    Row(
         "ballet-levels",
         "Ballet from symbols, all levels by one agent, 20,000,000 frames",
         "a dancer at random: 1 of their number",
@@ -172,7 +235,26 @@ PLAN = (
             for delay in (16, 48)
             for dancers in (2, 4, 8)
         ),
-        seeds=(0,),
+    ),
+    _ballet(
+        "ballet-2-delay-16",
+        "Ballet from symbols, 2 dancers with delays of 16, from nothing",
+        (),
+        (("num_dancers=2", "dance_delay=16"),),
+        frames=12_000_000,
+        stop_at=0.99,
+    ),
+    _ballet(
+        "ballet-more-dancers",
+        "Ballet from symbols, trained with 2 and 4 dancers alone",
+        ((1, 4), (1, 2), (16, 2), (16, 4)),
+        tuple(
+            (f"num_dancers={dancers}", f"dance_delay={delay}")
+            for dancers in (4, 8)
+            for delay in (1, 16)
+        ),
+        frames=14_000_000,
+        stop_at=0.985,
     ),
 )
 
@@ -198,7 +280,9 @@ def train(row: Row, memory: str, seed: int) -> Path:
 def judge(row: Row, level: Level, place: Path) -> None:
     """Judge an agent on one level, by its most probable actions and by sampled ones."""
     from htm_pytorch import rl, tasks
+    from htm_pytorch.rl.evaluation import read_config
 
+    has_chunks = read_config(place).memories.memory == "htm"
     for greedy in level.ways:
         if not _means(place, level, greedy):
             rl.evaluate(
@@ -207,7 +291,7 @@ def judge(row: Row, level: Level, place: Path) -> None:
                 greedy=greedy,
                 parts=tasks.parts_of(row.preset),
                 env_args=level.env_args,
-                mem_chunks=level.mem_chunks,
+                mem_chunks=level.mem_chunks if has_chunks else None,
                 patience=2**40,
             )
 
@@ -237,8 +321,9 @@ def _means(place: Path, level: Level, greedy: bool) -> list[float]:
         line["mean"]
         for line in lines
         if line["greedy"] == greedy
-        and (tuple(line.get("env_args", ())), line.get("mem_chunks"))
-        == (level.env_args, level.mem_chunks)
+        and tuple(line.get("env_args", ())) == level.env_args
+        # None is said of a memory that has no chunks.
+        and line.get("mem_chunks") in (None, level.mem_chunks)
         and level.episodes in (None, line["episodes"])
     ]
 
