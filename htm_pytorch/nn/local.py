@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from htm_pytorch.nn.state import LayerState
 from htm_pytorch.ops import masked_softmax
+from htm_pytorch.shapes import may_look_at
 
 
 class LocalAttention(nn.Module):
@@ -44,6 +45,12 @@ class LocalAttention(nn.Module):
         else:
             before = state.keys.to(keys.dtype), state.values.to(keys.dtype)
         keys, values = torch.cat([before[0], keys], 1), torch.cat([before[1], values], 1)
+        if not (may_look_at(values) and values.detach().sum().isfinite()):
+            # A weight of 0 times what is not finite is no 0. Where a value is not, it becomes 0,
+            # and its key NaN: so it spoils what sees it, and nothing else.
+            is_broken = ~values.isfinite().flatten(2).all(2)[..., None, None]
+            keys = keys.masked_fill(is_broken, torch.nan)
+            values = values.masked_fill(is_broken, 0)
         if length == 1 and is_first is None and lengths is None:
             attended = self._attend_once(queries, keys, values, state.filled)
             filled = (state.filled + 1).clamp(max=self.window - 1)
@@ -85,7 +92,6 @@ class LocalAttention(nn.Module):
         back = torch.arange(self.window - 1, -1, -1, device=keys.device)
         seen = (back <= filled.view(-1, 1)).unsqueeze(2)
         weights = torch.where(seen, scores, -torch.inf).softmax(1)
-        values = torch.where(seen.unsqueeze(3), values, 0)
         attended = (weights.unsqueeze(3) * values).sum(1, keepdim=True)
         return attended if attended.dtype == values.dtype else attended.to(values.dtype)
 
@@ -102,10 +108,6 @@ class LocalAttention(nn.Module):
         missing = -length % block
         blocks = (length + missing) // block
         pad = torch.nn.functional.pad
-        # A weight of 0 times what is not finite is no 0: it is left out, and told to who sees it.
-        broken = ~values.isfinite().flatten(2).all(2)
-        values = values.masked_fill(broken[..., None, None], 0)
-        broken = pad(broken, (0, missing)).unfold(1, block + past, block)
         queries = pad(queries, (0, 0, 0, 0, 0, missing)).unflatten(1, (blocks, block))
         keys, values = (
             pad(part, (0, 0, 0, 0, 0, missing)).unfold(1, block + past, block)
@@ -122,8 +124,6 @@ class LocalAttention(nn.Module):
         scores = scores.to(_exact(scores.dtype)) + self.distance_bias[:, distance.clamp(0, past)]
         weights = masked_softmax(scores, mask[:, :, None]).to(values.dtype)
         attended = torch.einsum("bnhqk,bnhek->bnqhe", weights, values)
-        sees_broken = (mask & broken[:, :, None]).any(3)
-        attended = attended.masked_fill(sees_broken[..., None, None], torch.nan)
         return attended.flatten(1, 2)[:, :length]
 
 

@@ -119,6 +119,20 @@ def test_a_step_that_is_no_number_spoils_what_sees_it_and_nothing_else(
     close(whole[0, later], clean[0, later])
 
 
+@pytest.mark.parametrize("mem_chunks", [0, 4])
+def test_compiled_it_spoils_the_same(mem_chunks: int) -> None:
+    model, x = build(mem_chunks=mem_chunks), torch.randn(2, 30, 12, dtype=torch.float64)
+    is_first = torch.zeros(2, 30, dtype=torch.bool)
+    is_first[:, 20] = True
+    x[0, 13] = torch.nan
+    with torch.no_grad():
+        wanted, _ = model(x, model.initial_state(2), is_first)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        y, _ = compiled(x, model.initial_state(2), is_first)
+    assert y[0, 13:20].isnan().all() and y[0, 20:].isfinite().all()
+    torch.testing.assert_close(y, wanted, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
 def test_one_step_at_a_time_equals_500_at_once() -> None:
     model = build()
     x = torch.randn(1, 500, 12, dtype=torch.float64)
