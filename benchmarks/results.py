@@ -109,33 +109,18 @@ def _autoencode(kind: str, cards: int, published: str) -> Row:
     )
 
 
-def _ballet(
-    name: str,
-    about: str,
-    stages: tuple[tuple[int, int], ...],
-    levels: tuple[tuple[str, str], ...],
-    **options: Any,
-) -> Row:
-    """Return Ballet's agent of all levels with other stages, each of a delay and dancers."""
-    stage = {"num_dancers": 2, "dance_delay": 16} if not stages else {}
-    return Row(
-        name,
-        about,
-        "a dancer at random: 1 of their number",
-        tuple(
-            Level(", ".join(level).replace("_", " ").replace("=", " "), level, ways=(True,))
-            for level in levels
-        ),
-        options={
-            "env_args": ("observation=symbols", *(f"{k}={v}" for k, v in stage.items())),
-            "curriculum": tuple(
-                json.dumps({"num_dancers": dancers, "dance_delay": delay})
-                for delay, dancers in stages
-            ),
-            "rehearse": 0.5 if stages else 0.0,
-        }
-        | options,
-        task="ballet-levels",
+DANCERS = "a dancer at random: 1 of their number"
+
+
+def _ballet(*levels: tuple[int, int]) -> tuple[Level, ...]:
+    """Return levels of Ballet, of so many dancers and delays."""
+    return tuple(
+        Level(
+            f"{dancers} dancers, delay {delay}",
+            (f"num_dancers={dancers}", f"dance_delay={delay}"),
+            ways=(True,),
+        )
+        for dancers, delay in levels
     )
 
 
@@ -209,7 +194,7 @@ PLAN = (
         "a third of the best",
         tuple(
             Level(
-                f"{phases} phases, {rounds} rounds, {best} at best",
+                f"{phases} phases, {rounds} round{'s' * (rounds > 1)}, {best} at best",
                 (f"distractions={phases}", f"rounds={rounds}"),
                 chunks,
                 ways=(True,),
@@ -225,36 +210,37 @@ PLAN = (
     Row(
         "ballet-levels",
         "Ballet from symbols, all levels by one agent, 20,000,000 frames",
-        "a dancer at random: 1 of their number",
-        tuple(
-            Level(
-                f"{dancers} dancers, delay {delay}",
-                (f"num_dancers={dancers}", f"dance_delay={delay}"),
-                ways=(True,),
-            )
-            for delay in (16, 48)
-            for dancers in (2, 4, 8)
-        ),
+        DANCERS,
+        _ballet((2, 16), (4, 16), (8, 16), (2, 48), (4, 48), (8, 48)),
     ),
-    _ballet(
+    Row(
         "ballet-2-delay-16",
         "Ballet from symbols, 2 dancers with delays of 16, from nothing",
-        (),
-        (("num_dancers=2", "dance_delay=16"),),
-        frames=12_000_000,
-        stop_at=0.99,
+        DANCERS,
+        _ballet((2, 16)),
+        options={
+            "env_args": ("observation=symbols", "num_dancers=2", "dance_delay=16"),
+            "curriculum": (),
+            "rehearse": 0.0,
+            "frames": 12_000_000,
+            "stop_at": 0.99,
+        },
+        task="ballet-levels",
     ),
-    _ballet(
+    Row(
         "ballet-more-dancers",
         "Ballet from symbols, trained with 2 and 4 dancers alone",
-        ((1, 4), (1, 2), (16, 2), (16, 4)),
-        tuple(
-            (f"num_dancers={dancers}", f"dance_delay={delay}")
-            for dancers in (4, 8)
-            for delay in (1, 16)
-        ),
-        frames=14_000_000,
-        stop_at=0.985,
+        DANCERS,
+        _ballet((4, 1), (4, 16), (8, 1), (8, 16)),
+        options={
+            "curriculum": tuple(
+                json.dumps({"num_dancers": dancers, "dance_delay": delay})
+                for dancers, delay in ((4, 1), (2, 1), (2, 16), (4, 16))
+            ),
+            "frames": 14_000_000,
+            "stop_at": 0.985,
+        },
+        task="ballet-levels",
     ),
 )
 
