@@ -45,12 +45,6 @@ class LocalAttention(nn.Module):
         else:
             before = state.keys.to(keys.dtype), state.values.to(keys.dtype)
         keys, values = torch.cat([before[0], keys], 1), torch.cat([before[1], values], 1)
-        if not (may_look_at(values) and values.detach().sum().isfinite()):
-            # A weight of 0 times what is not finite is no 0. Where a value is not, it becomes 0,
-            # and its key NaN: so it spoils what sees it, and nothing else.
-            is_broken = ~values.isfinite().flatten(2).all(2)[..., None, None]
-            keys = keys.masked_fill(is_broken, torch.nan)
-            values = values.masked_fill(is_broken, 0)
         if length == 1 and is_first is None and lengths is None:
             attended = self._attend_once(queries, keys, values, state.filled)
             filled = (state.filled + 1).clamp(max=self.window - 1)
@@ -60,7 +54,7 @@ class LocalAttention(nn.Module):
             if is_first is not None and length:
                 began = torch.where(is_first, time, -1).cummax(1).values
                 oldest = torch.where(began < 0, oldest, began)
-            attended = self._attend(queries, keys, values, oldest)
+            attended = self._attend(queries, *_told(keys, values), oldest)
             end = length if lengths is None else lengths
             filled = state.filled
             if length:
@@ -90,8 +84,10 @@ class LocalAttention(nn.Module):
             self.distance_bias.flip(1).t(), (queries * keys).sum(3), alpha=self.dim_head**-0.5
         )
         back = torch.arange(self.window - 1, -1, -1, device=keys.device)
-        seen = (back <= filled.view(-1, 1)).unsqueeze(2)
-        weights = torch.where(seen, scores, -torch.inf).softmax(1)
+        unseen = (back > filled.view(-1, 1)).unsqueeze(2)
+        weights = scores.masked_fill(unseen, -torch.inf).softmax(1)
+        # Nothing times 0, as it may not be finite.
+        values = values.masked_fill(unseen.unsqueeze(3), 0)
         attended = (weights.unsqueeze(3) * values).sum(1, keepdim=True)
         return attended if attended.dtype == values.dtype else attended.to(values.dtype)
 
@@ -125,6 +121,18 @@ class LocalAttention(nn.Module):
         weights = masked_softmax(scores, mask[:, :, None]).to(values.dtype)
         attended = torch.einsum("bnhqk,bnhek->bnqhe", weights, values)
         return attended.flatten(1, 2)[:, :length]
+
+
+def _told(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and values [B, T, H, E] of steps of which one that is not finite spoils no other.
+
+    A weight of 0 times what is not finite is no 0: where a value is not, it becomes 0, and its key
+    NaN for those who see it.
+    """
+    if may_look_at(values) and values.detach().sum().isfinite():
+        return keys, values
+    is_broken = ~values.isfinite().flatten(2).all(2)[..., None, None]
+    return keys.masked_fill(is_broken, torch.nan), values.masked_fill(is_broken, 0)
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
