@@ -44,7 +44,7 @@ def pin(folder: Path, dataset: Any, before: Pin | None) -> Pin:
             ends[name] = _read_end(folder / name, start) or b""
             length = start + len(ends[name])
             found[name] = [length, start, zlib.crc32(ends[name])]
-    for name in _files_of_indices(folder, dataset):
+    for name in _files_of_indices(folder, dataset, known):
         found[name] = known.get(name) or _sum(folder / name)
     kept = manifest(folder, dataset.version).read_bytes()
     text = json.dumps(found, separators=(",", ":")).encode()
@@ -186,11 +186,13 @@ def _start(path: Path) -> int:
     return min(columns, length, *places) if places else min(columns, length)
 
 
-def _files_of_indices(folder: Path, dataset: Any) -> Iterator[str]:
+def _files_of_indices(folder: Path, dataset: Any, known: dict[str, list[int]]) -> Iterator[str]:
+    """Yield the files of an index: those that are known, since one that is gone still counts."""
     for found in dataset.describe_indices():
         for segment in found.segments:
             place = f"{_INDICES}{segment.uuid}"
-            yield from (f"{place}/{name}" for name in sorted(os.listdir(folder / place)))
+            names = [name for name in known if name.startswith(f"{place}/")]
+            yield from names or (f"{place}/{name}" for name in sorted(os.listdir(folder / place)))
 
 
 def _sum(path: Path) -> list[int]:

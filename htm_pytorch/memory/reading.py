@@ -353,7 +353,12 @@ class Reading:
             try:
                 if head.table is None:
                     table = None
-                elif table is None or table.pinned != head.table:
+                elif (
+                    table is None
+                    or table.pinned != head.table
+                    # Another table, made by `repair`, may look the same.
+                    or before.head.generation != head.generation
+                ):
                     assert self._versions is not None
                     end_of = None if self.read_only else self._log.end
                     with_index = not self.holds_summaries

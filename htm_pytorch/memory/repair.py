@@ -114,7 +114,9 @@ def _rebuild(where: Place, folder: Path, problems: list[str]) -> Report:
             "be read, and nothing was changed"
         )
     if head is None:
-        head = Head.first(form)._replace(generation=facts.get("generation", os.urandom(16).hex()))
+        head = Head.first(form)
+    # So that readers of before take nothing of it for what they know.
+    head = head._replace(generation=os.urandom(16).hex())
     damaged = DamagedRows(dataset, form) if dataset is not None else None
     rows = damaged.rows() if damaged is not None else []
     least = max((row.first_step + row.length for row in rows if row.is_certain), default=0)

@@ -54,9 +54,13 @@ def salvaged_log(where: Place) -> tuple[Head | None, list[Record], Pin | None]:
         ]
     head, name = max(heads, key=lambda found: found[0].sequence, default=(None, ""))
     entries = tail.salvaged(where.tails, name) if name or head is None else []
+    of = head.table if head is not None else None
     for newest, record in _counting(entries, head):
         head = newest
         records.append(record)
+    if head is not None and head.table != of:
+        # What is kept is of another version: a log from before was put in the place of this one.
+        pin = None
     records.sort(key=lambda record: record.first_step)
     return head, records, pin
 

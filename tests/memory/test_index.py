@@ -1,5 +1,6 @@
 """A stored memory whose chunks an index finds: what it finds, misses, and does not know yet."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,22 @@ def test_a_damaged_index_is_dropped_before_the_engine_reads_it(tmp_path: Path, w
         found = held.search(torch.randn(1, 1, 128), 4)
         assert (found >= 0).all()
         assert (held.info()["chunks in the index"] > 0) == (way == "compact")
+
+
+@pytest.mark.parametrize("gone", ["_indices", "_indices/*", "_indices/*/index.idx"])
+def test_an_index_that_is_gone_stops_nobody(tmp_path: Path, gone: str) -> None:
+    with make(tmp_path / "m", 128) as writer:
+        writer.append(topics(500, 128)).build_index()
+    for path in (tmp_path / "m" / "chunks.lance").glob(gone):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with memory.open(tmp_path / "m") as held:
+        held.append(torch.randn(1, 4 * SIZE, 128)).flush()
+        assert any("the index is damaged" in problem for problem in held.verify())
+        with pytest.warns(UserWarning, match="dropped"):
+            held.compact()
+        assert held.verify() == []
+    with look(tmp_path / "m", search="index") as held:
+        assert (held.search(torch.randn(1, 1, 128), 4) >= 0).all()
 
 
 def recalled(held: StoredMemory, **some: Any) -> list[int]:

@@ -585,3 +585,49 @@ def test_what_a_careless_writer_left_is_waited_for(
     assert synced == []
     look(tmp_path / "m", read_only=False, sync=True).close()
     assert {path, path.parent, path.parents[1]} <= set(synced)
+
+
+def test_repair_keeps_what_came_after_an_old_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tail names a later version of the table than the journal whose pin there is."""
+    path = tmp_path / "m"
+    with make_memory(path) as held:
+        held.append(steps_from(2, 38)).flush()
+        held.append(steps_from(40, 3))
+    shutil.copy(path / "journal", tmp_path / "journal")
+    with memory.open(path) as held:
+        with monkeypatch.context() as patched:
+            patched.setattr(folder_log, "MOST_BYTES", 0)
+            # To the end of a chunk, so that the journal that is lost held none of them.
+            held.append(steps_from(43, 197)).flush()
+        held.append(steps_from(240, 3))
+    shutil.copy(tmp_path / "journal", path / "journal")
+    with pytest.raises(TailError, match="htm memory repair"):
+        memory.open(path)
+    assert memory.repair(path).lost == ()
+    with look(path) as held:
+        assert held.verify() == []
+        assert torch.equal(held.read(0, 243), steps_from(0, 243))
+
+
+@pytest.mark.parametrize("more", [1, 2, 3, 4])
+def test_a_reader_joins_nothing_that_repair_took_back(tmp_path: Path, more: int) -> None:
+    path = tmp_path / "m"
+    with make_memory(path) as held:
+        held.append(steps_from(2, 38)).flush()
+        for first in range(40, 46, 2):
+            held.append(steps_from(first, 2))
+    reader = look(path)
+    assert torch.equal(reader.read(40, 46), steps_from(40, 6))
+    for file in tails(path):
+        file.unlink()
+    memory.repair(path)
+    with memory.open(path) as held:
+        first = held.next_step
+        for number in range(more):
+            held.append(-steps_from(first + number, 1))
+        wanted = held.read(0, held.next_step)
+    reader.refresh()
+    assert reader.next_step == wanted.shape[1]
+    assert torch.equal(reader.read(0, reader.next_step), wanted)
