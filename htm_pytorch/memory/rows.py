@@ -80,7 +80,7 @@ def sums_of_numbers(chunks: Chunks, sums: Tensor) -> Tensor:
     numbers = [sums, chunks.counts.long(), chunks.episodes, chunks.first_steps]
     numbers += list(chunks.times.contiguous().view(torch.int64).unbind(1))
     total = chunks.marked.long()
-    for factor, number in zip(odd_factors(2**62, len(numbers)).tolist(), numbers, strict=True):
+    for factor, number in zip(FACTORS.values(), numbers, strict=True):
         total = total + factor * number
     return total
 
@@ -90,6 +90,10 @@ def odd_factors(most: int, count: int) -> Tensor:
     generator = torch.Generator(CPU).manual_seed(count)
     size: dict[str, Any] = {"generator": generator, "device": CPU, "dtype": torch.int64}
     return torch.randint(-most, most, (count,), **size) | 1
+
+
+FACTORS = dict(zip(("sum", *NUMBERS[:5]), odd_factors(2**62, 6).tolist(), strict=True))
+"""Of each number in the checksum of all, by its column; `marked` counts once."""
 
 
 def problems(batch: Any, form: Format, names: Sequence[str]) -> Iterator[str]:

@@ -19,12 +19,12 @@ from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.formats import CPU, Chunks, Format, Marks
 from htm_pytorch.memory.rows import (
     BATCH_BYTES,
+    FACTORS,
     NUMBERS,
     decoded,
     filled,
     joined,
     list_column,
-    odd_factors,
     schema,
     sums_of_numbers,
     sums_of_summaries,
@@ -35,11 +35,7 @@ TOGETHER_BYTES = 1024
 """The engine stores chunks of more bytes each by itself; its own bound is lower."""
 
 
-_FACTORS = {
-    **dict(zip(("sum", *NUMBERS[:5]), odd_factors(2**62, 6).tolist(), strict=True)),
-    "marked": 1,
-    "numbers": -1,
-}
+_NOTHING = {**FACTORS, "marked": 1, "numbers": -1}
 """With these the numbers of a row come to nothing, as the last one is the sum of the others."""
 
 
@@ -205,13 +201,13 @@ def determined(missing: str, batch: Any, form: Format) -> Any:
         return pa.array(
             [zlib.crc32(row.numpy().data) if right else -1 for row, right in pairs], kind
         )
-    others = {name: factor for name, factor in _FACTORS.items() if name != missing}
+    others = {name: factor for name, factor in _NOTHING.items() if name != missing}
     if not others.keys() <= set(batch.schema.names):
         raise ValueError("several numbers are missing")
     found: list[Any] = []
     for row in zip(*(batch[name].to_pylist() for name in others), strict=True):
         total = sum(f * _bits(value) for f, value in zip(others.values(), row, strict=True))
-        found.append(_value(-total * pow(_FACTORS[missing], -1, 2**64), kind))
+        found.append(_value(-total * pow(_NOTHING[missing], -1, 2**64), kind))
     return pa.array(found, kind)
 
 
@@ -246,15 +242,14 @@ def _mended(row: Chunks, place: int, kept: int, right: int) -> Chunks | None:
         part.first_steps,
         *part.times.contiguous().view(torch.int64).unbind(1),
     ]
-    # The factor of the checksum of the summary is the first, of which nothing is needed here.
-    for number, factor in enumerate(odd_factors(2**62, 1 + len(columns)).tolist()):
-        if number == 0:
-            continue
-        value = int(columns[number - 1])
+    # The checksum of the summary comes first, of which nothing is needed here.
+    _, *factors = FACTORS.values()
+    for number, factor in enumerate(factors):
+        value = int(columns[number])
         for bit in range(64):
             changed = value ^ (1 << bit) if bit < 63 else value ^ -(1 << 63)
             if factor * (changed - value) % 2**64 == missing:
-                columns[number - 1] = torch.tensor([changed], dtype=torch.int64, device=CPU)
+                columns[number] = torch.tensor([changed], dtype=torch.int64, device=CPU)
                 counts, episodes, first_steps, *times = columns
                 return part._replace(
                     counts=counts.int(),

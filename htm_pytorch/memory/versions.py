@@ -84,9 +84,9 @@ class Versions:
         assert pinned is not None
         if self._folder is not None and pin is not None:
             pins.check(self._folder, pinned.version, pin, end_of)
-            damaged = pins.damaged_indices(self._folder, pin, self._right) if with_index else ()
-            if damaged:
-                raise MemoryFileError(damaged[0])
+        damaged = self.damaged_indices(pin, anew=False) if with_index else ()
+        if damaged:
+            raise MemoryFileError(damaged[0])
         with reading(f"version {pinned.version} of {self.uri!r}"):
             dataset = loaded_lance().dataset(
                 self.uri, version=pinned.version, storage_options=self._options
@@ -100,11 +100,11 @@ class Versions:
             )
         return Table(dataset, head.form, pinned, pin)
 
-    def damaged_indices(self, pin: Pin | None) -> list[str]:
-        """Say which files of an index are not what was written, as far as the log tells."""
+    def damaged_indices(self, pin: Pin | None, *, anew: bool = True) -> list[str]:
+        """Say which files of an index are damaged; without `anew`, of those not yet found right."""
         if self._folder is None or pin is None:
             return []
-        return pins.damaged_indices(self._folder, pin, set())
+        return pins.damaged_indices(self._folder, pin, set() if anew else self._right)
 
     def newest(self) -> tuple[Table, dict[str, str]]:
         """Return the newest version, and what it says of itself.
@@ -232,12 +232,11 @@ class Versions:
 
     def _without_damaged_index(self, base: Table) -> Table:
         """Return the version without its index, where that is damaged: the engine would read it."""
-        if self._folder is None or base.pin is None:
+        damaged = self.damaged_indices(base.pin, anew=False)
+        if not damaged:
             return base
-        for problem in pins.damaged_indices(self._folder, base.pin, self._right):
-            warnings.warn(f"{self.uri!r}: {problem}; this one is dropped", stacklevel=2)
-            return self.drop_index(base)
-        return base
+        warnings.warn(f"{self.uri!r}: {damaged[0]}; this one is dropped", stacklevel=2)
+        return self.drop_index(base)
 
     def _indexed(self, base: Table, change: Callable[[Any], Any]) -> Table:
         """Return the version with the same rows and another index."""

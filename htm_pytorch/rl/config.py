@@ -244,10 +244,10 @@ class TrainConfig:
         if isinstance(record, dict):
             if record.get("stop_at") is None:
                 record["stop_at"] = math.inf
-            # A number in a run from before it could differ from stage to stage.
-            bars = record.get("promote_at", [])
-            bars = bars if isinstance(bars, list) else [bars]
             if "promote_at" in record:
+                bars = record["promote_at"]
+                # A number in a run from before it could differ from stage to stage.
+                bars = bars if isinstance(bars, list) else [bars]
                 record["promote_at"] = [math.inf if bar is None else bar for bar in bars]
             # Of a run from before there were these.
             added = {"recency": False, "see_time": False, "newest": 1, "rehearse": 0.0}
