@@ -18,6 +18,7 @@ from htm_pytorch.shapes import (
     check_floating,
     check_mask,
     check_tensor,
+    has_autocast,
 )
 
 Memory = ChunkedMemory | Steps | Home
@@ -125,7 +126,7 @@ def check_projections(route: Tensor, queries: Tensor, projections: Tensor, dim: 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Turn autocast off, inside which sums would be taken in less than they should."""
     # The meta device, for one, has no autocast to turn off.
-    if torch.amp.is_autocast_available(device.type):
+    if has_autocast(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
