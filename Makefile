@@ -96,7 +96,8 @@ MINIMAL_TESTS ?= $(wildcard tests/test_architecture.py tests/test_public_api.py 
 GPU_PYTHON ?= $(BIN)/python
 
 test-gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),.venv/.installed) ## the tests that need a CUDA device; if all pass, it is recorded as tested
-	$(GPU_PYTHON) -m pytest -n $(WORKERS) --maxprocesses 8 -m gpu --record-device $(MINIMAL_TESTS) $(ARGS)
+	$(GPU_PYTHON) -m pytest -n $(WORKERS) --maxprocesses 8 -p no:benchmark -m gpu --record-device \
+		$(MINIMAL_TESTS) $(ARGS)
 
 test-minimal: .venv-minimal/.installed ## tests of shapes, memory, ops and nn with torch and no optional package
 	.venv-minimal/bin/pytest -m 'not slow and not compile' $(MINIMAL_TESTS) $(ARGS)

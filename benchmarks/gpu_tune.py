@@ -3,15 +3,20 @@
     python benchmarks/gpu_tune.py [--only NAME] [--repeats N]   on a machine with a CUDA device
     python benchmarks/gpu_tune.py --dry-run                     tiny, on the CPU: checks, no times
 
-Prints, for each kernel and setting of `gpu.py`, every way that fits, the fastest last.
+Prints, for each kernel and setting of `gpu.py`, every way that fits, the fastest last. All ways are
+compiled first, by as many processes as there are processors, on fewer rows and steps.
 """
 
 import argparse
 import contextlib
+import functools
 import importlib
 import itertools
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -22,7 +27,8 @@ from torch import Tensor
 from htm_pytorch.ops import fused_triton, projected
 
 Ways = dict[str, tuple[Any, ...]]
-"""Values to try, by the name of a constant of a kernel, of `num_warps` or of `num_stages`."""
+"""Values to try, by the name of a constant of a kernel or of its file, of `num_warps` or
+`num_stages`."""
 
 
 class Knob(NamedTuple):
@@ -91,18 +97,36 @@ WARPS_AND_STAGES: Ways = {"num_warps": (4, 8), "num_stages": (2, 3, 4, 5)}
 KNOBS = (
     Knob(
         "pick",
-        ("acting", "readme", "training", "long"),
+        ("acting", "readme", "training", "long", "64K"),
         "pick",
         "keep_launch",
-        {"BLOCK_Q": (16, 32, 64), "BLOCK_D": (32, 64, 128)} | WARPS_AND_STAGES,
+        {"BLOCK_Q": (16, 32, 64), "BLOCK_M": (64, 128), "BLOCK_D": (64, 128)}
+        | {"num_warps": (4, 8), "num_stages": (3, 4)},
+        lambda call: _pick(call.inputs),
+    ),
+    Knob(
+        "merge",
+        ("readme", "64K"),
+        "pick",
+        "merge_launch",
+        {"BLOCK_Q": (1, 2, 4, 8), "num_warps": (1, 2, 4)},
         lambda call: _pick(call.inputs),
     ),
     Knob(
         "attend",
-        ("acting", "readme", "long"),
+        ("acting", "readme", "training", "long"),
         "attend",
         "blocks",
-        {"DEPTH": (64, 128)} | WARPS_AND_STAGES,
+        {"GROUPS": (1, 2), "PROGRAMS": (1, 2, 4, 8), "num_warps": (4,), "num_stages": (2, 3, 4, 5)},
+        _attend,
+    ),
+    Knob(
+        "attend in float32",
+        ("acting fp32", "readme fp32"),
+        "attend",
+        "blocks",
+        {"DEPTH": (64, 128, 256, 512), "WIDTH": (128, 256, 512), "PROGRAMS": (1, 4)}
+        | {"num_warps": (4, 8), "num_stages": (2, 3)},
         _attend,
     ),
     Knob(
@@ -110,7 +134,7 @@ KNOBS = (
         ("readme", "training"),
         "attend_backward",
         "blocks",
-        {"DEPTH": (64, 128, 256)} | WARPS_AND_STAGES,
+        {"GROUPS": (1, 2), "DEPTH": (64, 128, 256)} | WARPS_AND_STAGES,
         _attend_backward(False),
     ),
     Knob(
@@ -118,7 +142,8 @@ KNOBS = (
         ("training",),
         "attend_backward",
         "steps_launch",
-        {"BLOCK_R": (16, 32, 64), "WIDTH": (64, 128, 256)} | WARPS_AND_STAGES,
+        {"BLOCK_R": (16, 32, 64), "WIDTH": (128, 256), "DEPTH": (64, 128)}
+        | {"num_warps": (4, 8), "num_stages": (2, 3)},
         _attend_backward(True),
     ),
     Knob(
@@ -141,10 +166,13 @@ def cut(knob: Knob, way: dict[str, Any]) -> Iterator[None]:
     def decided(*args: Any, **keywords: Any) -> Any:
         launch = decide(*args, **keywords)
         fields = {name: value for name, value in way.items() if name in launch._fields}
-        constants = {name: value for name, value in way.items() if name not in launch._fields}
+        constants = {name: value for name, value in way.items() if name in launch.constants}
         return launch._replace(constants=launch.constants | constants, **fields)
 
-    with mock.patch.object(module, knob.decide, decided):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(module, knob.decide, decided))
+        for name in way.keys() & vars(module).keys():
+            stack.enter_context(mock.patch.object(module, name, way[name]))
         yield
 
 
@@ -164,6 +192,27 @@ def ways_of(knob: Knob) -> list[dict[str, Any]]:
     """Return ours, which changes nothing, and all others."""
     values = itertools.product(*knob.ways.values())
     return [{}, *(dict(zip(knob.ways, some, strict=True)) for some in values)]
+
+
+@functools.lru_cache(16)
+def _small(setting: Setting) -> Call:
+    """As little as is launched in the same way."""
+    some = setting._replace(B=min(setting.B, 8), N=min(setting.N, 2**13))
+    return Call.of(some._replace(Q=some.N) if setting.causal else some, "cuda")
+
+
+def _compile(knob: str, setting: Setting, way: dict[str, Any]) -> None:
+    (wanted,) = (other for other in KNOBS if other.name == knob)
+    with contextlib.suppress(Exception), cut(wanted, way):
+        wanted.run(_small(setting))
+
+
+def compile_ahead(wanted: list[tuple[Knob, Setting]], jobs: int) -> None:
+    """Compile all ways, side by side; they are found again on disk."""
+    context = multiprocessing.get_context("spawn")
+    tasks = [(knob.name, setting, way) for knob, setting in wanted for way in ways_of(knob)]
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        list(pool.map(_compile, *zip(*tasks, strict=True)))
 
 
 def tune(knob: Knob, setting: Setting, device: str, repeats: int) -> dict[str, float | str]:
@@ -188,21 +237,30 @@ def tune(knob: Knob, setting: Setting, device: str, repeats: int) -> dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="kernels whose name has this")
+    parser.add_argument("--setting", default="", help="settings whose name has this")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="that compile")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU: checks alone")
     options = parser.parse_args()
     device, settings = ("cpu", TINY) if options.dry_run else ("cuda", SETTINGS)
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmarks/gpu_tune.py needs a CUDA device, and there is none here")
-    for knob in (knob for knob in KNOBS if options.only in knob.name):
-        for name in (name for name in knob.settings if name in settings):
-            found = tune(knob, settings[name], device, options.repeats)
-            print(f"== {knob.name}, {name}")
-            times = {way: took for way, took in found.items() if isinstance(took, float)}
-            for way in found.keys() - times.keys():
-                print(f"{way:70} {found[way]}")
-            for way in sorted(times, key=lambda way: -times[way]):
-                print(f"{way:70} {times[way]:.4f} ms", flush=True)
+    wanted = [
+        (knob, name)
+        for knob in KNOBS
+        for name in knob.settings
+        if name in settings and options.only in knob.name and options.setting in name
+    ]
+    if device == "cuda":
+        compile_ahead([(knob, settings[name]) for knob, name in wanted], options.jobs)
+    for knob, name in wanted:
+        found = tune(knob, settings[name], device, options.repeats)
+        print(f"== {knob.name}, {name}")
+        times = {way: took for way, took in found.items() if isinstance(took, float)}
+        for way in found.keys() - times.keys():
+            print(f"{way:70} {found[way]}")
+        for way in sorted(times, key=lambda way: -times[way]):
+            print(f"{way:70} {times[way]:.4f} ms", flush=True)
 
 
 if __name__ == "__main__":

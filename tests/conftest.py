@@ -13,7 +13,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores already.
     torch.set_num_threads(1)
 
-GPU_TESTS = {"tests/ops/test_triton.py", "tests/nn/test_attention.py", "tests/check/test_check.py"}
+GPU_TESTS = {
+    "tests/ops/test_triton.py",
+    "tests/nn/test_attention.py",
+    "tests/nn/test_on_gpu.py",
+    "tests/check/test_check.py",
+}
 """The files that have tests for GPUs."""
 
 

@@ -109,30 +109,42 @@ class _Kept(NamedTuple):
 def _kept(memory: ChunkedMemory | Steps, picked: Tensor) -> _Kept:
     """Collect the chunks that any query picked. What others hold, NaN perhaps, is not touched."""
     slots, is_kept = _find(memory, picked)
-    if not may_look_at(picked):
-        # How many there are is not known, or not without waiting: all stay, blank where not kept.
-        chunks, number = torch.arange(len(is_kept), device=picked.device), slots
-    else:
+    if may_look_at(picked):
         chunks = is_kept.nonzero()[:, 0]
-        number = (is_kept.cumsum(0) - 1)[slots]
-    picked = number.masked_fill(picked < 0, -1)
-    if isinstance(memory, ChunkedMemory):
-        rows = memory.contents.flatten(0, 1)[chunks]
-        mask = None if memory.step_mask is None else memory.step_mask.flatten(0, 1)[chunks]
+        number, is_kept = (is_kept.cumsum(0) - 1)[slots], None
     else:
-        length = memory.steps.shape[1]
-        step = torch.arange(memory.chunk_size, device=picked.device) - -length % memory.chunk_size
-        step = (chunks % memory.chunks)[:, None] * memory.chunk_size + step
-        at = (chunks // memory.chunks)[:, None] * length + step.clamp(min=0)
-        rows = memory.steps.flatten(0, 1)[at]
-        mask = None if memory.mask is None else memory.mask.flatten()[at]
-        if length % memory.chunk_size:
-            mask = step >= 0 if mask is None else mask & (step >= 0)
-    if not may_look_at(picked):
+        # How many there are is not known, or not without waiting: all stay, blank where not kept.
+        chunks, number = None, slots
+    rows, mask = _rows(memory, chunks)
+    if is_kept is not None:
         mask = is_kept[:, None].expand(rows.shape[:2]) if mask is None else mask & is_kept[:, None]
     if mask is not None:
         rows = rows.masked_fill(~mask[..., None], 0.0)
-    return _Kept(rows, mask, picked)
+    return _Kept(rows, mask, number.masked_fill(picked < 0, -1))
+
+
+def _rows(memory: ChunkedMemory | Steps, chunks: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the steps [U, C, D] of chunks [U], or of all, and which of them there are."""
+    if isinstance(memory, ChunkedMemory):
+        rows, mask = memory.contents.flatten(0, 1), memory.step_mask
+        mask = None if mask is None else mask.flatten(0, 1)
+        if chunks is None:
+            return rows, mask
+        return rows[chunks], None if mask is None else mask[chunks]
+    length, size = memory.steps.shape[1], memory.chunk_size
+    rows, mask = memory.steps, memory.mask
+    if chunks is None and length % size == 0:
+        mask = None if mask is None else mask.unflatten(1, (-1, size)).flatten(0, 1)
+        return rows.unflatten(1, (-1, size)).flatten(0, 1), mask
+    if chunks is None:
+        chunks = torch.arange(memory.batch * memory.chunks, device=rows.device)
+    step = torch.arange(size, device=rows.device) - -length % size
+    step = (chunks % memory.chunks)[:, None] * size + step
+    at = (chunks // memory.chunks)[:, None] * length + step.clamp(min=0)
+    mask = None if mask is None else mask.flatten()[at]
+    if length % size:
+        mask = step >= 0 if mask is None else mask & (step >= 0)
+    return rows.flatten(0, 1)[at], mask
 
 
 def _find(memory: ChunkedMemory | Steps, picked: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +153,8 @@ def _find(memory: ChunkedMemory | Steps, picked: Tensor) -> tuple[Tensor, Tensor
     row = torch.arange(memory.batch, device=picked.device)[:, None, None]
     slots = torch.where(picked < 0, total, row * memory.chunks + picked)
     is_picked = picked.new_zeros(total + 1, dtype=torch.bool)
-    is_picked[slots] = True
+    # Not by an index, which copies a number from the host: a CUDA graph could not be made of it.
+    is_picked.scatter_(0, slots.flatten(), True)
     return slots.clamp(max=max(total - 1, 0)), is_picked[:-1]
 
 

@@ -577,7 +577,11 @@ def test_cuda_graph() -> None:
         context = recall(route, probe, memory, 4, impl="triton")
         return context, *torch.autograd.grad(context.square().sum(), (route, probe))
 
-    expected = call()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = call()
+    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = call()

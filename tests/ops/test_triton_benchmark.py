@@ -44,7 +44,7 @@ def test_dry_run() -> None:
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["acting", "readme", "training"]
     for line in lines:
-        assert {"triton", "blocked", "varlen", "dense"} <= set(line.split())
+        assert {"triton", "blocked", "varlen", "flash", "dense"} <= set(line.split())
 
 
 @pytest.mark.usefixtures("interpreter")
@@ -53,7 +53,7 @@ def test_dry_run_of_tuning() -> None:
     assert done.returncode == 0, done.stderr
     kernels = [line for line in done.stdout.splitlines() if line.startswith("==")]
     ways = [line for line in done.stdout.splitlines() if not line.startswith("==")]
-    assert len(kernels) == 9
+    assert len(kernels) == 11
     # As it is, and cut in another way, right both times.
     assert len(ways) == 2 * len(kernels)
     assert all(way.endswith("right, not timed") for way in ways), ways

@@ -160,6 +160,10 @@ class TestWhenTheDeviceIsRecorded:
         marked = {
             str(path.relative_to(ROOT))
             for path in (ROOT / "tests").rglob("test_*.py")
-            if re.search(r"^ *@pytest.mark.gpu$|marks=pytest.mark.gpu\)", path.read_text(), re.M)
+            if re.search(
+                r"^ *@pytest.mark.gpu$|marks=pytest.mark.gpu\)|^pytestmark = .pytest.mark.gpu",
+                path.read_text(),
+                re.M,
+            )
         }
         assert marked == conftest.GPU_TESTS

@@ -1,14 +1,22 @@
 """Attention inside the picked chunks: one program a query reads each picked step once.
 
 All heads of a query share the rows, so a tile of rows serves two matrix products of all heads.
+Where queries are too few for all processors, several programs share the chunks of each.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from htm_pytorch.kernels import by_head
-from htm_pytorch.ops.triton_kernels.products import add_dot
+from htm_pytorch.ops.triton_kernels.parts import add_parts
+from htm_pytorch.ops.triton_kernels.products import (
+    Launch,
+    add_dot,
+    divide_up,
+    processors,
+)
 from htm_pytorch.ops.triton_kernels.tiles import (
     Call,
     blocks,
@@ -20,6 +28,9 @@ from htm_pytorch.ops.triton_kernels.tiles import (
     score,
     store_sums,
 )
+
+PROGRAMS = 4
+"""For each processor, where there are picks enough for so many."""
 
 
 @triton.jit
@@ -39,9 +50,12 @@ def attend_kernel(
     context_by_batch,
     context_by_query,
     context_by_head,
+    context_by_split,
     queries,
     heads,
     k,
+    splits,
+    each,
     missing,
     C: tl.constexpr,
     D: tl.constexpr,
@@ -57,7 +71,7 @@ def attend_kernel(
     HAS_MASK: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
 ):
-    """Attend from the heads of one query to the chunks that it picked.
+    """Attend from the heads of one query to the chunks that it picked, or to `each` of them.
 
     Chunks of one tile, a group of them at a time, take a plain softmax each, and positions count
     once, summed over all chunks. Longer ones take an online softmax, with a second sum that is
@@ -65,13 +79,15 @@ def attend_kernel(
     """
     # Slices of one query side by side: the second finds its rows in the cache.
     SLICES: tl.constexpr = (D + WIDTH - 1) // WIDTH
-    x = tl.program_id(0).to(tl.int64) // SLICES
+    part = tl.program_id(0).to(tl.int64) // SLICES
     slice = tl.program_id(0) % SLICES * WIDTH
+    x, split = part // splits, part % splits
     row, q = x // queries, x % queries
     steps += row * (1 - SHARED) * steps_by_batch
     probe += row * probe_by_batch + q * probe_by_query
     within = tl.arange(0, BLOCK_C)
-    last = (x + 1) * k
+    begin = x * k + split * each
+    last = tl.minimum(begin + each, (x + 1) * k)
     total = tl.zeros([WIDTH, BLOCK_H], tl.float32)
     u = 0
     if WHOLE:
@@ -85,7 +101,7 @@ def attend_kernel(
                 0, 0, positions, c, D, c < C, probe, probe_by_head, heads,
                 D, BLOCK_H, DEPTH, POSITION_TYPE, False,
             )  # fmt: skip
-        for first in range(x * k, last, GROUPS):
+        for first in range(begin, last, GROUPS):
             n, there, weight = find_tile(
                 picked, weights, words, first, last, 0, missing, C, GROUPS, BLOCK_C, HAS_MASK
             )
@@ -106,9 +122,9 @@ def attend_kernel(
             p = load_rows(positions, within, D, within < C, slice, D, WIDTH)
             total = add_dot(total, tl.trans(p), attended, POSITION_TYPE)
     else:
-        for first in range(x * k, last):
+        for first in range(begin, last):
             weight = tl.load(weights + first)
-            part = tl.zeros([WIDTH, BLOCK_H], tl.float32)
+            inner = tl.zeros([WIDTH, BLOCK_H], tl.float32)
             top = tl.zeros([BLOCK_H], tl.float32) + float("-inf")
             norm = tl.zeros([BLOCK_H], tl.float32)
             for start in range(0, C, BLOCK_C):
@@ -132,12 +148,12 @@ def attend_kernel(
                 scale = tl.where(top == higher, 1.0, tl.exp(top - higher))
                 inside = tl.where(there[:, None], tl.exp(logits - higher[None, :]), 0.0)
                 norm = norm * scale + tl.sum(inside, 0)
-                part = add_dot(part * scale[None, :], tl.trans(m), inside, TYPE)
+                inner = add_dot(inner * scale[None, :], tl.trans(m), inside, TYPE)
                 if HAS_POSITIONS:
-                    part = add_dot(part, tl.trans(p), inside, POSITION_TYPE)
+                    inner = add_dot(inner, tl.trans(p), inside, POSITION_TYPE)
                 top = higher
-            total += part * (weight / tl.where(norm == 0.0, 1.0, norm))[None, :]
-    context += row * context_by_batch + q * context_by_query
+            total += inner * (weight / tl.where(norm == 0.0, 1.0, norm))[None, :]
+    context += row * context_by_batch + q * context_by_query + split * context_by_split
     store_sums(context, context_by_head, heads, slice, total, D, BLOCK_H, WIDTH)
 
 
@@ -152,26 +168,46 @@ def attend(
 ) -> Tensor:
     """Return the context [B, Q, H, D] of the probes inside the picked chunks."""
     context = by_head(probe)
-    if not context.numel():
-        return context
+    if not (context.numel() and picked.numel()):
+        return context.zero_()
     call = Call(probe, steps, step_mask, positions, picked, weights, chunk_size)
     launch = blocks(call, both=False)
-    attend_kernel[call.grid(launch)](
+    programs, head_blocks = call.grid(launch)
+    each = share(programs * head_blocks, call.k, launch, processors(probe))
+    splits = divide_up(call.k, each)
+    out, by_split = context, 0
+    if splits > 1:
+        sizes = call.batch, call.queries, splits, call.heads, call.dim
+        parts = torch.empty(sizes, dtype=torch.float32, device=probe.device)
+        out, by_split = parts[:, :, 0], parts.stride(2)
+    attend_kernel[programs * splits, head_blocks](
         call.probe,
         call.steps,
         call.words(launch),
         call.positions,
         call.picked,
         call.weights,
-        context,
+        out,
         *call.probe.stride()[:3],
         *call.steps.stride()[:2],
-        *context.stride()[:3],
+        *out.stride()[:3],
+        by_split,
         call.queries,
         call.heads,
         call.k,
+        splits,
+        each,
         call.missing,
         **call.flags,
         **launch.options(),
     )
+    if splits > 1:
+        add_parts(parts.flatten(0, 1), context)
     return context
+
+
+def share(programs: int, k: int, launch: Launch, processors: int) -> int:
+    """Return of how many of the k picks of a query a program takes care."""
+    wanted = max(1, PROGRAMS * processors // max(programs, 1))
+    groups = launch.constants["GROUPS"]
+    return max(1, divide_up(divide_up(k, groups), wanted)) * groups

@@ -174,6 +174,12 @@ def keep_launch(few: bool, k: int, dim: int, type_: Any) -> Launch:
     return Launch({"D": dim, "TYPE": type_, **blocks}, num_warps=warps, num_stages=3)
 
 
+def merge_launch(k: int, width: int) -> Launch:
+    """Say how `merge_kernel` is compiled, for lists of `width` keys."""
+    wide = power_of_two(width)
+    return Launch({"K": k, "BLOCK_Q": max(1, 1024 // wide), "BLOCK_W": wide})
+
+
 def pick(
     route: Tensor,
     source: Tensor,
@@ -234,15 +240,14 @@ def pick(
             **launch.options(),
         )
     width = splits * sizes["K"]
-    block = max(1, 1024 // power_of_two(width))
-    merging = Launch({"K": sizes["K"], "BLOCK_Q": block, "BLOCK_W": power_of_two(width)})
-    merge_kernel[(divide_up(batch * queries, block),)](
+    launch = merge_launch(sizes["K"], width)
+    merge_kernel[(divide_up(batch * queries, launch.constants["BLOCK_Q"]),)](
         keys,
         picked,
         weights,
         batch * queries,
         k,
         width,
-        **merging.options(),
+        **launch.options(),
     )
     return picked, weights

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from htm_pytorch.ops.triton_kernels.parts import add_parts
 from htm_pytorch.ops.triton_kernels.products import (
     Launch,
     add_dot,
@@ -321,7 +322,7 @@ class _Call:
     ):
         self.queries, self.projected = by_last(queries), by_last(projected)
         self.step_mask = None if step_mask is None else step_mask.contiguous()
-        self.weights = weights.contiguous()
+        self.picked, self.weights = picked.contiguous(), weights.contiguous()
         self.batch, self.length, self.heads, self.width = queries.shape
         self.k, self.pairs = picked.shape[2], picked.numel()
         self.slots = len(projected) // chunk_size
@@ -333,13 +334,14 @@ class _Call:
         self.held = min(self.heads, max(1, PART_BYTES // by_head))
 
     def parts(self, heads: int) -> Tensor:
-        """Return room for a part of each pick; zeros, for those that are none."""
-        return self.queries.new_zeros(self.pairs, heads, self.width)
+        """Return room for a part of each pick."""
+        return self.queries.new_empty(self.pairs, heads, self.width)
 
     def add(self, parts: Tensor, out: Tensor, first: int) -> None:
         """Write the sums over the picks of each query."""
-        shape = (self.batch, self.length, self.k, *parts.shape[1:])
-        out[:, :, first : first + parts.shape[1]] = parts.view(shape).sum(2)
+        # All heads of a query in one row.
+        heads = out[:, :, first : first + parts.shape[1]].flatten(2)[:, :, None]
+        add_parts(parts.view(-1, self.k, 1, heads.shape[-1]), heads, self.picked)
 
     def strides(self) -> tuple[int, ...]:
         """Return those of the queries and of the projected rows."""
@@ -358,9 +360,9 @@ def attend_projected(
 ) -> Tensor:
     """Return the attended values [B, Q, H, E]; chunks are numbered over all rows of the batch."""
     del owners
-    context = queries.new_zeros(queries.shape)
+    context = queries.new_empty(queries.shape)
     if not (context.numel() and picked.numel() and len(projected)):
-        return context
+        return context.zero_()
     call = _Call(queries, projected, step_mask, picked, weights, chunk_size)
     for first in range(0, call.heads, call.held):
         heads = min(call.held, call.heads - first)
@@ -399,10 +401,10 @@ def attend_projected_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of queries, projected and weights."""
     del owners
-    grad_queries = queries.new_zeros(queries.shape)
-    grad_projected = torch.zeros_like(projected, memory_format=torch.contiguous_format)
+    grad_queries = queries.new_empty(queries.shape)
+    grad_projected = projected.new_empty(projected.shape)
     if not (grad_queries.numel() and picked.numel() and len(projected)):
-        return grad_queries, grad_projected, torch.zeros_like(weights)
+        return grad_queries.zero_(), grad_projected.zero_(), torch.zeros_like(weights)
     call = _Call(queries, projected, step_mask, picked, weights, chunk_size)
     grad = by_last(grad)
     softmaxes = weights.new_zeros(3, call.pairs, call.heads).unbind()

@@ -229,7 +229,10 @@ def blocks(call: "Call", *, both: bool) -> Launch:
     width = wide if whole else min(wide, 256)
     # Softmaxes over several tiles keep two sums at a time, and leave room for less beside them.
     long = call.chunk_size > ROWS // 2
-    rows = ROWS if whole else ROWS // 4 if exact and long else ROWS // 2
+    # Forward, where the rows' bandwidth is the limit, small tiles in flight are worth more than
+    # products from shared memory (see docs/performance.md).
+    small = not both and not long
+    rows = ROWS if whole and not small else ROWS // 4 if exact and long else ROWS // 2
     depth = 256 if whole and both else 64 if whole or not (exact or long) else 32
     sums = SUMS // 2 if exact or call.chunk_size > rows else SUMS
     groups = min(rows // min(power_of_two(call.chunk_size, 16), rows), power_of_two(call.k))
@@ -245,7 +248,7 @@ def blocks(call: "Call", *, both: bool) -> Launch:
         "POSITION_TYPE": position_type,
         "WHOLE": whole,
     }
-    large = width >= (512 if whole else 256)
+    large = width >= (512 if whole else 256) and not (whole and small)
     # Whole tiles are asked for when their picks have come. With five stages that is while the tile
     # before is multiplied; with four, after that, and there is room for one tile less. Tiles of
     # one chunk, and pieces, wait for no pick.
