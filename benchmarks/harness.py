@@ -151,7 +151,10 @@ def peak_allocation(run: Callable[[], Any]) -> int:
     with (
         _quiet_stderr(),
         torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            activities=[torch.profiler.ProfilerActivity.CPU],
+            profile_memory=True,
+            # torch 2.11 warns where it is left to it.
+            acc_events=True,
         ) as profile,
     ):
         run()

@@ -285,8 +285,20 @@ class ChunkedMemory(Written):
         slots = self._ring.read()
         if not any(p.requires_grad for p in (slots.contents, slots.summaries, self.open_steps)):
             return self
-        ring = Ring(self._ring.share().map(torch.Tensor.detach))
+        slots = self._ring.share().map(torch.Tensor.detach)
+        ring = Ring(slots, is_donated=self._ring.is_donated)
         return self._changed(_ring=ring, open_steps=self.open_steps.detach())
+
+    def donate(self) -> Self:
+        """Return the memory, given up to whoever appends to it next.
+
+        Without a gradient its chunks are then written where they lie, whoever else holds the
+        tensors: also by a compiled function and in a CUDA graph, which otherwise copy all of them
+        at each step. What comes after it is donated as well. This memory, those before it in whose
+        place it was written, and each one after it that was appended to are gone: to read one
+        is a RuntimeError.
+        """
+        return self._changed(_ring=self._ring.donate())
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -336,20 +348,33 @@ class ChunkedMemory(Written):
             raise MemoryFileError(f"path: {str(path)!r} is damaged ({error})") from error
 
 
-def _flatten(memory: ChunkedMemory) -> tuple[list[Tensor], tuple[bool, tuple[str, ...]]]:
+_Context = tuple[bool, tuple[str, ...], bool]
+"""Whether earlier episodes stay, the names of the leaves, and whether it was donated."""
+
+
+def _flatten(memory: ChunkedMemory) -> tuple[list[Tensor], _Context]:
     parts = memory._tensors()
-    return list(parts.values()), (memory.keep_across_episodes, tuple(parts))
+    is_donated = memory._ring.is_donated
+    return list(parts.values()), (memory.keep_across_episodes, tuple(parts), is_donated)
 
 
 def _flatten_with_keys(memory: ChunkedMemory) -> tuple[list[Any], Any]:
-    leaves, (keep, names) = _flatten(memory)
-    keys = [pytree.GetAttrKey(name) for name in names]
-    return list(zip(keys, leaves, strict=True)), (keep, names)
+    leaves, context = _flatten(memory)
+    keys = [pytree.GetAttrKey(name) for name in context[1]]
+    return list(zip(keys, leaves, strict=True)), context
 
 
-def _unflatten(leaves: Iterable[Any], context: tuple[bool, tuple[str, ...]]) -> ChunkedMemory:
-    keep, names = context
-    return ChunkedMemory._of(dict(zip(names, leaves, strict=True)), keep)
+def _unflatten(leaves: Iterable[Any], context: _Context) -> ChunkedMemory:
+    keep, names, is_donated = context
+    memory = ChunkedMemory._of(dict(zip(names, leaves, strict=True)), keep)
+    memory._ring.is_donated = is_donated
+    return memory
+
+
+def _from_dumpable(context: list[Any]) -> _Context:
+    # Programs that were exported before memories could be donated do not say.
+    keep, names, *donated = context
+    return keep, tuple(names), bool(donated and donated[0])
 
 
 pytree.register_pytree_node(
@@ -357,8 +382,8 @@ pytree.register_pytree_node(
     _flatten,
     _unflatten,
     serialized_type_name="htm_pytorch.memory.ChunkedMemory",
-    to_dumpable_context=lambda context: [context[0], list(context[1])],
-    from_dumpable_context=lambda context: (context[0], tuple(context[1])),
+    to_dumpable_context=lambda context: [context[0], list(context[1]), context[2]],
+    from_dumpable_context=_from_dumpable,
     flatten_with_keys_fn=_flatten_with_keys,
 )
 # A state is data: `torch.load` reads it without being told that it may.

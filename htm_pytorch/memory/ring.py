@@ -12,7 +12,7 @@ from torch import Tensor
 
 from htm_pytorch import kernels
 from htm_pytorch.memory.codes import MOST_DIM, Codes, RingCodes
-from htm_pytorch.shapes import is_transformed
+from htm_pytorch.shapes import is_transformed, may_look_at
 
 CODED_NUMBERS = 2**18
 """Numbers of summaries, of all rows, from which on codes of them pay; see docs/performance.md."""
@@ -87,10 +87,19 @@ class Ring:
     somebody is reading them at that moment, in another thread, and where gradients flow.
     """
 
-    def __init__(self, slots: Slots, used: int | None = None, *, is_own: bool = False):
+    def __init__(
+        self,
+        slots: Slots,
+        used: int | None = None,
+        *,
+        is_own: bool = False,
+        is_donated: bool = False,
+    ):
         self._slots: Slots | None = slots
         self.used = used
         """Slots from this one on were never written; None: nobody knows of any."""
+        self.is_donated = is_donated
+        """Whether it may be written where it lies, whoever else holds the tensors."""
         self._is_own = is_own
         self._head: Slots | None = None
         self._newer: tuple[Ring, Tensor, Slots] | None = None
@@ -133,6 +142,16 @@ class Ring:
                 slots = self._slots
                 assert slots is not None
         return slots
+
+    def donate(self) -> "Ring":
+        """Return the ring for one who may write where it lies; this one is gone."""
+        with alone():
+            ring = Ring(self.share(), self.used, is_donated=True)
+            self._give_up()
+        return ring
+
+    def _give_up(self) -> None:
+        self._slots, self._head, self._codes = None, None, None
 
     def codes(self, k: int, queries: int) -> Codes | None:
         """Return the codes of the summaries, for so many queries a row that keep k chunks each.
@@ -191,6 +210,8 @@ class Ring:
     def _write(self, at: Tensor, is_new: Tensor, chunks: Slots) -> "Ring":
         held = self.read()
         chunks = chunks.beside(held, _like)
+        if self.is_donated and not torch.is_grad_enabled() and not is_transformed():
+            return self._write_over(held, at, is_new, chunks)
         if not self._may_write(held, chunks) or self._is_held_too_long(at.shape[1]):
             return self._copy(held, at, is_new, chunks)
         total, used = held.contents.shape[1], self.used
@@ -216,18 +237,37 @@ class Ring:
         self._slots, self._head, self._newer = None, None, (newer, places, replaced)
         return newer
 
-    def _copy(self, held: Slots, at: Tensor, is_new: Tensor, chunks: Slots) -> "Ring":
-        compiling = torch.compiler.is_compiling()
+    def _write_over(self, held: Slots, at: Tensor, is_new: Tensor, chunks: Slots) -> "Ring":
+        rows = torch.arange(len(at), device=at.device)[:, None]
 
+        def put(old: Tensor, new: Tensor) -> Tensor:
+            # With no view between, a compiler sees that nothing has to be copied.
+            return old.index_put_((rows, at), _choose(is_new, new, old[rows, at]))
+
+        is_own = not torch.compiler.is_compiling()
+        newer = Ring(
+            held.beside(chunks, put), self._used_after(at, is_new), is_own=is_own, is_donated=True
+        )
+        if is_own and self._is_own and self._codes is not None:
+            self._codes.forget(rows.expand_as(at).flatten(), at.flatten())
+            newer._codes = self._codes
+        newer._times_scored = self._times_scored
+        self._give_up()
+        return newer
+
+    def _copy(self, held: Slots, at: Tensor, is_new: Tensor, chunks: Slots) -> "Ring":
         def put(old: Tensor, new: Tensor) -> Tensor:
             index = at.view(*at.shape, *(1,) * (old.ndim - 2)).expand(-1, -1, *old.shape[2:])
             return old.scatter(1, index, _choose(is_new, new, old.gather(1, index)))
 
-        used = None if compiling or is_transformed() else self.used
-        if used is not None:
-            looks = at.device.type == "cpu"
-            used = max(used, _largest(at.masked_fill(~is_new, -1)) + 1) if looks else None
-        return Ring(held.beside(chunks, put), used, is_own=not compiling)
+        used, is_own = self._used_after(at, is_new), not torch.compiler.is_compiling()
+        return Ring(held.beside(chunks, put), used, is_own=is_own, is_donated=self.is_donated)
+
+    def _used_after(self, at: Tensor, is_new: Tensor) -> int | None:
+        # A compiler must not look at a number that changes: it would compile again.
+        if not may_look_at(at) or self.used is None:
+            return None
+        return max(self.used, _largest(at.masked_fill(~is_new, -1)) + 1)
 
     def _may_write(self, held: Slots, chunks: Slots) -> bool:
         if torch.compiler.is_compiling() or is_transformed() or not self._is_own:
@@ -257,7 +297,12 @@ class Ring:
         while ring._newer is not None:
             ring, places, before = ring._newer
             replaced.append((places, before))
-        assert ring._slots is not None
+        if ring._slots is None:
+            raise RuntimeError(
+                "this memory was donated, or one that was written where it lay, and is gone: go "
+                "on with what donate() or the next call returned, or copy it before (select_rows, "
+                "of a state select)"
+            )
         with torch.no_grad(), torch.inference_mode(False):
             slots = ring._slots.map(copied)
             for places, before in reversed(replaced):

@@ -255,7 +255,8 @@ class Written(Value):
         """Return the memory with a mask of its steps, since short chunks may come."""
         slots = self._ring.share()
         step_mask = copied(self.valid[..., None].expand(slots.contents.shape[:3]))
-        return self._changed(_ring=Ring(slots._replace(step_mask=step_mask)))
+        ring = Ring(slots._replace(step_mask=step_mask), is_donated=self._ring.is_donated)
+        return self._changed(_ring=ring)
 
     def _after(self, plan: Plan) -> Self:
         keep = self.keep_across_episodes

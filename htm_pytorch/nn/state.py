@@ -143,6 +143,17 @@ class TransformerState:
 
         return self._map(lambda memory: memory.reset(rows), clear)
 
+    def donate(self) -> Self:
+        """Return the state, given up to the next call of the model.
+
+        Where no gradient flows, the memories are then written where they lie, whoever else holds
+        their tensors: also by a compiled model and in a CUDA graph, which otherwise copy all chunks
+        at each step. The state after such a call is donated as well; the one before it cannot be
+        used again (RuntimeError).
+        """
+        given = self._map(ChunkedMemory.donate, lambda part: part)
+        return type(self)(given.layers, self._fits)
+
     def detach(self) -> Self:
         """Return the state cut from the graph; that of an `HTMTransformer` has none."""
         return self._map(ChunkedMemory.detach, torch.Tensor.detach)

@@ -270,3 +270,83 @@ def test_a_reader_in_another_thread_is_not_written_over() -> None:
             memory = memory.append(torch.randn(1, 2, 6))
         reader.join()
         torch.testing.assert_close(found[0], expected)
+
+
+class TestDonated:
+    """Who gives a memory up lets it be written where it lies, whoever holds its tensors."""
+
+    @pytest.mark.parametrize("keep", [False, True])
+    def test_it_goes_on_as_any_other_in_the_same_tensors(self, keep: bool) -> None:
+        # Short chunks would need a mask of their steps, which a memory has only once they come.
+        contents = torch.rand(2, 5, 2, 3)
+        given = ChunkedMemory.from_steps(contents.flatten(1, 2), 2, chunks=5)
+        given = given._replace(
+            keep_across_episodes=keep, step_mask=torch.ones(2, 5, 2, dtype=torch.bool)
+        )
+        plain = given.select_rows(torch.arange(2))
+        donated = given.donate()
+        held = donated.contents, donated.summaries, donated.step_mask
+        for _ in range(40):
+            new, is_first = steps(2, 3), torch.rand(2, 3) < 0.1
+            plain = plain.append(new, is_first)
+            with torch.no_grad():
+                donated = donated.append(new, is_first)
+            assert_is(donated, parts_of(plain))
+            assert written(donated) == held[0].data_ptr()
+        assert torch.equal(held[0], plain.contents)
+        assert torch.equal(held[1], plain.summaries)
+
+    @pytest.mark.parametrize("coded", [False, True])
+    def test_recall_sees_what_was_written(
+        self, coded: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if coded:
+            for name in ("CODED_NUMBERS", "CODED_KEPT", "CODED_WRITTEN", "CODED_STEPS"):
+                monkeypatch.setattr(f"htm_pytorch.memory.ring.{name}", 0)
+        plain = ChunkedMemory.empty(2, 9, 2, 3)
+        donated = ChunkedMemory.empty(2, 9, 2, 3).donate()
+        route, probe = torch.randn(2, 1, 3), torch.randn(2, 1, 2, 3)
+        with torch.no_grad():
+            for _ in range(40):
+                new = steps(2, 2)
+                plain, donated = plain.append(new), donated.append(new)
+                expected, got = (recall(route, probe, m, 2) for m in (plain, donated))
+                torch.testing.assert_close(got, expected)
+
+    @torch.no_grad()
+    def test_what_was_given_up_cannot_be_read(self) -> None:
+        first = ChunkedMemory.empty(2, 5, 2, 3).append(steps())
+        second = first.append(steps())
+        third = second.donate()
+        kept = third.select_rows(torch.arange(2))
+        parts = parts_of(kept)
+        fourth = third.append(steps())
+        for gone in (first, second, third):
+            with pytest.raises(RuntimeError, match="^this memory was donated, or one that was "):
+                gone.contents  # noqa: B018
+        assert fourth.contents.shape == (2, 5, 2, 3)
+        kept.append(steps(2, 9))
+        assert_is(kept, parts)
+
+    def test_it_is_copied_where_gradients_may_flow(self) -> None:
+        donated = ChunkedMemory.empty(2, 5, 2, 3).donate()
+        held = donated.contents
+        before = held.clone()
+        after = donated.append(steps().requires_grad_())
+        assert torch.equal(held, before)
+        assert after.contents.requires_grad
+        with torch.no_grad():
+            # Of a tensor that needs a gradient nothing is written over, either.
+            assert written(after.detach().append(steps())) == written(after.detach())
+
+    def test_a_tree_of_tensors_keeps_it(self) -> None:
+        leaves, spec = pytree.tree_flatten(ChunkedMemory.empty(2, 5, 2, 3).donate())
+        place = leaves[0].data_ptr()
+        spec = pytree.treespec_loads(pytree.treespec_dumps(spec))
+        with torch.no_grad():
+            after = pytree.tree_unflatten(leaves, spec).append(steps())
+        assert written(after) == place
+        # A file of programs from before says nothing of it.
+        from htm_pytorch.memory import chunked
+
+        assert chunked._from_dumpable([True, ["contents"]]) == (True, ("contents",), False)

@@ -98,6 +98,29 @@ def test_gradients_of_a_compiled_call_are_the_plain_ones(keep: bool) -> None:
 
 
 @KEEP
+@torch.no_grad()
+def test_a_donated_state_is_written_where_it_lies(keep: bool) -> None:
+    model = build(keep_across_episodes=keep)
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    # With all that episodes need: the structure stays.
+    start = model(normal(2, 11), is_first=torch.rand(2, 11) < 0.2)[1]
+    state, plain = start.select(torch.arange(2)).donate(), start
+    place = state[0].memory.contents.data_ptr()
+    for border in (0.0, 0.2, 1.0, *[0.2] * 9):
+        x, is_first = normal(2, 1), torch.rand(2, 1) < border
+        before = state
+        y, state = compiled(x, state, is_first)
+        expected, plain = model(x, plain, is_first)
+        assert_near(y, expected)
+        assert state[0].memory.contents.data_ptr() == place
+    assert counter.frame_count == 1
+    assert_near(model(x, state)[0], model(x, plain)[0])
+    with pytest.raises(RuntimeError, match="^this memory was donated"):
+        model(x, before)
+
+
+@KEEP
 @pytest.mark.parametrize("length", [1, 9])
 def test_an_exported_model_takes_the_state_that_it_is_given(keep: bool, length: int) -> None:
     model = build(keep_across_episodes=keep, depth=2).eval()
