@@ -38,11 +38,13 @@ class Problem:
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
             # Exact in float32 too, where the reference is measured for float64.
-            drawn = torch.randn(*shape, generator=generator) * scale
+            drawn = torch.randn(*shape, generator=generator, device="cpu") * scale
             return drawn.to(self.measured).to(self.dtype)
 
         def mask(*shape: int) -> Tensor | None:
-            return torch.rand(*shape, generator=generator) < 0.8 if config.masked else None
+            if not config.masked:
+                return None
+            return torch.rand(*shape, generator=generator, device="cpu") < 0.8
 
         batch, queries, steps, dim = config.batch, config.queries, config.steps, config.dim
         self.inputs = {
@@ -55,7 +57,7 @@ class Problem:
         self.chunk_mask = mask(batch, queries, -(-steps // config.mem_chunk_size))
         # The compared pairs of row and query, [P] each, from the first to the last.
         total = batch * queries
-        pairs = torch.linspace(0, total - 1, min(COMPARED, total)).round().long()
+        pairs = torch.linspace(0, total - 1, min(COMPARED, total), device="cpu").round().long()
         self.row, self.query = pairs // queries, pairs % queries
         if self.mask is not None:
             self.inputs["memories"][~self.mask] = torch.nan
@@ -82,10 +84,10 @@ class Problem:
                 allowed = allowed & self.chunk_mask[row, self.query[here], None]
             scores = scores.masked_fill(~allowed, -torch.inf)
             best, chunks = scores.topk(min(k + 1, scores.shape[-1]))
-            is_clear = torch.ones(best.shape[:2], dtype=torch.bool)
+            is_clear = torch.ones(best.shape[:2], dtype=torch.bool, device=best.device)
             if best.shape[-1] > k:
                 is_clear = best[..., k].isinf() | (best[..., k - 1] - best[..., k] > margin)
-            first = torch.arange(len(best)), is_clear.int().argmax(1)
+            first = torch.arange(len(best), device=best.device), is_clear.int().argmax(1)
             self.inputs["queries"][row, self.query[here]] = candidates[here][first]
             found.append((is_clear[first], chunks[first][:, :k], best[first][:, :k].isfinite()))
         clear, chunks, kept = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -94,7 +96,11 @@ class Problem:
     def _places(self, chunks: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Return where the steps of the chunks [P, K] lie, [P, K * C], and whether they exist."""
         size = self.config.mem_chunk_size
-        at = chunks[..., None] * size + torch.arange(size) - -self.config.steps % size
+        at = (
+            chunks[..., None] * size
+            + torch.arange(size, device=chunks.device)
+            - -self.config.steps % size
+        )
         exists = (kept[..., None] & (at >= 0)).flatten(1)
         at = at.clamp(min=0).flatten(1)
         return at, exists if self.mask is None else exists & self.mask[self.row[:, None], at]
@@ -198,7 +204,7 @@ class Problem:
         return self.values(self.plain_output, inputs, cotangent)
 
     def _moved(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        by = torch.rand(x.shape, generator=generator, dtype=torch.float64) - 0.5
+        by = torch.rand(x.shape, generator=generator, dtype=torch.float64, device="cpu") - 0.5
         moved = x.cpu().double() * (1 + torch.finfo(self.measured).eps * by)
         return moved.to(x.device, self.measured)
 

@@ -109,7 +109,7 @@ def show(path: Path_, chunk: int, name: str = "", json: bool = False) -> None:
             there = f"from {-stored.chunks} to {stored.chunks - 1}" if stored.chunks else "none yet"
             raise ValueError(f"chunk: expected the number of one there is, {there}, got {chunk}")
         number = chunk % stored.chunks
-        chosen = torch.tensor([number])
+        chosen = torch.tensor([number], device="cpu")
         (span,) = stored.spans(chosen)
         part = stored.fetch(chosen)
     steps = part.contents[0, 0, -span.count :].float()

@@ -200,6 +200,6 @@ def sorting(arguments: dict[str, Any], queries: int) -> dict[str, Any]:
     """Room to sort the picks of `queries` by their chunk."""
     slots = arguments["memory_batch"] * arguments["chunks"]
     return {
-        "starts": torch.empty(slots + 1, dtype=torch.int64),
-        "pairs": torch.empty(queries * arguments["k"], dtype=torch.int64),
+        "starts": torch.empty(slots + 1, dtype=torch.int64, device="cpu"),
+        "pairs": torch.empty(queries * arguments["k"], dtype=torch.int64, device="cpu"),
     }

@@ -255,7 +255,7 @@ def _factors(width: int) -> Tensor:
     """Return odd numbers [D] int64, always the same."""
     with torch.inference_mode(False):
         generator = torch.Generator().manual_seed(1)
-        return 2 * torch.randint(2**62, (width,), generator=generator) + 1
+        return 2 * torch.randint(2**62, (width,), generator=generator, device="cpu") + 1
 
 
 class RingCodes:

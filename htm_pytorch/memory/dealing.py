@@ -97,7 +97,7 @@ def own_spans(
     # The chunks of this rank that come before each.
     before = [min(len(range(rank, chunk, ranks)), local.chunks) for chunk in chunks]
     newest = {number - 1 for number in before if number} if with_newest else set()
-    asked = torch.tensor(sorted(held | newest), dtype=torch.int64)
+    asked = torch.tensor(sorted(held | newest), dtype=torch.int64, device="cpu")
     spans = {span.chunk: span for span in local.spans(asked, row)}
     until = {number + 1: span.first_step + span.count for number, span in spans.items()}
     return {

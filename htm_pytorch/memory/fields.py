@@ -89,7 +89,7 @@ def _numbers(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     valid, next_slot = parts["valid"], parts["next_slot"]
     counts = count_steps(valid, parts.get("step_mask"), parts["contents"].shape[2])
     chunks = valid.shape[1]
-    oldest_first = (next_slot[:, None] + torch.arange(chunks)) % max(chunks, 1)
+    oldest_first = (next_slot[:, None] + torch.arange(chunks, device=valid.device)) % max(chunks, 1)
     ordered = counts.gather(1, oldest_first)
     first_steps = torch.zeros_like(counts).scatter(1, oldest_first, ordered.cumsum(1) - ordered)
     step_count = counts.sum(1) + parts["open_count"]

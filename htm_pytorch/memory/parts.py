@@ -36,7 +36,7 @@ def write(path: str | os.PathLike[str], rank: int, ranks: int, part: Part) -> No
     state.parent.mkdir(parents=True, exist_ok=True)
     in_memory = isinstance(part.local, ChunkedMemory)
     part.local.save(contents.with_suffix(".safetensors") if in_memory else contents)
-    numbers = torch.tensor([part.local.chunks, *part.moment], dtype=torch.int64)
+    numbers = torch.tensor([part.local.chunks, *part.moment], dtype=torch.int64, device="cpu")
     # The last: where it is, the part is whole.
     kept = "RAM" if in_memory else "disk"
     save_tensors(state, _KIND, part.tensors | {"numbers": numbers}, kept=kept)
@@ -75,7 +75,9 @@ def read(
         local = ChunkedMemory.load(contents.with_suffix(".safetensors"), device=device)
     else:
         local = open_memory(contents)
-    chunks, *moment = tensors.pop("numbers", torch.tensor([local.chunks, 0, 0])).tolist()
+    chunks, *moment = tensors.pop(
+        "numbers", torch.tensor([local.chunks, 0, 0], device="cpu")
+    ).tolist()
     if local.chunks != chunks:
         raise MemoryFileError(
             f"path: {str(contents)!r} holds {local.chunks} chunks, expected {chunks}, as when it "

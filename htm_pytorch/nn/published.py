@@ -42,7 +42,7 @@ def from_haiku(
         parts = value.items() if isinstance(value, Mapping) else [("", value)]
         for name, array in parts:
             key = f"{module}:{name}" if name else module
-            flat[key] = torch.as_tensor(array).detach().clone()
+            flat[key] = torch.as_tensor(array, device="cpu").detach().clone()
     weights = {old for olds in _HAIKU_NAMES.values() for old in olds}
     missing = {f"{_HAIKU}{old}:w" for old in weights} - set(flat)
     unknown = set(flat) - {f"{_HAIKU}{old}:{part}" for old in weights for part in "wb"}

@@ -85,7 +85,7 @@ def pick(
     chunks = fitting.check_source(route, source, step_mask, chunk_size)
     operators.check("valid", valid, (len(source), chunks), torch.bool)
     operators.check("chunk_mask", chunk_mask, (*route.shape[:2], chunks), torch.bool)
-    picked = torch.empty(*route.shape[:2], k, dtype=torch.int64)
+    picked = torch.empty(*route.shape[:2], k, dtype=torch.int64, device=route.device)
     weights = route.new_empty(picked.shape)
     if not picked.numel():
         return picked, weights
@@ -156,9 +156,9 @@ def pick_backward(
     chunks = fitting.check_source(route, source, step_mask, chunk_size)
     fitting.check_picks(route, picked, weights)
     operators.check("grad", grad, picked.shape, route.dtype)
-    grad_route = torch.zeros(route.shape, dtype=route.dtype)
-    grad_source = torch.zeros(source.shape if to_source else (0, 0, 0), dtype=route.dtype)
-    grad_ceiling = torch.zeros(0 if ceiling is None else ceiling.shape, dtype=route.dtype)
+    grad_route = torch.zeros(route.shape, dtype=route.dtype, device=route.device)
+    grad_source = route.new_zeros(source.shape if to_source else (0, 0, 0))
+    grad_ceiling = route.new_zeros(0 if ceiling is None else ceiling.shape)
     grad_decay = torch.zeros_like(grad_ceiling)
     if not picked.numel():
         return grad_route, grad_source.to(source.dtype), grad_ceiling, grad_decay
@@ -251,9 +251,9 @@ def attend_backward(
     operators.check("grad", grad, probe.shape, probe.dtype)
     dtype = probe.dtype
     grad_probe = kernels.by_head(probe)
-    grad_weights = torch.zeros(weights.shape, dtype=dtype)
-    grad_steps = torch.zeros(steps.shape if to_steps else (0,) * 3, dtype=dtype)
-    grad_positions = torch.zeros(gradient_shape(positions, to_positions), dtype=dtype)
+    grad_weights = torch.zeros(weights.shape, dtype=dtype, device=weights.device)
+    grad_steps = steps.new_zeros(steps.shape if to_steps else (0,) * 3, dtype=dtype)
+    grad_positions = steps.new_zeros(gradient_shape(positions, to_positions), dtype=dtype)
     if not (probe.numel() and picked.numel()):
         return grad_probe.zero_(), grad_weights, grad_steps.to(steps.dtype), grad_positions
     grad, probe, steps = kernels.evenly(grad), kernels.evenly(probe), kernels.by_last(steps)
@@ -270,13 +270,13 @@ def attend_backward(
         "grad_weights": grad_weights,
     }
     block = total = batch * queries
-    by_position = torch.empty(total, 2, heads, chunk_size if to_positions else 0, dtype=dtype)
+    by_position = probe.new_empty(total, 2, heads, chunk_size if to_positions else 0, dtype=dtype)
     if to_positions:
         arguments["position_weights"] = by_position
     if to_steps:
         held = 2 * picked.shape[2] * heads * chunk_size
         block = min(total, max(1, BLOCK_BYTES // (held * probe.itemsize)))
-        arguments["block_weights"] = torch.empty(block * held, dtype=dtype)
+        arguments["block_weights"] = probe.new_empty(block * held, dtype=dtype)
         arguments |= kernels.sorting(arguments, block)
         arguments |= _grad_steps(grad_steps, -steps.shape[1] % chunk_size)
     for first in range(0, total, block):

@@ -197,7 +197,7 @@ def _attend(
     weights: Tensor,
     *others: Any,
 ) -> Tensor:
-    context = torch.zeros(queries.shape, dtype=queries.dtype)
+    context = queries.new_zeros(queries.shape)
     if context.numel() and picked.numel():
         queries, projected = kernels.evenly(queries), projected.contiguous()
         picked, weights = picked.contiguous(), weights.contiguous()
@@ -218,9 +218,9 @@ def _attend_backward(
     *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, projected and weights."""
-    grad_queries = torch.zeros(queries.shape, dtype=queries.dtype)
-    grad_projected = torch.zeros(projected.shape, dtype=queries.dtype)
-    by_head = torch.zeros(queries.shape[2], *weights.shape, dtype=queries.dtype)
+    grad_queries = queries.new_zeros(queries.shape)
+    grad_projected = queries.new_zeros(projected.shape)
+    by_head = queries.new_zeros(queries.shape[2], *weights.shape)
     operators.check("grad", grad, queries.shape, queries.dtype)
     if grad_queries.numel() and picked.numel():
         queries, grad = kernels.evenly(queries), kernels.evenly(grad)

@@ -311,7 +311,7 @@ def _to_ranks(group: RankGroup, *wanted: tuple[Tensor | None, int]) -> tuple[Any
     if not any(summed):
         return tensors
     # Gives the results a gradient also on a rank where none of the tensors needs one.
-    anchor = torch.zeros((), requires_grad=True)
+    anchor = torch.zeros((), requires_grad=True, device="cpu")
     return _ToRanks.apply(group, summed, anchor, *tensors)
 
 

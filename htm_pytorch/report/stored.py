@@ -65,7 +65,7 @@ def trace_memory(
     at = 0 if fetched is None or fetched.batch == 1 else row
     columns: list[list[int]] = []
     for place in range(len(kept)):
-        exists = torch.ones(memory.chunk_size, dtype=torch.bool)
+        exists = torch.ones(memory.chunk_size, dtype=torch.bool, device="cpu")
         columns.append(
             (exists if step_mask is None else step_mask[at, place].cpu()).nonzero()[:, 0].tolist()
         )

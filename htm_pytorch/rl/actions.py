@@ -59,7 +59,7 @@ class Policy(nn.Module, ABC):
 
     def noise(self, rows: int, generator: torch.Generator) -> Tensor:
         """Return what `Distribution.sample` needs, [rows, A]."""
-        return torch.rand(rows, self.size, generator=generator, dtype=torch.float64)
+        return torch.rand(rows, self.size, generator=generator, dtype=torch.float64, device="cpu")
 
     @abstractmethod
     def to_environment(self, actions: np.ndarray) -> Any:
@@ -114,7 +114,7 @@ class GaussianPolicy(Policy):
 
     def noise(self, rows: int, generator: torch.Generator) -> Tensor:
         """Return normal noise [rows, A]."""
-        return torch.randn(rows, self.size, generator=generator, dtype=torch.float64)
+        return torch.randn(rows, self.size, generator=generator, dtype=torch.float64, device="cpu")
 
     def to_environment(self, actions: np.ndarray) -> Any:
         """Return actions [B, A] within the bounds of the space, [B, ...]."""

@@ -70,8 +70,10 @@ class Learner:
         for _ in range(options.epochs):
             rollout = self._restarted(rollout)
             # Drawn for all rows, wherever they are.
-            order = torch.randperm(total, generator=generator)
-            where = torch.rand(total, generator=generator)[self.rows.start : self.rows.stop]
+            order = torch.randperm(total, generator=generator, device="cpu")
+            where = torch.rand(total, generator=generator, device="cpu")[
+                self.rows.start : self.rows.stop
+            ]
             for chosen in order.chunk(options.minibatches):
                 local = chosen[(chosen >= self.rows.start) & (chosen < self.rows.stop)]
                 local = local - self.rows.start
@@ -101,7 +103,7 @@ class Learner:
         options = self.config.learner
         total = self.world.sum(rollout.counts.sum().float())
         self.optimizer.zero_grad()
-        losses = torch.zeros(5, dtype=torch.float64)
+        losses = torch.zeros(5, dtype=torch.float64, device="cpu")
         if len(rollout.at):
             policy, retold, moved = self._losses(rollout, advantages, targets, where, total)
             # Of means over all rows, this is the part of those that are here.
@@ -170,7 +172,7 @@ class Learner:
         moved = divergence(log_probs.detach(), old_log_probs, counts, total)
         if not options.reconstruction_weight:
             return losses, output.features.new_zeros(()), moved
-        row = torch.arange(len(where))
+        row = torch.arange(len(where), device="cpu")
         shown = nested(lambda p: p[row, retold[:, 0]].to(device), rollout.seen.observation)
         return losses, self.agent.reconstruction_loss(output.features[:, points], shown), moved
 

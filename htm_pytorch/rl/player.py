@@ -90,7 +90,7 @@ class Player:
 
         Without a generator the most probable action is taken.
         """
-        last = torch.full((len(decides), 1), len(self.waiting) - 1)
+        last = torch.full((len(decides), 1), len(self.waiting) - 1, device="cpu")
         output, self.state = self.agent(self._recent(), self.state, last.to(self.agent.device))
         policy = self.agent.distribution(output.policy[:, 0].cpu())
         if generator is None:

@@ -66,7 +66,7 @@ class Stages:
     def next(self, generator: torch.Generator) -> int:
         """Return the stage that the next rollout plays."""
         share = self.config.environments.rehearse
-        chance, which = torch.rand(2, generator=generator).tolist()
+        chance, which = torch.rand(2, generator=generator, device="cpu").tolist()
         return int(which * self.newest) if chance < share else self.newest
 
     def promote(self) -> bool:
