@@ -287,16 +287,18 @@ class ChunkedMemory(Written):
             return self
         slots = self._ring.share().map(torch.Tensor.detach)
         ring = Ring(slots, is_donated=self._ring.is_donated)
+        ring.keep()
         return self._changed(_ring=ring, open_steps=self.open_steps.detach())
 
     def donate(self) -> Self:
         """Return the memory, given up to whoever appends to it next.
 
-        Without a gradient its chunks are then written where they lie, whoever else holds the
-        tensors: also by a compiled function and in a CUDA graph, which otherwise copy all of them
-        at each step. What comes after it is donated as well. This memory, those before it in whose
-        place it was written, and each one after it that was appended to are gone: to read one
-        is a RuntimeError.
+        Without a gradient its chunks are then written where they lie, also in tensors that were
+        taken out of it since, by a compiled function and in a CUDA graph as well, which otherwise
+        copy all of them at each step. What comes after it is donated, too. Chunks that others may
+        hold now are copied once, here. This memory, those before it in whose place it was
+        written, and each one after it that was appended to are gone: to read one is a
+        RuntimeError. An append that raises an error may have written.
         """
         return self._changed(_ring=self._ring.donate())
 
@@ -307,7 +309,12 @@ class ChunkedMemory(Written):
 
         As in torch, parts that are so already are not copied.
         """
-        moved = {name: part.to(device=device) for name, part in self._tensors().items()}
+        # Tensors of a donated one may be written over.
+        copy = self._ring.is_donated
+        moved = {
+            name: part.to(device=device, copy=copy and name in Slots._fields)
+            for name, part in self._tensors().items()
+        }
         for name in FLOATING:
             moved[name] = moved[name].to(dtype=dtype)
             check_floating("dtype", moved[name])
@@ -353,6 +360,7 @@ _Context = tuple[bool, tuple[str, ...], bool]
 
 
 def _flatten(memory: ChunkedMemory) -> tuple[list[Tensor], _Context]:
+    memory._ring.free()
     parts = memory._tensors()
     is_donated = memory._ring.is_donated
     return list(parts.values()), (memory.keep_across_episodes, tuple(parts), is_donated)

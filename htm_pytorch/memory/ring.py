@@ -99,7 +99,8 @@ class Ring:
         self.used = used
         """Slots from this one on were never written; None: nobody knows of any."""
         self.is_donated = is_donated
-        """Whether it may be written where it lies, whoever else holds the tensors."""
+        """Whether it may be written where it lies, whoever has taken its tensors out since."""
+        self._is_kept = False
         self._is_own = is_own
         self._head: Slots | None = None
         self._newer: tuple[Ring, Tensor, Slots] | None = None
@@ -144,11 +145,33 @@ class Ring:
         return slots
 
     def donate(self) -> "Ring":
-        """Return the ring for one who may write where it lies; this one is gone."""
+        """Return the ring for one who may write where it lies; this one is gone.
+
+        What others may hold already is copied first.
+        """
         with alone():
-            ring = Ring(self.share(), self.used, is_donated=True)
+            held, is_free = self.read(), self._is_own and not self._is_lent() and not self._is_kept
+            if not is_free or _is_inference(held):
+                with torch.no_grad(), torch.inference_mode(False):
+                    held = held.map(copied)
+            ring = Ring(held, self.used, is_own=True, is_donated=True)
             self._give_up()
         return ring
+
+    def keep(self) -> None:
+        """Say that somebody goes on reading what the slots hold, as autograd does."""
+        self.share()
+        if self.is_donated:
+            self._is_kept = True
+
+    def free(self) -> None:
+        """Take a copy of what somebody else goes on reading."""
+        if self._is_kept:
+            self._slots, self._head, self._codes = self.read().map(copied), None, None
+            self._is_kept = False
+
+    def _is_lent(self) -> bool:
+        return any(other() is not None for other in self._lent)
 
     def _give_up(self) -> None:
         self._slots, self._head, self._codes = None, None, None
@@ -210,8 +233,9 @@ class Ring:
     def _write(self, at: Tensor, is_new: Tensor, chunks: Slots) -> "Ring":
         held = self.read()
         chunks = chunks.beside(held, _like)
-        if self.is_donated and not torch.is_grad_enabled() and not is_transformed():
-            return self._write_over(held, at, is_new, chunks)
+        if self.is_donated:
+            write = self._write_over if self._may_write_over(held) else self._copy
+            return write(held, at, is_new, chunks)
         if not self._may_write(held, chunks) or self._is_held_too_long(at.shape[1]):
             return self._copy(held, at, is_new, chunks)
         total, used = held.contents.shape[1], self.used
@@ -269,17 +293,20 @@ class Ring:
             return None
         return max(self.used, _largest(at.masked_fill(~is_new, -1)) + 1)
 
+    def _may_write_over(self, held: Slots) -> bool:
+        if self._is_kept or torch.is_grad_enabled() or is_transformed():
+            return False
+        if not torch.compiler.is_compiling() and self._is_lent():
+            return False
+        return _is_writable(held)
+
     def _may_write(self, held: Slots, chunks: Slots) -> bool:
         if torch.compiler.is_compiling() or is_transformed() or not self._is_own:
             return False
-        if any(other() is not None for other in self._lent):
-            return False
-        if held.contents.is_inference() and not torch.is_inference_mode_enabled():
+        if self._is_lent() or not _is_writable(held):
             return False
         parts = (held.contents, held.summaries, chunks.contents, chunks.summaries)
-        if any(part.requires_grad for part in parts):
-            return False
-        return all(part is None or part.is_contiguous() for part in held)
+        return not any(part.requires_grad for part in parts)
 
     def _is_held_too_long(self, more: int) -> bool:
         """Whether somebody holds a ring so old that what was replaced since fills another."""
@@ -328,6 +355,17 @@ def _may_be_coded(slots: Slots, k: int, queries: int, *, is_written: bool) -> bo
         and summaries.dtype in kernels.STORED[torch.float32]
         and summaries.stride(2) == 1
     )
+
+
+def _is_writable(held: Slots) -> bool:
+    if _is_inference(held) and not torch.is_inference_mode_enabled():
+        return False
+    return all(part is None or part.is_contiguous() for part in held)
+
+
+def _is_inference(held: Slots) -> bool:
+    """Whether it was made in inference mode; a compiler cannot ask."""
+    return not torch.compiler.is_compiling() and held.contents.is_inference()
 
 
 def _put(slots: Slots, places: Tensor, chunks: Slots) -> None:

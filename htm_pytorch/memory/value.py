@@ -106,7 +106,10 @@ class Value:
 
     def __repr__(self) -> str:
         """Name the sizes, not the numbers."""
-        sizes = f"batch={self.batch}, chunks={self.chunks}, chunk_size={self.chunk_size}"
+        try:
+            sizes = f"batch={self.batch}, chunks={self.chunks}, chunk_size={self.chunk_size}"
+        except RuntimeError:
+            return f"{type(self).__name__}(given up)"
         kind = f"dim={self.dim}, dtype={self.dtype}, device={self.device}"
         return f"{type(self).__name__}({sizes}, {kind})"
 
@@ -135,6 +138,9 @@ class Value:
         every = {name: held[name] if name in held else getattr(self, name) for name in AXES}
         return {name: part for name, part in every.items() if part is not None}
 
+    def __copy__(self) -> Self:
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         return {"parts": self._tensors(), "keep_across_episodes": self.keep_across_episodes}
 
@@ -149,6 +155,8 @@ class Value:
         Its chunks are not shared by that: the next step may be written where they lie. Where
         gradients flow, tensors are kept for the way back, and it is the memory itself.
         """
+        if torch.is_grad_enabled() and self._ring.is_donated:
+            self._ring.keep()
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self
         return self._changed(_ring=self._ring.lend())

@@ -107,7 +107,7 @@ class Written(Value):
         """
         self._check_steps(steps, is_first, mask)
         steps, is_first, lengths, place = existing(steps, is_first, mask)
-        self._ring.share()
+        self._ring.keep()
         found, then = self._reach(steps, is_first, lengths, None)
         time = torch.arange(steps.shape[1], device=steps.device)
         visible = found.visible(time.expand(self.batch, -1))
@@ -126,7 +126,7 @@ class Written(Value):
         """
         self._check_steps(steps, is_first, None)
         if torch.is_grad_enabled():
-            self._ring.share()
+            self._ring.keep()
         used = None if torch.compiler.is_compiling() else self._ring.used
         with alone():
             # Before another thread writes over what was found.
@@ -256,6 +256,7 @@ class Written(Value):
         slots = self._ring.share()
         step_mask = copied(self.valid[..., None].expand(slots.contents.shape[:3]))
         ring = Ring(slots._replace(step_mask=step_mask), is_donated=self._ring.is_donated)
+        ring.keep()
         return self._changed(_ring=ring)
 
     def _after(self, plan: Plan) -> Self:

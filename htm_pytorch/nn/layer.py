@@ -69,7 +69,7 @@ class Layer(nn.Module):
             return x + self.mlp(x), LayerState(None, *window), None
         if not (is_plain(self.htm, HTMBlock) and is_plain(self.htm.attn, HTMAttention)):
             # Whoever listens may keep what it is given.
-            state.memory._ring.share()
+            state.memory._ring.keep()
         flows = not self.htm.attn.detach_memories
         steps = x if flows or not x.requires_grad else x.detach()
         if steps.dtype != state.memory.dtype:

@@ -146,10 +146,10 @@ class TransformerState:
     def donate(self) -> Self:
         """Return the state, given up to the next call of the model.
 
-        Where no gradient flows, the memories are then written where they lie, whoever else holds
-        their tensors: also by a compiled model and in a CUDA graph, which otherwise copy all chunks
-        at each step. The state after such a call is donated as well; the one before it cannot be
-        used again (RuntimeError).
+        Where no gradient flows, the memories are then written where they lie, also by a compiled
+        model and in a CUDA graph, which otherwise copy all chunks at each step. The state after
+        such a call is donated as well; the one before it cannot be used again (RuntimeError), also
+        if the call raised an error. See `ChunkedMemory.donate`.
         """
         given = self._map(ChunkedMemory.donate, lambda part: part)
         return type(self)(given.layers, self._fits)

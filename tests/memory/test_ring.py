@@ -336,8 +336,70 @@ class TestDonated:
         assert torch.equal(held, before)
         assert after.contents.requires_grad
         with torch.no_grad():
-            # Of a tensor that needs a gradient nothing is written over, either.
-            assert written(after.detach().append(steps())) == written(after.detach())
+            # The graph that holds them is waiting still: a copy more.
+            first = after.detach().append(steps())
+            assert written(first) != written(after)
+            place = written(first)
+            assert written(first.append(steps())) == place
+        after.contents.sum().backward()
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("first", [False, True], ids=["after", "before"])
+    @pytest.mark.parametrize(
+        "alias",
+        [
+            lambda memory: memory.to("cpu"),
+            copy.copy,
+            copy.deepcopy,
+            lambda memory: memory.unroll(steps())[0],
+            lambda memory: memory.reading(),
+        ],
+        ids=["to", "copy", "deepcopy", "unroll", "reading"],
+    )
+    def test_nobody_else_sees_what_is_written(self, alias: Any, first: bool) -> None:
+        memory = ChunkedMemory.empty(2, 5, 2, 3).append(steps(2, 11))
+        if first:
+            other = alias(memory)
+            donated = memory.donate()
+        else:
+            donated = memory.donate()
+            other = alias(donated)
+        try:
+            before = parts_of(other)
+            for _ in range(5):
+                donated = donated.append(steps(2, 3))
+            after = parts_of(other)
+        except RuntimeError as error:
+            assert "donated" in str(error)
+            return
+        for name, part in before.items():
+            assert torch.equal(part, after[name]), name
+
+    @pytest.mark.parametrize("impl", ["auto", "blocked"])
+    def test_a_graph_that_waits_for_its_backward_is_not_written_over(self, impl: Any) -> None:
+        layer = HTMAttention(3, 1, 2, 2, 4, impl=impl)
+        gradients = []
+        for donate in (False, True):
+            torch.manual_seed(0)
+            memory = ChunkedMemory.empty(2, 5, 2, 3).append(steps(2, 11))
+            memory = memory.donate() if donate else memory
+            out = layer(steps(2, 4), memory)
+            with torch.no_grad():
+                for _ in range(5):
+                    memory = memory.append(steps(2, 3))
+            gradients.append(torch.autograd.grad(out.sum(), list(layer.parameters())))
+        for one, other in zip(*gradients, strict=True):
+            assert torch.equal(one, other)
+
+    def test_what_inference_made_is_written_outside_it(self) -> None:
+        with torch.inference_mode():
+            memory = ChunkedMemory.empty(2, 5, 2, 3).append(steps())
+            inside = memory.select_rows(torch.arange(2)).donate().append(steps())
+        with torch.no_grad():
+            memory.donate().append(steps())
+            after = inside.append(steps())
+            place = written(after)
+            assert written(after.append(steps())) == place
 
     def test_a_tree_of_tensors_keeps_it(self) -> None:
         leaves, spec = pytree.tree_flatten(ChunkedMemory.empty(2, 5, 2, 3).donate())
