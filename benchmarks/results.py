@@ -109,6 +109,20 @@ def _autoencode(kind: str, cards: int, published: str, frames: int) -> Row:
     )
 
 
+def _endless() -> tuple[Level, ...]:
+    """Return the setting of the training and the fifteen others."""
+    levels = [Level("uniform 10, ten corridors")]
+    for kind in ("uniform", "fixed"):
+        for length in (10, 5):
+            for corridors in (10, 5, 3, 1):
+                least = 1 if kind == "uniform" else length
+                given = f"length=[{least},{length}]", f"num_corridors={corridors}"
+                name = f"{kind} {length}, {corridors} corridor{'s' * (corridors > 1)}"
+                levels.append(Level(name, given, ways=(True,)))
+    # The first of them is that of the training.
+    return (levels[0], *levels[2:])
+
+
 DANCERS = "a dancer at random: 1 of their number"
 
 
@@ -172,7 +186,7 @@ PLAN = (
         "endless-t-maze",
         "Endless T-Maze, trained on ten corridors of up to 10",
         "",
-        (Level("uniform 10, ten corridors"),),
+        _endless(),
     ),
     Row(
         "visual-match",
