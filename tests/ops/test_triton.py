@@ -21,6 +21,7 @@ pytest.importorskip("numpy", reason="Triton's interpreter needs numpy")
 from htm_pytorch import ChunkedMemory  # noqa: E402
 from htm_pytorch.memory import Steps  # noqa: E402
 from htm_pytorch.ops import attend, fused_triton, projected, recall  # noqa: E402
+from htm_pytorch.ops.triton_kernels import attend as attend_kernels  # noqa: E402
 from htm_pytorch.ops.triton_kernels import projected as projected_kernels  # noqa: E402
 from htm_pytorch.ops.triton_kernels import sources, tiles  # noqa: E402
 from tests.helpers import memory_of, normal, value_and_gradients  # noqa: E402
@@ -190,6 +191,18 @@ class TestAgainstTheReference:
                 sizes = Sizes(1, 2, 3, 6, chunk_size, 24)
                 parts = clear_cut(sizes, torch.bfloat16, torch.bfloat16) | masks_of(sizes)
                 check(device, k, parts, f"{widest=}, {k=}")
+
+    @pytest.mark.parametrize("chunk_size", [4, 20, 64])
+    def test_programs_that_share_the_picks_of_a_query(
+        self, device: str, chunk_size: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Each takes one group of chunks, the last fewer, or one chunk of several tiles.
+        monkeypatch.setattr(attend_kernels, "PROGRAMS", 100)
+        for dtype in (torch.float32, torch.bfloat16):
+            sizes = Sizes(2, 3, 3, 7, chunk_size, 24)
+            parts = clear_cut(sizes, dtype, dtype) | masks_of(sizes)
+            for k in (1, 5):
+                check(device, k, parts, f"{dtype}, {k=}")
 
     @pytest.mark.parametrize("kind", ["chunks", "steps"])
     @pytest.mark.parametrize("stored", DTYPES, ids=str)
