@@ -119,11 +119,16 @@ def _call_all(shape: Shape, dtype: torch.dtype) -> None:
     summaries, steps, positions = new(B, M, D), new(B, M * C, D), new(C, D)
     valid, step_mask = new(B, M, of=torch.bool), new(B, M * C, of=torch.bool)
     chunk_mask = new(B, Q, M, of=torch.bool)
-    picked, weights = pick(route, summaries, valid, None, chunk_mask, k, 1, 0.0)
-    pick(route[:, :1], summaries, valid, None, None, k, 1, 0.0)
-    pick(route, steps, None, step_mask, None, k, C, 0.0)
-    pick_backward(weights, route, summaries, None, picked, weights, 1, 0.0, True)
-    pick_backward(weights, route, steps, step_mask, picked, weights, C, 0.0, True)
+    ageless = None, None, None
+    decay = new(B, Q, of=torch.float32)
+    fading = decay, decay, new(1, 1, M, of=torch.float32)
+    for fades in (ageless, fading):
+        picked, weights = pick(route, summaries, valid, None, chunk_mask, *fades, k, 1, 0.0)
+        pick(route, steps, None, step_mask, None, *fades, k, C, 0.0)
+        pick_backward(weights, route, summaries, None, *fades, picked, weights, 1, 0.0, True)
+        pick_backward(weights, route, steps, step_mask, *fades, picked, weights, C, 0.0, True)
+        few = (None if part is None else part[:, :1] for part in fades)
+        pick(route[:, :1], summaries, valid, None, None, *few, k, 1, 0.0)
     for mask, places in itertools.product((step_mask, None), (positions, None)):
         inside = probe, steps, mask, places, picked, weights, C
         attend(*inside)

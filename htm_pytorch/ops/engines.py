@@ -139,13 +139,9 @@ class Triton(_InTwoSteps):
         return fused_triton.refusal(call.route.device, kept, steps, *tensors)
 
     def pick(self, call: Call) -> Picks:
-        """By a kernel that takes its sums in float32; plainly where ages count."""
-        if call.fading is None:
-            return Picks(*fused_triton.pick(call.route, call.memory, call.k, call.chunk_mask))
-        route, memory = call.route.to(call.dtype), call.chunked
-        picked = reference.select(route, memory, call.k, call.chunk_mask, call.fading)
-        weights = reference.chunk_weights(route, memory, picked, call.fading)
-        return Picks(picked.chunks.masked_fill(~picked.kept, -1), weights)
+        """By a kernel that takes its sums in float32."""
+        arguments = call.route, call.memory, call.k, call.chunk_mask, call.fading
+        return Picks(*fused_triton.pick(*arguments))
 
     def attend(self, call: Call, probe: Tensor, picks: Picks) -> Tensor:
         """By a kernel that takes its sums in float32."""

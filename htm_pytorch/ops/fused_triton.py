@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.memory import ChunkedMemory, Steps
+from htm_pytorch.memory.fading import Fading
 from htm_pytorch.ops import native, projected
 
 RECORD = Path(__file__).with_name("proven_devices.json")
@@ -31,10 +32,14 @@ MOST_STEPS = 2**31
 
 
 def pick(
-    route: Tensor, memory: ChunkedMemory | Steps, k: int, chunk_mask: Tensor | None
+    route: Tensor,
+    memory: ChunkedMemory | Steps,
+    k: int,
+    chunk_mask: Tensor | None,
+    fading: Fading | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Do what `native.pick` does where nothing fades."""
-    return native.pick(route, memory, k, chunk_mask, prefix=PREFIX)
+    """Do what `native.pick` does."""
+    return native.pick(route, memory, k, chunk_mask, fading, PREFIX)
 
 
 def attend(
@@ -101,20 +106,17 @@ def record(device: torch.device) -> None:
 
 
 def _pick(*arguments: Any) -> tuple[Tensor, Tensor]:
-    if arguments[5] is not None:
-        raise ValueError("ceiling: expected None, as these kernels know of no ages")
     from htm_pytorch.ops.triton_kernels.pick import pick
 
     with torch.cuda.device_of(arguments[0]):
-        return pick(*arguments[:5], *arguments[8:])
+        return pick(*arguments)
 
 
 def _pick_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from htm_pytorch.ops.triton_kernels.pick_backward import pick_backward
 
     with torch.cuda.device_of(arguments[0]):
-        route, source = pick_backward(*arguments[:4], *arguments[7:])
-        return route, source, route.new_empty(0), route.new_empty(0)
+        return pick_backward(*arguments)
 
 
 def _attend(*arguments: Any) -> Tensor:

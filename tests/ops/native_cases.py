@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.memory import Steps
-from htm_pytorch.ops import recall
+from htm_pytorch.ops import Recency, recall
 from tests.helpers import assert_near, memory_of, normal, relative_error, rounding
 
 OPERATORS = torch.ops.htm_pytorch
@@ -58,6 +58,9 @@ def run(impl: Any, k: int, parts: dict[str, Tensor]) -> Tensor:
     else:
         masks = parts.get("valid"), parts.get("step_mask")
         memory = memory_of(parts["contents"], parts.get("summaries"), *masks)
+    recency = None
+    if "ceiling" in parts:
+        recency = Recency(parts["ceiling"], parts["decay"], parts.get("ages"))
     return recall(
         parts["route"],
         parts["probe"],
@@ -65,6 +68,7 @@ def run(impl: Any, k: int, parts: dict[str, Tensor]) -> Tensor:
         k,
         positions=parts.get("positions"),
         chunk_mask=parts.get("chunk_mask"),
+        recency=recency,
         impl=impl,
     )
 

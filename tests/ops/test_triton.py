@@ -142,6 +142,10 @@ class TestAgainstTheReference:
         for name in ("valid", "step_mask", "chunk_mask"):
             if getattr(problem, name) is not None:
                 parts[name] = getattr(problem, name)
+        if (recency := problem.recency(parts["route"])) is not None:
+            # Apart from the route, so that each has a gradient of its own.
+            fades = {name: part for name, part in recency._asdict().items() if part is not None}
+            parts |= {name: part.detach() for name, part in fades.items()}
         check(device, sizes.k, parts)
 
     @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
@@ -151,6 +155,21 @@ class TestAgainstTheReference:
         parts = as_steps(inputs_of(Sizes(D=24), shared), missing, masked)
         parts["chunk_mask"] = torch.rand(2, 5, 7) < 0.8
         check(device, 3, cast(parts, torch.float32))
+
+    @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 5)], ids=str)
+    @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+    def test_ages(self, device: str, shape: tuple[int, int], shared: bool) -> None:
+        """The gradients of ceilings and decays are those of the reference, too."""
+        for kind in ("chunks", "steps"):
+            parts = inputs_of(Sizes(M=40, D=24), shared)
+            parts["route"] = 3 * parts["route"]
+            fades = {"ceiling": normal(2, 5), "decay": normal(2, 5)}
+            ages = torch.stack([torch.randperm(40) for _ in range(10)]).view(2, 5, 40)
+            fades["ages"] = ages[: shape[0], : shape[1]]
+            if kind == "steps":
+                parts = as_steps(parts, 0, masked=True)
+            parts |= fades | {"chunk_mask": torch.rand(2, 5, 40) < 0.8}
+            check(device, 3, cast(parts, torch.float32), kind)
 
     @pytest.mark.parametrize(
         "sizes",
@@ -280,7 +299,10 @@ class TestPick:
         assert torch.equal(self.picked(device, route, steps, 5, **given), whole)
         # In chunks of 4.
         parts = {"route": route, "probe": torch.randn(2, 3, 2, 6), "steps": steps[:, :198]}
-        check(device, 3, parts | {"mask": mask[:, :198]})
+        parts["mask"] = mask[:, :198]
+        check(device, 3, parts)
+        fades = {"ceiling": torch.randn(2, 3), "decay": torch.randn(2, 3)}
+        check(device, 3, parts | fades | {"ages": torch.randperm(50)[None, None]})
 
     def test_many_splits(self, device: str) -> None:
         route, summaries = torch.randn(1, 1, 8), torch.randn(1, 2100, 8)
@@ -529,9 +551,24 @@ def test_operators(device: str) -> None:
 
     inside = (leaf(probe), leaf(steps), mask, leaf(positions), picked, leaf(weights), 4)
     plain = tuple(p.detach() if isinstance(p, Tensor) else p for p in inside)
+    fades = leaf(torch.randn(2, 3)), leaf(torch.randn(2, 3))
+    fading = tuple(part.to(device) for part in (*fades, torch.rand(1, 1, 5)))
     samples = {
         "pick": (leaf(route), leaf(steps), None, mask, *(None,) * 4, 2, 4, 0.1),
         "attend": inside,
+        "pick ": (leaf(route), leaf(steps), None, mask, None, *fading, 2, 4, 0.1),
+        "pick_backward ": (
+            grad_picks,
+            route,
+            steps,
+            mask,
+            *(part.detach() for part in fading),
+            picked,
+            weights,
+            4,
+            0.1,
+            True,
+        ),
         "pick_backward": (
             grad_picks,
             route,
@@ -548,7 +585,7 @@ def test_operators(device: str) -> None:
     }
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     for name, arguments in samples.items():
-        packet = getattr(OPERATORS, f"triton_{name}")
+        packet = getattr(OPERATORS, f"triton_{name.strip()}")
         torch.library.opcheck(packet.default, arguments, test_utils=checks)
 
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from htm_pytorch.memory import fading
 from htm_pytorch.ops.triton_kernels.products import (
     Launch,
     add_dot,
@@ -21,6 +22,8 @@ from htm_pytorch.ops.triton_kernels.sources import Source
 NOTHING = tl.constexpr(-(2**63))
 """Below every key, and so are the next `LISTED` numbers: places in a list that are still free."""
 LISTED = tl.constexpr(2**32)
+
+LEAK = tl.constexpr(fading.LEAK)
 
 BLOCK = 64
 """Chunks of a tile, and queries of a program where there are many."""
@@ -49,11 +52,24 @@ def _chunk(key):
 
 
 @triton.jit
+def _faded(products, ceiling, decay, ages):
+    """Do what `Fading.scores` does."""
+    above = products - ceiling[:, None]
+    bend = tl.log(1.0 + tl.exp(-tl.abs(above)))
+    limited = tl.minimum(products, ceiling[:, None]) - bend
+    limited += LEAK * (tl.maximum(above, 0.0) + bend)
+    return limited - decay[:, None] * ages
+
+
+@triton.jit
 def keep_kernel(
     route,
     summaries,
     valid,
     chunk_mask,
+    ceiling,
+    decay,
+    ages,
     keys,
     route_by_batch,
     route_by_query,
@@ -62,6 +78,8 @@ def keep_kernel(
     valid_by_batch,
     mask_by_batch,
     mask_by_query,
+    ages_by_batch,
+    ages_by_query,
     queries,
     first,
     count,
@@ -76,6 +94,7 @@ def keep_kernel(
     SHARED: tl.constexpr,
     HAS_VALID: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    FADES: tl.constexpr,
     RESUME: tl.constexpr,
 ):
     """Keep the keys of the best chunks of one split, unsorted, for a block of queries.
@@ -92,6 +111,9 @@ def keep_kernel(
         best = tl.load(places, (q < queries)[:, None], other=NOTHING)
     else:
         best = tl.zeros([BLOCK_Q, K], tl.int64) + (NOTHING + 1) + listed[None, :]
+    if FADES:
+        limit = tl.load(ceiling + row * queries + q, q < queries, other=0.0)
+        rate = tl.load(decay + row * queries + q, q < queries, other=0.0)
     begin = split * each
     end = tl.minimum(begin + each, count)
     for start in range(begin, end, BLOCK_M):
@@ -114,6 +136,10 @@ def keep_kernel(
                 theirs += m.to(tl.int64)[None, :] * summaries_by_chunk
                 b = tl.load(theirs + d[:, None], (m < end)[None, :] & (d < D)[:, None], other=0.0)
                 scores = add_dot(scores, a, b, TYPE)
+            if FADES:
+                places_aged = row * ages_by_batch + q.to(tl.int64)[:, None] * ages_by_query
+                age = tl.load(ages + places_aged + (first + m)[None, :], allowed, other=0.0)
+                scores = _faded(scores, limit, rate, age)
             found = tl.where(allowed, _key(scores, (first + m)[None, :]), NOTHING)
             top = tl.max(found, 1)
             worst = tl.min(best, 1)
@@ -161,13 +187,14 @@ def merge_kernel(
     tl.store(weights + place, shares, inside)
 
 
-def keep_launch(few: bool, k: int, dim: int, type_: Any) -> Launch:
+def keep_launch(few: bool, fades: bool, k: int, dim: int, type_: Any) -> Launch:
     """Say how `keep_kernel` is compiled, but for flags: for few queries a program, or for many."""
     wide = 32 if type_ == tl.float32 else 128 if few else 64
     blocks = {
         "K": power_of_two(k),
         "BLOCK_Q": 16 if few else BLOCK,
-        "BLOCK_M": BLOCK,
+        # Ages and what is made of them take registers as well.
+        "BLOCK_M": BLOCK // 2 if fades else BLOCK,
         "BLOCK_D": min(power_of_two(dim, 16), wide),
     }
     warps = 4 if few and type_ != tl.float32 else 8
@@ -186,6 +213,9 @@ def pick(
     valid: Tensor | None,
     step_mask: Tensor | None,
     chunk_mask: Tensor | None,
+    ceiling: Tensor | None,
+    decay: Tensor | None,
+    ages: Tensor | None,
     k: int,
     chunk_size: int,
     eps: float,
@@ -198,13 +228,16 @@ def pick(
         return picked, weights
     route = by_last(route)
     chunk_mask = None if chunk_mask is None else by_last(chunk_mask)
+    ceiling, decay = (None if part is None else part.contiguous() for part in (ceiling, decay))
+    if ages is not None:
+        ages = by_last(ages).expand(batch, queries, -1)
     scored = Source(source, valid, step_mask, chunk_size, eps)
     stored = source.dtype if scored.held else torch.float32
     tiles = divide_up(scored.piece, BLOCK)
     # Where large blocks are too few for all processors, small ones find their best sooner, too.
     scarce = batch * divide_up(queries, BLOCK) * tiles < processors(route)
     few = queries <= 16 or k > 64 or scarce
-    launch = keep_launch(few, k, dim, common_type(route.dtype, stored))
+    launch = keep_launch(few, ages is not None, k, dim, common_type(route.dtype, stored))
     sizes = launch.constants
     blocks = divide_up(queries, sizes["BLOCK_Q"])
     # Enough programs for all processors; few enough to be merged at once.
@@ -220,6 +253,9 @@ def pick(
             summaries,
             usable,
             chunk_mask,
+            ceiling,
+            decay,
+            ages,
             keys,
             route.stride(0),
             route.stride(1),
@@ -228,6 +264,8 @@ def pick(
             0 if usable is None else usable.stride(0),
             0 if chunk_mask is None else chunk_mask.stride(0),
             0 if chunk_mask is None else chunk_mask.stride(1),
+            0 if ages is None else ages.stride(0),
+            0 if ages is None else ages.stride(1),
             queries,
             first,
             count,
@@ -236,6 +274,7 @@ def pick(
             SHARED=scored.rows == 1 < batch,
             HAS_VALID=usable is not None,
             HAS_MASK=chunk_mask is not None,
+            FADES=ages is not None,
             RESUME=first > 0,
             **launch.options(),
         )

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from htm_pytorch.memory.fading import LEAK
 from htm_pytorch.ops.triton_kernels.products import (
     Launch,
     by_last,
@@ -47,6 +48,37 @@ def route_backward_kernel(
         value = tl.load(summary, d < tl.where(here, D, 0), other=0.0).to(tl.float32)
         total += tl.where(here, tl.load(grad_scores + x * k + rank), 0.0) * value
     tl.store(grad_route + x * D + d, total, d < D)
+
+
+@triton.jit
+def products_kernel(
+    route,
+    picked,
+    summaries,
+    products,
+    route_by_batch,
+    route_by_query,
+    summaries_by_batch,
+    summaries_by_chunk,
+    queries,
+    k,
+    first,
+    count,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    """Multiply a query with one chunk that it picked, of the chunks first to first + count."""
+    x, rank = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, q = x // queries, x % queries
+    d = tl.arange(0, BLOCK_D)
+    m = tl.load(picked + x * k + rank) - first
+    here = (m >= 0) & (m < count)
+    a = tl.load(route + row * route_by_batch + q * route_by_query + d, d < D, other=0.0)
+    summary = summaries + row * (1 - SHARED) * summaries_by_batch + m * summaries_by_chunk + d
+    b = tl.load(summary, d < tl.where(here, D, 0), other=0.0)
+    product = tl.sum(a.to(tl.float32) * b.to(tl.float32), 0)
+    tl.store(products + x * k + rank, product, here)
 
 
 @triton.jit
@@ -110,24 +142,39 @@ def pick_backward(
     route: Tensor,
     source: Tensor,
     step_mask: Tensor | None,
+    ceiling: Tensor | None,
+    decay: Tensor | None,
+    ages: Tensor | None,
     picked: Tensor,
     weights: Tensor,
     chunk_size: int,
     eps: float,
     to_source: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of route and source; the latter empty where it is not asked for."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of route, source, ceiling and decay; empty where not asked for."""
     batch, queries, dim = route.shape
     grad_source = source.new_zeros((0, 0, 0))
+    grad_ceiling = route.new_zeros(0 if ceiling is None else ceiling.shape)
+    grad_decay = torch.zeros_like(grad_ceiling)
     if not (picked.numel() and dim):
         grad_source = source.new_zeros(source.shape) if to_source else grad_source
-        return torch.zeros_like(route, memory_format=torch.contiguous_format), grad_source
+        grad_route = torch.zeros_like(route, memory_format=torch.contiguous_format)
+        return grad_route, grad_source, grad_ceiling, grad_decay
     grad_scores = weights * (grad - (weights * grad).sum(-1, keepdim=True))
     grad_scores = grad_scores.masked_fill_(picked < 0, 0.0).contiguous()
     picked, route = picked.contiguous(), by_last(route)
     scored = Source(source, None, step_mask, chunk_size, eps)
     grad_route = torch.empty(route.shape, dtype=torch.float32, device=route.device)
     k = picked.shape[2]
+    shared = scored.rows == 1 < batch
+    if ceiling is not None:
+        assert decay is not None and ages is not None
+        products = _products(route, picked, scored, shared)
+        slope = (1.0 - LEAK) * torch.sigmoid(products - ceiling[..., None])
+        aged = ages.expand(batch, queries, -1).gather(2, picked.clamp(min=0))
+        grad_ceiling = (grad_scores * slope).sum(-1).to(route.dtype)
+        grad_decay = -(grad_scores * aged).sum(-1).to(route.dtype)
+        grad_scores = grad_scores * (1.0 - slope)
     for first, count in scored.pieces():
         summaries = scored.summaries(first, count)
         route_backward_kernel[(batch * queries,)](
@@ -141,7 +188,7 @@ def pick_backward(
             k,
             first,
             count,
-            SHARED=scored.rows == 1 < batch,
+            SHARED=shared,
             RESUME=first > 0,
             **Launch({"D": dim, "BLOCK_D": power_of_two(dim)}).options(),
         )
@@ -170,4 +217,30 @@ def pick_backward(
             HAS_MASK=mask is not None,
             **Launch({"C": chunk_size, "D": dim, **tile}).options(),
         )
-    return grad_route.to(route.dtype), grad_source
+    return grad_route.to(route.dtype), grad_source, grad_ceiling, grad_decay
+
+
+def _products(route: Tensor, picked: Tensor, scored: Source, shared: bool) -> Tensor:
+    """Return those of the queries and the summaries that they picked, [B, Q, K]."""
+    batch, queries, k = picked.shape
+    dim = route.shape[2]
+    products = torch.zeros(picked.shape, dtype=torch.float32, device=route.device)
+    for first, count in scored.pieces():
+        summaries = scored.summaries(first, count)
+        products_kernel[(batch * queries, k)](
+            route,
+            picked,
+            summaries,
+            products,
+            route.stride(0),
+            route.stride(1),
+            summaries.stride(0),
+            summaries.stride(1),
+            queries,
+            k,
+            first,
+            count,
+            SHARED=shared,
+            **Launch({"D": dim, "BLOCK_D": power_of_two(dim)}).options(),
+        )
+    return products

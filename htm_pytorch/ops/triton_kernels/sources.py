@@ -91,7 +91,7 @@ class Source:
             self.piece = min(self.chunks, max(1, MEANS_BYTES // by_chunk))
             self.means = source.new_empty(self.rows, self.piece, self.dim, dtype=torch.float32)
             if step_mask is not None:
-                self.valid = source.new_empty(self.rows, self.piece, dtype=torch.bool)
+                self.seen = source.new_empty(self.rows, self.piece, dtype=torch.bool)
 
     def pieces(self) -> list[tuple[int, int]]:
         """Return the first chunk and the number of chunks of each piece."""
@@ -105,8 +105,7 @@ class Source:
         means = self.means.flatten()[: self.rows * count * self.dim]
         seen = None
         if self.step_mask is not None:
-            assert self.valid is not None
-            self.valid = self.valid.flatten()[: self.rows * count].view(self.rows, count)
+            self.valid = self.seen.flatten()[: self.rows * count].view(self.rows, count)
             seen = self.valid
         launch = means_launch(self.chunk_size, self.dim)
         blocks = divide_up(self.dim, launch.constants["BLOCK_D"])
