@@ -68,7 +68,8 @@ class Reader:
         self.answers = 0
         self.late = 0
         self._draw = torch.Generator().manual_seed(seed)
-        self._layer = HTMAttention(DIM, heads=2, topk_mems=3, dim_head=4)
+        # Weighed in float64; see `_is_clear` for what is chosen.
+        self._layer = HTMAttention(DIM, heads=2, topk_mems=3, dim_head=4, dtype=torch.float64)
 
     def ask(self) -> None:
         """Ask one question; whoever is behind a compaction is told so, and refreshes."""
@@ -135,13 +136,28 @@ class Reader:
         view = self.held.where(since=first, until=last - 1)
         if self.number(2):
             view = self.held.where(episodes=range(first // EPISODE, last // EPISODE))
-        queries = torch.randn(2, 3, DIM, generator=self._draw)
+        queries = torch.randn(2, 3, DIM, generator=self._draw, dtype=torch.float64)
+        memory = in_ram(first, last)
         with torch.no_grad():
-            expected = self._layer(queries, in_ram(first, last))
-            torch.testing.assert_close(self._layer(queries, view), expected)
+            clear = self._is_clear(queries, memory)
+            expected, got = self._layer(queries, memory), self._layer(queries, view)
+        assert clear.any()
+        torch.testing.assert_close(got[clear], expected[clear])
+
+    def _is_clear(self, queries: Tensor, memory: ChunkedMemory) -> Tensor:
+        """Whether roundings of float32, in which a stored memory chooses, leave the choice [B, Q].
+
+        Of 48,000 queries two were nearly tied once the steps had numbers around 18,000.
+        """
+        route = self._layer._ask(queries, memory, None, None, None).arguments["route"]
+        summaries = memory.summaries.double().mT
+        best = (route @ summaries).topk(4).values
+        # Terms are far larger than their sum where chunks are nearly tied.
+        terms = (route.abs() @ summaries.abs()).amax(-1)
+        return best[..., 2] - best[..., 3] > 1e-6 * terms
 
     def recall_all(self) -> None:
-        queries = torch.randn(2, 3, DIM, generator=self._draw)
+        queries = torch.randn(2, 3, DIM, generator=self._draw, dtype=torch.float64)
         with torch.no_grad():
             assert self._layer(queries, self.held).isfinite().all()
 
