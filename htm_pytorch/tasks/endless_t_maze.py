@@ -6,6 +6,11 @@ from htm_pytorch.tasks import Task
 TASK = Task(
     TrainConfig(env="htm_pytorch.envs:htm_pytorch/EndlessTMaze-v0").replace(
         env_args=("length=[1,10]", "num_corridors=10"),
+        # With 64 at once and windows of 128 steps, one seed of two stayed at a third.
+        num_envs=512,
+        rollout="episodes",
+        steps=200,
+        epochs=4,
         dim=32,
         heads=2,
         window=8,
@@ -13,8 +18,9 @@ TASK = Task(
         mem_chunks=32,
         entropy_weight=0.02,
         final_entropy=0.1,
-        frames=3_000_000,
+        frames=8_000_000,
         average_over=1_000,
+        stop_at=9.9,
         eval_episodes=500,
     )
 )
