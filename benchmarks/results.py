@@ -95,7 +95,7 @@ def _repeat(kind: str, distance: int, published: str) -> Row:
     )
 
 
-def _autoencode(kind: str, cards: int, published: str, frames: int) -> Row:
+def _autoencode(kind: str, cards: int, published: str) -> Row:
     """Return POPGym's Autoencode of so many cards."""
     name = f"Autoencode{kind}"
     return Row(
@@ -104,7 +104,7 @@ def _autoencode(kind: str, cards: int, published: str, frames: int) -> Row:
         "-.5",
         (Level("1.0 at best", episodes=500, published=published),),
         seeds=(0,),
-        options={"env": f"popgym:popgym-{name}-v0", "frames": frames},
+        options={"env": f"popgym:popgym-{name}-v0"},
         task="autoencode",
     )
 
@@ -181,7 +181,7 @@ PLAN = (
     ),
     _repeat("Medium", 32, ".789"),
     _repeat("Hard", 64, ".191"),
-    _autoencode("Easy", 52, "MMER .495 at 15 M frames (SHM, arXiv 2410.10132)", 4_000_000),
+    _autoencode("Easy", 52, "MMER .495 at 15 M frames (SHM, arXiv 2410.10132)"),
     Row(
         "endless-t-maze",
         "Endless T-Maze, trained on ten corridors of up to 10",
