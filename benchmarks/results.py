@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from htm_pytorch.envs.endless_t_maze import ENDLESS_SETTINGS
+
 ROOT = Path(__file__).parents[1]
 RECORDS, PAGE, PICTURE = ROOT / "docs/runs", ROOT / "docs/results.md", ROOT / "docs/results.png"
 WORK = ROOT / "runs/results"
@@ -110,17 +112,14 @@ def _autoencode(kind: str, cards: int, published: str) -> Row:
 
 
 def _endless() -> tuple[Level, ...]:
-    """Return the setting of the training and the fifteen others."""
+    """Return the setting of the training, which is the last of all sixteen, and the others."""
     levels = [Level("uniform 10, ten corridors")]
-    for kind in ("uniform", "fixed"):
-        for length in (10, 5):
-            for corridors in (10, 5, 3, 1):
-                least = 1 if kind == "uniform" else length
-                given = f"length=[{least},{length}]", f"num_corridors={corridors}"
-                name = f"{kind} {length}, {corridors} corridor{'s' * (corridors > 1)}"
-                levels.append(Level(name, given, ways=(True,)))
-    # The first of them is that of the training.
-    return (levels[0], *levels[2:])
+    for setting, given in list(reversed(ENDLESS_SETTINGS.items()))[1:]:
+        kind, length, corridors = setting.split("-")
+        arguments = tuple(f"{k}={json.dumps(v, separators=(',', ':'))}" for k, v in given.items())
+        name = f"{kind} {length}, {corridors} corridor{'s' * (corridors != '1')}"
+        levels.append(Level(name, arguments, ways=(True,)))
+    return tuple(levels)
 
 
 DANCERS = "a dancer at random: 1 of their number"

@@ -1,12 +1,14 @@
 """What several test files need: inputs from a seed, gradients, and errors by the largest entry."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from htm_pytorch import ChunkedMemory
+
+Made = TypeVar("Made")
 
 
 def on_cpu(impls: Any) -> tuple[Any, ...]:
@@ -77,3 +79,17 @@ def memory_of(
     """`ChunkedMemory.from_chunks` with invalid chunks and masked steps at the same time."""
     made: Any = ChunkedMemory.from_chunks(contents, valid, summaries=summaries)
     return made if step_mask is None else made._replace(step_mask=step_mask)
+
+
+def in_a_cuda_graph(call: Callable[[], Made]) -> tuple[torch.cuda.CUDAGraph, Made, Made]:
+    """A graph of a call, what the call gave before, and what the graph writes when replayed."""
+    # As torch asks: warmed on another stream.
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        before = call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        written = call()
+    return graph, before, written

@@ -285,9 +285,7 @@ class ChunkedMemory(Written):
         slots = self._ring.read()
         if not any(p.requires_grad for p in (slots.contents, slots.summaries, self.open_steps)):
             return self
-        slots = self._ring.share().map(torch.Tensor.detach)
-        ring = Ring(slots, is_donated=self._ring.is_donated)
-        ring.keep()
+        ring = self._ring.with_slots(self._ring.share().map(torch.Tensor.detach))
         return self._changed(_ring=ring, open_steps=self.open_steps.detach())
 
     def donate(self) -> Self:

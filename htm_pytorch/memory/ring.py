@@ -158,6 +158,12 @@ class Ring:
             self._give_up()
         return ring
 
+    def with_slots(self, slots: Slots) -> "Ring":
+        """Return a ring of slots of which some may be these; donated, if this one is."""
+        ring = Ring(slots, is_donated=self.is_donated)
+        ring.keep()
+        return ring
+
     def keep(self) -> None:
         """Say that somebody goes on reading what the slots hold, as autograd does."""
         self.share()

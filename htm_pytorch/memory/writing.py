@@ -9,7 +9,7 @@ from torch import Tensor
 
 from htm_pytorch.memory.plan import OpenChunks, Plan, existing, plan
 from htm_pytorch.memory.reach import Reach, reach
-from htm_pytorch.memory.ring import Ring, Slots, alone, copied
+from htm_pytorch.memory.ring import Slots, alone, copied
 from htm_pytorch.memory.summaries import summarise
 from htm_pytorch.memory.value import Value
 from htm_pytorch.shapes import (
@@ -255,9 +255,7 @@ class Written(Value):
         """Return the memory with a mask of its steps, since short chunks may come."""
         slots = self._ring.share()
         step_mask = copied(self.valid[..., None].expand(slots.contents.shape[:3]))
-        ring = Ring(slots._replace(step_mask=step_mask), is_donated=self._ring.is_donated)
-        ring.keep()
-        return self._changed(_ring=ring)
+        return self._changed(_ring=self._ring.with_slots(slots._replace(step_mask=step_mask)))
 
     def _after(self, plan: Plan) -> Self:
         keep = self.keep_across_episodes

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from htm_pytorch import ChunkedMemory, HTMAttention, HTMBlock, HTMTransformer, recall
-from tests.helpers import relative_error
+from tests.helpers import in_a_cuda_graph, relative_error
 from tests.memory.home_laws import Elsewhere
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_thread")]
@@ -121,14 +121,7 @@ class TestTransformer:
             return y
 
         before = [leaf.clone() for leaf in leaves]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = step()
+        graph, _, y = in_a_cuda_graph(step)
         for leaf, start in zip(leaves, before, strict=True):
             leaf.copy_(start)
         for at, wanted in enumerate(expected):
@@ -163,6 +156,12 @@ class TestTransformer:
             assert torch.cuda.max_memory_allocated() - before < ring / 2
 
 
+def output_and_gradients(layer: Any, queries: Tensor, memories: Tensor) -> list[Tensor]:
+    out = layer(queries, memories)
+    wanted = [queries, memories, *layer.parameters()]
+    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), wanted)]
+
+
 @pytest.mark.parametrize("layer_class", [HTMAttention, HTMBlock])
 @pytest.mark.parametrize("impl", [*IMPLS, "projected"])
 class TestLayers:
@@ -172,14 +171,9 @@ class TestLayers:
         queries = torch.randn(2, 7, 64, device="cuda", requires_grad=True)
         memories = torch.randn(2, 60, 64, device="cuda", requires_grad=True)
 
-        def results() -> list[Tensor]:
-            out = layer(queries, memories)
-            wanted = [queries, memories, *layer.parameters()]
-            return [out.detach(), *torch.autograd.grad(out.float().square().sum(), wanted)]
-
-        expected = results()
+        expected = output_and_gradients(layer, queries, memories)
         with torch.autocast("cuda", torch.bfloat16):
-            got = results()
+            got = output_and_gradients(layer, queries, memories)
         for one, other in zip(got, expected, strict=True):
             assert one.isfinite().all()
             scale = float(other.abs().max())
@@ -198,19 +192,9 @@ class TestLayers:
         queries = torch.randn(2, 7, 64, device="cuda", requires_grad=True)
         memories = torch.randn(2, 61, 64, device="cuda", requires_grad=True)
 
-        def call() -> list[Tensor]:
-            out = layer(queries, memories)
-            wanted = [queries, memories, *layer.parameters()]
-            return [out.detach(), *torch.autograd.grad(out.square().sum(), wanted)]
-
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            expected = call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            got = call()
+        graph, expected, got = in_a_cuda_graph(
+            lambda: output_and_gradients(layer, queries, memories)
+        )
         graph.replay()
         for one, other in zip(got, expected, strict=True):
             torch.testing.assert_close(one, other)

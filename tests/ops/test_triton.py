@@ -24,7 +24,7 @@ from htm_pytorch.ops import attend, fused_triton, projected, recall  # noqa: E40
 from htm_pytorch.ops.triton_kernels import attend as attend_kernels  # noqa: E402
 from htm_pytorch.ops.triton_kernels import projected as projected_kernels  # noqa: E402
 from htm_pytorch.ops.triton_kernels import sources, tiles  # noqa: E402
-from tests.helpers import memory_of, normal, value_and_gradients  # noqa: E402
+from tests.helpers import in_a_cuda_graph, memory_of, normal, value_and_gradients  # noqa: E402
 from tests.ops import test_recall, triton_launches  # noqa: E402
 from tests.ops.native_cases import (  # noqa: E402
     Sizes,
@@ -551,41 +551,21 @@ def test_operators(device: str) -> None:
 
     inside = (leaf(probe), leaf(steps), mask, leaf(positions), picked, leaf(weights), 4)
     plain = tuple(p.detach() if isinstance(p, Tensor) else p for p in inside)
-    fades = leaf(torch.randn(2, 3)), leaf(torch.randn(2, 3))
-    fading = tuple(part.to(device) for part in (*fades, torch.rand(1, 1, 5)))
-    samples = {
-        "pick": (leaf(route), leaf(steps), None, mask, *(None,) * 4, 2, 4, 0.1),
-        "attend": inside,
-        "pick ": (leaf(route), leaf(steps), None, mask, None, *fading, 2, 4, 0.1),
-        "pick_backward ": (
-            grad_picks,
-            route,
-            steps,
-            mask,
-            *(part.detach() for part in fading),
-            picked,
-            weights,
-            4,
-            0.1,
-            True,
-        ),
-        "pick_backward": (
-            grad_picks,
-            route,
-            steps,
-            mask,
-            *(None,) * 3,
-            picked,
-            weights,
-            4,
-            0.1,
-            True,
-        ),
-        "attend_backward": (grad, *plain, True, True),
-    }
+    limits = leaf(torch.randn(2, 3)), leaf(torch.randn(2, 3))
+    fading = tuple(part.to(device) for part in (*limits, torch.rand(1, 1, 5)))
+    samples = [("attend", inside), ("attend_backward", (grad, *plain, True, True))]
+    for fades in ((None,) * 3, fading):
+        kept = tuple(None if part is None else part.detach() for part in fades)
+        samples += [
+            ("pick", (leaf(route), leaf(steps), None, mask, None, *fades, 2, 4, 0.1)),
+            (
+                "pick_backward",
+                (grad_picks, route, steps, mask, *kept, picked, weights, 4, 0.1, True),
+            ),
+        ]
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    for name, arguments in samples.items():
-        packet = getattr(OPERATORS, f"triton_{name.strip()}")
+    for name, arguments in samples:
+        packet = getattr(OPERATORS, f"triton_{name}")
         torch.library.opcheck(packet.default, arguments, test_utils=checks)
 
 
@@ -628,14 +608,7 @@ def test_cuda_graph() -> None:
         context = recall(route, probe, memory, 4, impl="triton")
         return context, *torch.autograd.grad(context.square().sum(), (route, probe))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        expected = call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = call()
+    graph, expected, got = in_a_cuda_graph(call)
     graph.replay()
     for ours, wanted in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, wanted)

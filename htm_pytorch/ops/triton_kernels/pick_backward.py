@@ -18,6 +18,26 @@ from htm_pytorch.ops.triton_kernels.sources import Source
 
 
 @triton.jit
+def _load_picked(
+    summaries,
+    picked,
+    owner,
+    summaries_by_batch,
+    summaries_by_chunk,
+    first,
+    count,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Load the summary of the pick at `picked`, and whether it is one of first to first + count."""
+    d = tl.arange(0, BLOCK_D)
+    m = tl.load(picked) - first
+    here = (m >= 0) & (m < count)
+    summary = summaries + owner * summaries_by_batch + m * summaries_by_chunk + d
+    return tl.load(summary, d < tl.where(here, D, 0), other=0.0).to(tl.float32), here
+
+
+@triton.jit
 def route_backward_kernel(
     grad_scores,
     picked,
@@ -42,10 +62,10 @@ def route_backward_kernel(
     if RESUME:
         total += tl.load(grad_route + x * D + d, d < D, other=0.0)
     for rank in range(k):
-        m = tl.load(picked + x * k + rank) - first
-        here = (m >= 0) & (m < count)
-        summary = summaries + owner * summaries_by_batch + m * summaries_by_chunk + d
-        value = tl.load(summary, d < tl.where(here, D, 0), other=0.0).to(tl.float32)
+        value, here = _load_picked(
+            summaries, picked + x * k + rank, owner, summaries_by_batch, summaries_by_chunk,
+            first, count, D, BLOCK_D,
+        )  # fmt: skip
         total += tl.where(here, tl.load(grad_scores + x * k + rank), 0.0) * value
     tl.store(grad_route + x * D + d, total, d < D)
 
@@ -72,13 +92,12 @@ def products_kernel(
     x, rank = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, q = x // queries, x % queries
     d = tl.arange(0, BLOCK_D)
-    m = tl.load(picked + x * k + rank) - first
-    here = (m >= 0) & (m < count)
-    a = tl.load(route + row * route_by_batch + q * route_by_query + d, d < D, other=0.0)
-    summary = summaries + row * (1 - SHARED) * summaries_by_batch + m * summaries_by_chunk + d
-    b = tl.load(summary, d < tl.where(here, D, 0), other=0.0)
-    product = tl.sum(a.to(tl.float32) * b.to(tl.float32), 0)
-    tl.store(products + x * k + rank, product, here)
+    value, here = _load_picked(
+        summaries, picked + x * k + rank, row * (1 - SHARED), summaries_by_batch,
+        summaries_by_chunk, first, count, D, BLOCK_D,
+    )  # fmt: skip
+    query = tl.load(route + row * route_by_batch + q * route_by_query + d, d < D, other=0.0)
+    tl.store(products + x * k + rank, tl.sum(query.to(tl.float32) * value, 0), here)
 
 
 @triton.jit
@@ -166,32 +185,28 @@ def pick_backward(
     scored = Source(source, None, step_mask, chunk_size, eps)
     grad_route = torch.empty(route.shape, dtype=torch.float32, device=route.device)
     k = picked.shape[2]
-    shared = scored.rows == 1 < batch
-    if ceiling is not None:
-        assert decay is not None and ages is not None
-        products = _products(route, picked, scored, shared)
-        slope = (1.0 - LEAK) * torch.sigmoid(products - ceiling[..., None])
+    launch = Launch({"D": dim, "BLOCK_D": power_of_two(dim)}).options()
+    launch["SHARED"] = scored.rows == 1 < batch
+    products = torch.zeros_like(grad_scores)
+    slope, grad_products = products, grad_scores
+    for first, count in scored.pieces():
+        summaries = scored.summaries(first, count)
+        sizes = *summaries.stride()[:2], queries, k, first, count
+        if ceiling is not None:
+            places = route.stride()[:2]
+            products_kernel[batch * queries, k](
+                route, picked, summaries, products, *places, *sizes, **launch
+            )
+            # Of the picks of later pieces it is neither known yet nor needed.
+            slope = (1.0 - LEAK) * torch.sigmoid(products - ceiling[..., None])
+            grad_products = grad_scores * (1.0 - slope)
+        route_backward_kernel[(batch * queries,)](
+            grad_products, picked, summaries, grad_route, *sizes, RESUME=first > 0, **launch
+        )
+    if ages is not None:
         aged = ages.expand(batch, queries, -1).gather(2, picked.clamp(min=0))
         grad_ceiling = (grad_scores * slope).sum(-1).to(route.dtype)
         grad_decay = -(grad_scores * aged).sum(-1).to(route.dtype)
-        grad_scores = grad_scores * (1.0 - slope)
-    for first, count in scored.pieces():
-        summaries = scored.summaries(first, count)
-        route_backward_kernel[(batch * queries,)](
-            grad_scores,
-            picked,
-            summaries,
-            grad_route,
-            summaries.stride(0),
-            summaries.stride(1),
-            queries,
-            k,
-            first,
-            count,
-            SHARED=shared,
-            RESUME=first > 0,
-            **Launch({"D": dim, "BLOCK_D": power_of_two(dim)}).options(),
-        )
     if to_source:
         grad_source = source.new_empty(source.shape)
         ordered = sort_picks(picked, scored.rows, scored.chunks)
@@ -199,7 +214,7 @@ def pick_backward(
         tile = {"BLOCK_P": 16, "BLOCK_C": min(power_of_two(chunk_size), 16), "BLOCK_D": wide}
         mask = scored.step_mask
         source_backward_kernel[(scored.rows * scored.chunks, divide_up(dim, wide))](
-            grad_scores,
+            grad_products,
             route,
             mask,
             ordered.pairs,
@@ -218,29 +233,3 @@ def pick_backward(
             **Launch({"C": chunk_size, "D": dim, **tile}).options(),
         )
     return grad_route.to(route.dtype), grad_source, grad_ceiling, grad_decay
-
-
-def _products(route: Tensor, picked: Tensor, scored: Source, shared: bool) -> Tensor:
-    """Return those of the queries and the summaries that they picked, [B, Q, K]."""
-    batch, queries, k = picked.shape
-    dim = route.shape[2]
-    products = torch.zeros(picked.shape, dtype=torch.float32, device=route.device)
-    for first, count in scored.pieces():
-        summaries = scored.summaries(first, count)
-        products_kernel[(batch * queries, k)](
-            route,
-            picked,
-            summaries,
-            products,
-            route.stride(0),
-            route.stride(1),
-            summaries.stride(0),
-            summaries.stride(1),
-            queries,
-            k,
-            first,
-            count,
-            SHARED=shared,
-            **Launch({"D": dim, "BLOCK_D": power_of_two(dim)}).options(),
-        )
-    return products
