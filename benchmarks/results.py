@@ -279,9 +279,9 @@ def train(row: Row, memory: str, seed: int) -> Path:
 def judge(row: Row, level: Level, place: Path) -> None:
     """Judge an agent on one level, by its most probable actions and by sampled ones."""
     from htm_pytorch import rl, tasks
-    from htm_pytorch.rl.evaluation import read_config
+    from htm_pytorch.rl.checkpoint import checkpoint_of
 
-    has_chunks = read_config(place).memories.memory == "htm"
+    has_chunks = checkpoint_of(place).config.memories.memory == "htm"
     for greedy in level.ways:
         if not _means(place, level, greedy):
             rl.evaluate(

@@ -32,9 +32,9 @@ def evaluate(
         patience: steps of all episodes together in which one has to end.
     """
     from htm_pytorch.rl import evaluate
-    from htm_pytorch.rl.evaluation import read_config
+    from htm_pytorch.rl.checkpoint import checkpoint_of
 
-    parts = tasks.parts_of(read_config(run_dir).task)
+    parts = tasks.parts_of(checkpoint_of(run_dir).config.task)
     greedy = actions == "greedy"
     others = {"env_args": env_args, "mem_chunks": mem_chunks, "patience": patience}
     print(evaluate(run_dir, episodes, seed, greedy=greedy, parts=parts, render=render, **others))

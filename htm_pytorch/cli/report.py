@@ -36,12 +36,13 @@ def report(
     from htm_pytorch.report.page import check_path
     from htm_pytorch.report.picture import PICTURES
     from htm_pytorch.report.scene import Scene
-    from htm_pytorch.rl.evaluation import load_agent, read_config
+    from htm_pytorch.rl.checkpoint import checkpoint_of
+    from htm_pytorch.rl.evaluation import load_agent
     from htm_pytorch.rl.plots import check_film
 
     if episodes < 0:
         raise ValueError(f"episodes: expected 0 or more, got {episodes}")
-    name = read_config(run_dir).task
+    name = checkpoint_of(run_dir).config.task
     # Before an episode is played.
     page = check_path("out", run_dir / "report.html" if out is None else out, ".html")
     if picture is not None:
@@ -83,9 +84,10 @@ def draw_recall(run_dir: Path) -> Path | None:
     no chunks.
     """
     from htm_pytorch.report import draw_moment, trace_agent
-    from htm_pytorch.rl.evaluation import load_agent, read_config
+    from htm_pytorch.rl.checkpoint import checkpoint_of
+    from htm_pytorch.rl.evaluation import load_agent
 
-    recorded = read_config(run_dir)
+    recorded = checkpoint_of(run_dir).config
     task = tasks.find(recorded.task) if recorded.task else None
     if task is None or task.scene is None or recorded.memories.memory != "htm":
         return None

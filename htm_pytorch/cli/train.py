@@ -146,7 +146,7 @@ def _launch(config: TrainConfig, arguments: list[str]) -> None:
 
 def _ended(config: TrainConfig) -> str:
     """Return how long the agent was trained, in all."""
-    from htm_pytorch.rl.run import CHECKPOINT, Checkpoint
+    from htm_pytorch.rl.checkpoint import CHECKPOINT, Checkpoint
 
     progress, asked = Checkpoint(config.run_dir / CHECKPOINT).progress, config.budget.frames
     told = f"trained on {progress['frames']:,} frames in {progress['batches']:,} rollouts"

@@ -71,6 +71,7 @@ def open_memory(
         lock = None
         if where.folder is not None:
             place.check_folder(where.folder, may_make)
+            place.check_kinds(where.folder)
             if not read_only:
                 lock = Lock(where.folder)
                 undo.callback(lock.release)

@@ -126,6 +126,7 @@ def _damaged(path: Path) -> MemoryFileError:
 def _replace(path: Path, right: bytes) -> None:
     """Give a file other contents, and keep what it was."""
     set_aside(path)
+    path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".new")
     temporary.write_bytes(right)
     sync_file(temporary)

@@ -1,5 +1,6 @@
 """Where a stored memory is: a folder, under one name however it was spelled, or an object store."""
 
+import errno
 import os
 import re
 import urllib.parse
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from htm_pytorch.memory.files import MemoryFileError, sync_file, sync_folder
+from htm_pytorch.memory.log import REPAIR, TAIL_NAME
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _LOST_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/[^/]")
@@ -29,6 +31,11 @@ set-aside       what was found damaged; nothing in it is read
 
 `htm memory info`, `verify`, `save`, `compact` and `repair` look after it.
 """
+
+
+_FILES = ("journal", "journal-journal", "lock", MARKER)
+_OF_TABLE = ("_versions", "data", "_transactions", "_deletions")
+_FOLDERS = ("tails", "set-aside", "chunks.lance", *(f"chunks.lance/{name}" for name in _OF_TABLE))
 
 
 class Place(NamedTuple):
@@ -108,15 +115,17 @@ class Lock:
             # Not of one thread: whoever closes the memory gives it back.
             self._lock = FileLock(folder / "lock", thread_local=False)
             self._lock.acquire(timeout=0)
-        except PermissionError as error:
-            raise PermissionError(
-                f"uri: no right to write to {str(folder)!r} ({error}); read_only=True only reads"
-            ) from error
         except Timeout:
             raise BlockingIOError(
                 f"uri: another process writes to {str(folder)!r}; read_only=True reads beside it, "
                 "and it can be opened for writing when that process has closed it or ended"
             ) from None
+        except OSError as error:
+            if not (isinstance(error, PermissionError) or error.errno == errno.EROFS):
+                raise
+            raise PermissionError(
+                f"uri: no right to write to {str(folder)!r} ({error}); read_only=True only reads"
+            ) from error
         _held[folder] = self
 
     @property
@@ -146,6 +155,58 @@ def check_folder(folder: Path, may_make: bool) -> None:
         raise MemoryFileError(f"uri: {str(folder)!r} holds other files, and no memory")
     if not may_make:
         raise FileNotFoundError(NO_MEMORY.format(str(folder)))
+
+
+class Misplaced(NamedTuple):
+    """Something in the folder of a memory that is not of the kind that its name says.
+
+    That is a folder in the place of a file, or a file in that of a folder, a link that leads
+    nowhere, or anything else whose reading might not end.
+    """
+
+    path: Path
+    expected: str
+
+    def __str__(self) -> str:
+        """Say what it is, and the way out."""
+        kinds = {"a folder": self.path.is_dir(), "a file": self.path.is_file()}
+        found = next((name for name, is_it in kinds.items() if is_it), "neither")
+        way_out = REPAIR if self.is_repairable else "move it away"
+        return f"{str(self.path)!r} is {found}; expected {self.expected}; {way_out}"
+
+    @property
+    def is_repairable(self) -> bool:
+        """Whether `repair` can move it: not where it needs what should be there."""
+        return self.path.name not in ("lock", "set-aside")
+
+
+def misplaced(folder: Path) -> list[Misplaced]:
+    """Return everything of a wrong kind in the folder of a memory."""
+    paths = [folder / name for name in _FILES]
+    # The lock is not opened where it is a link.
+    wrong = [p for p in paths if not p.is_file() or p == folder / "lock" and p.is_symlink()]
+    folders = [folder / name for name in _FOLDERS]
+    for path in filter(Path.is_dir, folders):
+        entries = [entry for entry in os.scandir(path) if _is_file_of_ours(path.name, entry.name)]
+        # Mostly they are, which says itself without a look at each.
+        others = [Path(entry) for entry in entries if not entry.is_file(follow_symlinks=False)]
+        wrong += [other for other in others if not other.is_file()]
+    found = [Misplaced(path, "a file") for path in wrong]
+    found += [Misplaced(path, "a folder") for path in folders if not path.is_dir()]
+    return [one for one in found if os.path.lexists(one.path)]
+
+
+def _is_file_of_ours(folder: str, name: str) -> bool:
+    if folder == "tails":
+        return TAIL_NAME.fullmatch(name) is not None
+    # Of the engine's all have a suffix; other folders may be the file system's.
+    return folder in _OF_TABLE and Path(name).suffix != ""
+
+
+def check_kinds(folder: Path) -> None:
+    """Raise a MemoryFileError where something in the folder of a memory is of a wrong kind."""
+    for one in misplaced(folder):
+        raise MemoryFileError(f"uri: {one}")
 
 
 def mark(folder: Path, sync: bool) -> None:

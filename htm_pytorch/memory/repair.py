@@ -23,7 +23,7 @@ from htm_pytorch.memory.log import Contents, Head, Range, Record, merged
 from htm_pytorch.memory.log_file import LogFile, says_many
 from htm_pytorch.memory.open_chunk import Batch, OpenChunk
 from htm_pytorch.memory.opening import open_memory
-from htm_pytorch.memory.place import Lock, Place
+from htm_pytorch.memory.place import Lock, Misplaced, Place
 from htm_pytorch.memory.rows import BATCH_BYTES, form_of
 from htm_pytorch.memory.salvage_log import salvaged_log, salvaged_table
 from htm_pytorch.memory.salvage_rows import DamagedRows, SalvagedRow
@@ -64,6 +64,7 @@ def repair(uri: str | os.PathLike[str]) -> Report:
         ValueError: it is in an object store, or a folder of many memories.
         FileNotFoundError: there is nothing of a memory.
         BlockingIOError: it is open for writing.
+        MemoryFileError: nothing of it can be read, or something is where `repair` needs a place.
     """
     where = place.find(uri, None)
     if where.folder is None:
@@ -72,7 +73,11 @@ def repair(uri: str | os.PathLike[str]) -> Report:
             "object store, repair it there, and copy it back"
         )
     place.check_folder(where.folder, may_make=(where.folder / _NEW).exists())
-    if says_many(where.log):
+    wrong = place.misplaced(where.folder)
+    for one in wrong:
+        if not one.is_repairable:
+            raise MemoryFileError(f"uri: {one}")
+    if where.log.is_file() and says_many(where.log):
         # As one memory it would lose all but one of them.
         raise ValueError(
             f"uri: expected the folder of one memory, got {where.uri!r} of many; nothing was "
@@ -81,12 +86,13 @@ def repair(uri: str | os.PathLike[str]) -> Report:
         )
     lock = Lock(where.folder)
     try:
-        finished = _finish(where.folder)
+        aside = _finish(where.folder)
+        aside = _move_aside(where.folder, wrong) if wrong else aside
         problems = _problems(where)
         if not problems:
             with open_memory(where.uri, read_only=True) as memory:
-                return Report((), memory.steps, (), 0, finished)
-        return _rebuild(where, where.folder, problems)
+                return Report(tuple(map(str, wrong)), memory.steps, (), 0, aside)
+        return _rebuild(where, where.folder, [*map(str, wrong), *problems])
     finally:
         lock.release()
 
@@ -111,7 +117,7 @@ def _rebuild(where: Place, folder: Path, problems: list[str]) -> Report:
     if form is None:
         raise MemoryFileError(
             f"{str(folder)!r}: neither its log nor its table says what it holds; nothing of it can "
-            "be read, and nothing was changed"
+            "be read, and nothing was deleted"
         )
     if head is None:
         head = Head.first(form)
@@ -158,16 +164,36 @@ def _rebuild(where: Place, folder: Path, problems: list[str]) -> Report:
     return Report(tuple(problems), left, tuple(lost), moved + more, aside)
 
 
+def _new_aside(folder: Path) -> Path:
+    """Make a folder in which nothing is read."""
+    aside = folder / "set-aside" / datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
+    while aside.exists():
+        aside = aside.with_name(f"{aside.name}-more")
+    aside.mkdir(parents=True)
+    return aside
+
+
+def _move_aside(folder: Path, wrong: Sequence[Misplaced]) -> str:
+    """Move what is of a wrong kind to a new folder; return where that is."""
+    aside = _new_aside(folder)
+    for one in wrong:
+        to = aside / one.path.relative_to(folder)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(one.path, to)
+        for changed in (to.parent, one.path.parent):
+            sync_folder(changed)
+    for changed in (aside.parent, folder):
+        sync_folder(changed)
+    return str(aside)
+
+
 def _finish(folder: Path) -> str:
     """Put a memory that was made in the place of the old one; return where that is."""
     new = folder / _NEW
     if not (new / "complete").exists():
         shutil.rmtree(new, ignore_errors=True)
         return ""
-    aside = folder / "set-aside" / datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
-    while aside.exists():
-        aside = aside.with_name(f"{aside.name}-more")
-    aside.mkdir(parents=True)
+    aside = _new_aside(folder)
     moved = new / "moved"
     if not moved.exists():
         for name in _PARTS:

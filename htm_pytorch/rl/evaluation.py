@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from htm_pytorch.rl.agent import Agent, Parts, make_agent
+from htm_pytorch.rl.checkpoint import checkpoint_of
 from htm_pytorch.rl.config import TrainConfig
 from htm_pytorch.rl.making import is_batched, make_environments, most_steps, seeds_of
 from htm_pytorch.rl.player import Player
 from htm_pytorch.rl.plots import check_film, write_film
-from htm_pytorch.rl.run import CHECKPOINT, EVALUATIONS, Checkpoint
+from htm_pytorch.rl.run import EVALUATIONS
 from htm_pytorch.shapes import check_at_least
 
 UNSEEN = 2**62
@@ -123,7 +124,7 @@ def load_agent(
     Raises:
         ValueError: no run there, or a broken one; or an argument that does not fit it.
     """
-    checkpoint = _checkpoint(run_dir)
+    checkpoint = checkpoint_of(run_dir)
     config, stage = checkpoint.config, int(checkpoint.progress["stage"])
     if env_args:
         options = config.environments
@@ -139,15 +140,6 @@ def load_agent(
     environments.close()
     checkpoint.restore_agent(agent)
     return agent.eval(), config, stage
-
-
-def read_config(run_dir: Path | str) -> TrainConfig:
-    """Return the config of a run.
-
-    Raises:
-        ValueError: no run there, or a broken one.
-    """
-    return _checkpoint(run_dir).config
 
 
 @torch.no_grad()
@@ -220,13 +212,6 @@ def film(agent: Agent, config: TrainConfig, greedy: bool = True, stage: int = 0)
         player.advance()
     player.environments.close()
     return pictures
-
-
-def _checkpoint(run_dir: Path | str) -> Checkpoint:
-    path = Path(run_dir) / CHECKPOINT
-    if not path.exists():
-        raise ValueError(f"run_dir: expected a run with a {CHECKPOINT}, found none in {run_dir}")
-    return Checkpoint(path)
 
 
 def most_rows(config: TrainConfig) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.rl.agent import Agent, Outputs
+from htm_pytorch.rl.checkpoint import CHECKPOINT
 from htm_pytorch.rl.config import TrainConfig
 from htm_pytorch.rl.contract import State, detach
 from htm_pytorch.rl.losses import (
@@ -19,7 +20,6 @@ from htm_pytorch.rl.losses import (
 from htm_pytorch.rl.observations import Steps, nested
 from htm_pytorch.rl.processes import World
 from htm_pytorch.rl.rollout import Rollout
-from htm_pytorch.rl.run import CHECKPOINT
 
 
 class NotFiniteError(ValueError):

@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 
 from htm_pytorch.rl.agent import Agent, Parts, make_agent
-from htm_pytorch.rl.config import ENDS, TrainConfig
+from htm_pytorch.rl.checkpoint import CHECKPOINT, Checkpoint
+from htm_pytorch.rl.config import TrainConfig
 from htm_pytorch.rl.cores import count_parameters
 from htm_pytorch.rl.making import make_environments
-from htm_pytorch.rl.run import CHECKPOINT, Checkpoint, check_free
+from htm_pytorch.rl.record import ENDS
+from htm_pytorch.rl.run import check_free
 
 
 def describe_sizes(config: TrainConfig) -> str:

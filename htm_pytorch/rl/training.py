@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from htm_pytorch.rl.agent import Agent, Parts
+from htm_pytorch.rl.checkpoint import CHECKPOINT, Checkpoint
 from htm_pytorch.rl.config import TrainConfig
 from htm_pytorch.rl.evaluation import judge
 from htm_pytorch.rl.launching import restarted
@@ -18,7 +19,7 @@ from htm_pytorch.rl.plots import plot_curve
 from htm_pytorch.rl.preparing import prepare
 from htm_pytorch.rl.processes import World
 from htm_pytorch.rl.rollout import Played, play
-from htm_pytorch.rl.run import CHECKPOINT, CURVE, METRICS, Checkpoint, Run
+from htm_pytorch.rl.run import CURVE, METRICS, Run
 from htm_pytorch.rl.stages import Recent, Stages
 from htm_pytorch.shapes import check_kind
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from htm_pytorch.memory.files import load_tensors
+from htm_pytorch.rl.checkpoint import KIND
 from htm_pytorch.rl.processes import World
-from htm_pytorch.rl.run import KIND
 
 distributed = pytest.importorskip("torch.distributed")
 pytestmark = pytest.mark.skipif(

@@ -21,9 +21,11 @@ from htm_pytorch import ChunkedMemory
 from htm_pytorch.memory import MemoryFileError
 from htm_pytorch.memory.files import load_tensors, save_tensors
 from htm_pytorch.rl import Parts, TrainConfig, evaluate, evaluation, learner, run, train, training
+from htm_pytorch.rl.checkpoint import KIND, Checkpoint
 from htm_pytorch.rl.observations import make_encoder
 from htm_pytorch.rl.processes import World
-from htm_pytorch.rl.run import KIND, Checkpoint, Run
+from htm_pytorch.rl.record import from_json, to_json
+from htm_pytorch.rl.run import Run
 from tests.rl import worlds
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -147,7 +149,7 @@ def test_a_run_leaves_its_files(unbroken: tuple[str, Path]) -> None:
     }
     assert (run_dir / "curve.png").read_bytes().startswith(b"\x89PNG")
     text = (run_dir / "config.json").read_text()
-    assert TrainConfig.from_json(text, run_dir=run_dir) == tiny(run_dir, kind)
+    assert from_json(text, run_dir=run_dir) == tiny(run_dir, kind)
     rows = metrics(run_dir)
     assert [int(row["batch"]) for row in rows] == list(range(1, BATCHES + 1))
     frames = [int(row["frames"]) for row in rows]
@@ -368,7 +370,7 @@ def test_a_folder_without_a_row_holds_no_run(finished: Path, tmp_path: Path) -> 
     """What stopped before its first row is begun again."""
     config = tiny(tmp_path / "run")
     config.run_dir.mkdir()
-    (config.run_dir / "config.json").write_text(config.to_json())
+    (config.run_dir / "config.json").write_text(to_json(config))
     (config.run_dir / "metrics.csv").write_text("")
     train(config)
     assert_same_run(config.run_dir, finished)

@@ -1,0 +1,131 @@
+"""Something stands in the folder of a memory that is not of the kind that its name says."""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from htm_pytorch import memory
+from htm_pytorch.memory import MemoryFileError
+from htm_pytorch.memory.place import misplaced
+from tests.memory.on_disk import DIM, steps_from
+
+pytest.importorskip("lance", reason="the extra `store` is not installed")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(os.name != "posix", reason="links and pipes are those of POSIX"),
+]
+
+SECONDS = 20
+"""For all that is done with one memory: to read a pipe would not end."""
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def link_to_nothing(path: Path) -> None:
+    path.symlink_to(path.with_name("nothing"))
+
+
+def link_to_itself(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def file(path: Path) -> None:
+    path.write_bytes(b"other")
+
+
+def is_steps(part: Path) -> bool:
+    """Whether steps are in it that are nowhere else."""
+    return part.parts[0] == "tails" or part.suffix == ".lance"
+
+
+MOST_LOST = {"tails": 3, "chunks.lance": 40}
+KINDS = (Path.mkdir, file, pipe, link_to_nothing, link_to_itself)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A memory that has everything: 40 steps in its table, 3 in a tail."""
+    path = tmp_path_factory.mktemp("misplaced") / "memory"
+    with memory.open(path, dim=DIM, chunk_size=4, sync=False) as made:
+        made.append(steps_from(0, 40)).flush()
+        made.append(steps_from(40, 3))
+    (path / "set-aside").mkdir()
+    return path
+
+
+@pytest.fixture(autouse=True)
+def ends() -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise AssertionError("it does not end")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def parts(folder: Path) -> list[Path]:
+    """Return what there is in the folder, by the way there from it: one of those alike."""
+    paths = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+    alike = {(path.parent, path.suffix or path.name): path for path in paths}
+    return list(alike.values())
+
+
+def contents(folder: Path) -> list[bytes]:
+    """Return what is in all files below a folder."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return sorted(path.read_bytes() for path in paths)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_says_so_and_is_repaired(made: Path, tmp_path: Path, kind: Callable[[Path], None]) -> None:
+    for part in parts(made):
+        signal.alarm(SECONDS)
+        copy = tmp_path / "copy"
+        shutil.copytree(made, copy)
+        wrong, is_folder = copy / part, (copy / part).is_dir()
+        if kind is (Path.mkdir if is_folder else file):
+            shutil.rmtree(copy)
+            continue
+        if is_folder:
+            shutil.rmtree(wrong)
+        else:
+            wrong.unlink()
+        kind(wrong)
+        assert [one.path for one in misplaced(copy)] == [wrong]
+        before = contents(copy)
+        for read_only in (True, False):
+            with pytest.raises(MemoryFileError, match=str(wrong)) as caught:
+                memory.open(copy, read_only=read_only)
+            by_hand = part.name in ("lock", "set-aside")
+            assert ("move it away" if by_hand else "htm memory repair") in str(caught.value)
+        assert contents(copy) == before
+        lost = dict[int, int]()
+        if by_hand:
+            with pytest.raises(MemoryFileError, match="move it away"):
+                memory.repair(copy)
+            shutil.move(wrong, tmp_path / f"{part.name}-{kind.__name__}")
+        else:
+            report = memory.repair(copy)
+            assert str(wrong) in report.problems[0]
+            # It was moved, and nothing was deleted.
+            assert any(os.path.lexists(aside / part) for aside in (copy / "set-aside").iterdir())
+            assert set(before) <= set(contents(copy))
+            lost = dict(report.lost)
+        with memory.open(copy, read_only=True) as found:
+            assert found.verify() == []
+            missing = sum(end - start for start, end in lost.items())
+            # At most what stood in its place; a table keeps copies of all but its steps.
+            assert missing <= MOST_LOST.get(part.parts[0], 0)
+            assert missing == 0 or part.name in ("tails", "data", "chunks.lance") or is_steps(part)
+            begins = [0, *lost.values()]
+            for begin, end in zip(begins, [*lost, found.next_step], strict=True):
+                assert torch.equal(found.read(begin, end), steps_from(begin, end - begin))
+        shutil.rmtree(copy)
