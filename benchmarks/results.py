@@ -150,9 +150,9 @@ PLAN = (
     ),
     Row(
         "t-maze-million",
-        "The same, 1,000,000 steps (7 GB of memory for 50 episodes at once)",
+        "The same, 1,000,000 steps (14 GB of memory for 100 episodes at once)",
         ".5",
-        (Level("1,000,000", ("length=1000000",), 62_502, 50, ways=(True,)),),
+        (Level("1,000,000", ("length=1000000",), 62_502, 100, ways=(True,)),),
         memories=("htm",),
         seeds=(0,),
         task="t-maze",

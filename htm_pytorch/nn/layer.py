@@ -67,13 +67,18 @@ class Layer(nn.Module):
         if self.htm is None or state.memory is None:
             x = x if at is None else _taken(x, at)
             return x + self.mlp(x), LayerState(None, *window), None
-        if not (is_plain(self.htm, HTMBlock) and is_plain(self.htm.attn, HTMAttention)):
+        is_heard = not (is_plain(self.htm, HTMBlock) and is_plain(self.htm.attn, HTMAttention))
+        if is_heard:
             # Whoever listens may keep what it is given.
             state.memory._ring.keep()
         flows = not self.htm.attn.detach_memories
         steps = x if flows or not x.requires_grad else x.detach()
         if steps.dtype != state.memory.dtype:
             steps = steps.to(state.memory.dtype)
+        if at is not None and not at.shape[1] and not is_heard and not with_recall:
+            # Nothing is asked for: what is held need not lie beside what is written.
+            after = state.memory._append(steps, is_first, lengths).detach()
+            return _taken(x, at), LayerState(after, *window), None
         reached = state.memory.reach(steps, is_first, lengths)
         if at is not None:
             x = _taken(x, at)
