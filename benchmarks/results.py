@@ -112,9 +112,9 @@ def _autoencode(kind: str, cards: int, published: str) -> Row:
 
 
 def _endless() -> tuple[Level, ...]:
-    """Return the setting of the training, which is the last of all sixteen, and the others."""
-    levels = [Level("uniform 10, ten corridors")]
-    for setting, given in list(reversed(ENDLESS_SETTINGS.items()))[1:]:
+    """Return all sixteen settings, the hardest first."""
+    levels: list[Level] = []
+    for setting, given in reversed(ENDLESS_SETTINGS.items()):
         kind, length, corridors = setting.split("-")
         arguments = tuple(f"{k}={json.dumps(v, separators=(',', ':'))}" for k, v in given.items())
         name = f"{kind} {length}, {corridors} corridor{'s' * (corridors != '1')}"
@@ -183,7 +183,7 @@ PLAN = (
     _autoencode("Easy", 52, "MMER .495 at 15 M frames (SHM, arXiv 2410.10132)"),
     Row(
         "endless-t-maze",
-        "Endless T-Maze, trained on ten corridors of up to 10",
+        "Endless T-Maze, trained on ten corridors, of up to 10 and of 10",
         "",
         _endless(),
     ),

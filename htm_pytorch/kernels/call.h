@@ -167,8 +167,8 @@ struct Scratch {
 };
 
 // Whether all scratch was had; if not, the caller is told, who raises an error.
-template <class... X>
-bool got(Call& call, const Scratch<X>&... all) {
+template <class C, class... X>
+bool got(C& call, const Scratch<X>&... all) {
     const bool ok = (... && (all.at != nullptr));
     if (!ok) call.failed = kNoMemory;
     return ok;

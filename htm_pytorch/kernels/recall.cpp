@@ -7,6 +7,7 @@
 #include "pick.h"
 #include "projected.h"
 #include "step.h"
+#include "window.h"
 
 #if defined(_WIN32)
 #define EXPORT extern "C" __declspec(dllexport)
@@ -37,13 +38,17 @@ EXPORT void seek_f32(Seek* call) { seek(*call); }
 EXPORT void encode_f32(Encoding* call) { encode<float>(*call); }
 EXPORT void encode_bf16(Encoding* call) { encode<BFloat16>(*call); }
 EXPORT void encode_f16(Encoding* call) { encode<Float16>(*call); }
+EXPORT void attend_window_f32(Window* call) { attend_window<float>(*call); }
+EXPORT void attend_window_f64(Window* call) { attend_window<double>(*call); }
+EXPORT void attend_window_backward_f32(Window* call) { attend_window_backward<float>(*call); }
+EXPORT void attend_window_backward_f64(Window* call) { attend_window_backward<double>(*call); }
 EXPORT void step_f32(Step* call) { step<float>(*call); }
 // The structs that are passed, for the caller to lay out: "Name type field, ...;" each.
 EXPORT const char* structs() {
 #define SPELLED(type, name) " " #type " " #name ","
     return "Heads" HEADS_FIELDS(SPELLED) ";Codes" CODES_FIELDS(SPELLED) ";Encoding" ENCODING_FIELDS(
                SPELLED) ";Call" CALL_FIELDS(SPELLED) ";Seek" SEEK_FIELDS(SPELLED) ";Norm" NORM_FIELDS(SPELLED)
-           ";Affine" AFFINE_FIELDS(SPELLED) ";Step" STEP_FIELDS(SPELLED);
+           ";Affine" AFFINE_FIELDS(SPELLED) ";Step" STEP_FIELDS(SPELLED) ";Window" WINDOW_FIELDS(SPELLED);
 }
 EXPORT int64_t scratch_peak(int32_t reset) {
     const int64_t most = __atomic_load_n(&most_bytes, __ATOMIC_RELAXED);

@@ -6,15 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from htm_pytorch.nn.state import LayerState
-from htm_pytorch.ops import masked_softmax
-from htm_pytorch.shapes import may_look_at
+from htm_pytorch.ops import Impl, attend_window
 
 
 class LocalAttention(nn.Module):
     """Causal attention over a window, with a learned bias for each distance and head."""
 
-    def __init__(self, dim: int, heads: int, dim_head: int, window: int, **made: Any):
+    def __init__(
+        self, dim: int, heads: int, dim_head: int, window: int, impl: Impl = "auto", **made: Any
+    ):
         super().__init__()
+        self.impl: Impl = impl
         self.heads = heads
         self.dim_head = dim_head
         self.window = window
@@ -39,13 +41,12 @@ class LocalAttention(nn.Module):
         """Return what the steps x [B, T, D] attended to, and keys, values and count after them."""
         batch, length, _ = x.shape
         projected = self.to_qkv(self.norm(x)).view(batch, length, 3, self.heads, self.dim_head)
-        queries, keys, values = projected.unbind(2)
-        if state.keys.dtype == keys.dtype:
-            before = state.keys, state.values
-        else:
-            before = state.keys.to(keys.dtype), state.values.to(keys.dtype)
-        keys, values = torch.cat([before[0], keys], 1), torch.cat([before[1], values], 1)
+        queries, *new = projected.unbind(2)
+        before = state.keys, state.values
+        if state.keys.dtype != projected.dtype:
+            before = state.keys.to(projected.dtype), state.values.to(projected.dtype)
         if length == 1 and is_first is None and lengths is None:
+            keys, values = (torch.cat(parts, 1) for parts in zip(before, new, strict=True))
             attended = self._attend_once(queries, keys, values, state.filled)
             filled = (state.filled + 1).clamp(max=self.window - 1)
         else:
@@ -54,26 +55,35 @@ class LocalAttention(nn.Module):
             if is_first is not None and length:
                 began = torch.where(is_first, time, -1).cummax(1).values
                 oldest = torch.where(began < 0, oldest, began)
-            attended = self._attend(queries, *_told(keys, values), oldest)
+            bias, plainly = self.distance_bias, self.impl not in ("auto", "native")
+            attended = attend_window(projected, *before, bias, oldest, plainly=plainly)
             end = length if lengths is None else lengths
             filled = state.filled
             if length:
                 filled = (end - oldest[:, -1]).clamp(max=self.window - 1)
-        window = self._newest(keys, state.keys, lengths), self._newest(values, state.keys, lengths)
-        return self.to_out(attended.flatten(2)), (*window, filled)
+        keys, values = (
+            self._newest(*parts, state.keys.dtype, lengths)
+            for parts in zip(before, new, strict=True)
+        )
+        return self.to_out(attended.flatten(2)), (keys, values, filled)
 
-    def _newest(self, part: Tensor, like: Tensor, lengths: Tensor | None) -> Tensor:
-        """Return the newest window - 1 of `part` [B, window - 1 + T, H, E], on their own."""
-        past = self.window - 1
-        if part.requires_grad:
-            part = part.detach()
-        if lengths is None:
-            # On their own, not a view that would hold all steps of the call.
-            part = part[:, part.shape[1] - past :].clone(memory_format=torch.contiguous_format)
+    def _newest(
+        self, old: Tensor, new: Tensor, dtype: torch.dtype, lengths: Tensor | None
+    ) -> Tensor:
+        """Return the newest window - 1 of old [B, window - 1, H, E] and new ones, on their own."""
+        past, length = self.window - 1, new.shape[1]
+        if new.requires_grad or old.requires_grad:
+            old, new = old.detach(), new.detach()
+        if lengths is not None:
+            index = lengths[:, None] + torch.arange(past, device=new.device)
+            index = index[..., None, None].expand(-1, -1, *new.shape[2:])
+            part = torch.cat([old, new], 1).gather(1, index)
+        elif length < past:
+            part = torch.cat([old[:, length:], new], 1)
         else:
-            index = lengths[:, None] + torch.arange(past, device=part.device)
-            part = part.gather(1, index[..., None, None].expand(-1, -1, *part.shape[2:]))
-        return part if part.dtype == like.dtype else part.to(like.dtype)
+            # On their own, not a view that would hold all steps of the call.
+            part = new[:, length - past :].clone(memory_format=torch.contiguous_format)
+        return part if part.dtype == dtype else part.to(dtype)
 
     def _attend_once(self, queries: Tensor, keys: Tensor, values: Tensor, filled: Tensor) -> Tensor:
         """One query [B, 1, H, E] against all keys and values [B, window, H, E]."""
@@ -90,51 +100,3 @@ class LocalAttention(nn.Module):
         values = values.masked_fill(unseen.unsqueeze(3), 0)
         attended = (weights.unsqueeze(3) * values).sum(1, keepdim=True)
         return attended if attended.dtype == values.dtype else attended.to(values.dtype)
-
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, oldest: Tensor) -> Tensor:
-        """Blocks of queries against the keys in their reach: linear in T.
-
-        Args: queries [B, T, H, E], keys and values [B, window - 1 + T, H, E], and the oldest
-        time [B, T] each query may see.
-        """
-        length, past = queries.shape[1], self.window - 1
-        if not length:
-            return queries
-        block = min(self.window, length)
-        missing = -length % block
-        blocks = (length + missing) // block
-        pad = torch.nn.functional.pad
-        queries = pad(queries, (0, 0, 0, 0, 0, missing)).unflatten(1, (blocks, block))
-        keys, values = (
-            pad(part, (0, 0, 0, 0, 0, missing)).unfold(1, block + past, block)
-            for part in (keys, values)
-        )
-        oldest = pad(oldest, (0, missing)).unflatten(1, (blocks, block))
-        query = torch.arange(block, device=queries.device)
-        key = torch.arange(block + past, device=queries.device)
-        distance = query[:, None] + past - key
-        near = (distance >= 0) & (distance <= past)
-        start = torch.arange(blocks, device=queries.device)[:, None, None] * block
-        mask = near & (start + key - past >= oldest[..., None])
-        scores = torch.einsum("bnqhe,bnhek->bnhqk", queries * self.dim_head**-0.5, keys)
-        scores = scores.to(_exact(scores.dtype)) + self.distance_bias[:, distance.clamp(0, past)]
-        weights = masked_softmax(scores, mask[:, :, None]).to(values.dtype)
-        attended = torch.einsum("bnhqk,bnhek->bnqhe", weights, values)
-        return attended.flatten(1, 2)[:, :length]
-
-
-def _told(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return keys and values [B, T, H, E] of steps of which one that is not finite spoils no other.
-
-    A weight of 0 times what is not finite is no 0: where a value is not, it becomes 0, and its key
-    NaN for those who see it.
-    """
-    if may_look_at(values) and values.detach().sum().isfinite():
-        return keys, values
-    is_broken = ~values.isfinite().flatten(2).all(2)[..., None, None]
-    return keys.masked_fill(is_broken, torch.nan), values.masked_fill(is_broken, 0)
-
-
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of sums and softmaxes over numbers of `dtype`."""
-    return torch.promote_types(dtype, torch.float32)

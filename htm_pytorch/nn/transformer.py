@@ -100,7 +100,7 @@ class HTMTransformer(nn.Module):
                 )
                 if mem_chunks
                 else None,
-                LocalAttention(dim, heads, dim_head, window, **made),
+                LocalAttention(dim, heads, dim_head, window, impl, **made),
                 dim,
                 mlp_ratio * dim,
                 **made,
