@@ -1,6 +1,6 @@
 """`Layer`: of an `HTMTransformer`; the recent past, then the far past, then an MLP."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,34 @@ from htm_pytorch.nn.block import HTMBlock
 from htm_pytorch.nn.local import LocalAttention
 from htm_pytorch.nn.state import LayerState
 from htm_pytorch.ops import Recall
-from htm_pytorch.shapes import is_transformed
+from htm_pytorch.shapes import is_transformed, may_look_at
 
 MASK_BYTES = 32 * 2**20
 """Of the mask of steps by chunks that is made at a time."""
 AGE_BYTES = 12
 """Of an age of a chunk and of its logarithm, where a mask has one."""
+
+
+class Given(NamedTuple):
+    """The steps that a memory gets."""
+
+    steps: Tensor  # [B, T, D]
+    is_first: Tensor | None  # [B, T]
+    lengths: Tensor | None  # [B]
+
+    def split(self, count: int) -> tuple["Given", "Given"]:
+        """Return the first `count` of them, and the others."""
+        begins, lengths = self.is_first, self.lengths
+        first, others = slice(count), slice(count, None)
+        parts = (
+            Given(
+                self.steps[:, some],
+                None if begins is None else begins[:, some],
+                None if lengths is None else (lengths - least).clamp(0, most),
+            )
+            for some, least, most in ((first, 0, count), (others, count, self.steps.shape[1]))
+        )
+        return next(parts), next(parts)
 
 
 class Layer(nn.Module):
@@ -67,34 +89,46 @@ class Layer(nn.Module):
         if self.htm is None or state.memory is None:
             x = x if at is None else _taken(x, at)
             return x + self.mlp(x), LayerState(None, *window), None
+        memory = state.memory
         is_heard = not (is_plain(self.htm, HTMBlock) and is_plain(self.htm.attn, HTMAttention))
         if is_heard:
             # Whoever listens may keep what it is given.
-            state.memory._ring.keep()
+            memory._ring.keep()
         flows = not self.htm.attn.detach_memories
         steps = x if flows or not x.requires_grad else x.detach()
-        if steps.dtype != state.memory.dtype:
-            steps = steps.to(state.memory.dtype)
-        if at is not None and not at.shape[1] and not is_heard and not with_recall:
-            # Nothing is asked for: what is held need not lie beside what is written.
-            after = state.memory._append(steps, is_first, lengths).detach()
-            return _taken(x, at), LayerState(after, *window), None
-        reached = state.memory.reach(steps, is_first, lengths)
+        if steps.dtype != memory.dtype:
+            steps = steps.to(memory.dtype)
+        given = Given(steps, is_first, lengths)
         if at is not None:
+            if not (is_heard or with_recall) and (early := _unasked(at, x.shape[1])):
+                # What is held need not lie beside what these close.
+                first, given = given.split(early)
+                memory, x, at = memory._append(*first), x[:, early:], at - early
             x = _taken(x, at)
-        elif reached.reach.times is not None or with_recall:
+        reached = memory.reach(*given)
+        if at is None and (reached.reach.times is not None or with_recall):
             at = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         recall = None
         if with_recall and at is not None:
             visible, ages = reached.reach.visible(at), _ages(self.htm, reached, at)
             x, recall = self.htm.recall(x, reached.read, chunk_attn_mask=visible, ages=ages)
             # Of the ring's slots those that were never written were left out.
-            left_out = state.memory.chunks - reached.reach.held
+            left_out = memory.chunks - reached.reach.held
             is_new = recall.chunks >= reached.reach.held
             recall = recall._replace(chunks=recall.chunks + left_out * is_new)
         else:
-            x = _recalled(self.htm, x, reached, at, state.memory.chunks)
+            x = _recalled(self.htm, x, reached, at, memory.chunks)
         return x + self.mlp(x), LayerState(reached.after().detach(), *window), recall
+
+
+def _unasked(at: Tensor, length: int) -> int:
+    """Return how many of so many steps are before all those asked for, `at` [B, P], if known."""
+    if not at.shape[1]:
+        return length
+    # With gradients, both calls would copy what is held.
+    if torch.is_grad_enabled() or not may_look_at(at) or not at.numel():
+        return 0
+    return int(at.min())
 
 
 def _recalled(
