@@ -111,14 +111,15 @@ def ballet(batches: int) -> dict[str, Any]:
 def _parts(training: Training, batches: int) -> dict[str, Any]:
     config, seconds = training.config, {"playing": 0.0, "learning": 0.0}
     learner: Learner = training.learner
+    (player,) = training.stages.players.values()
     frames = 0
 
     def batch(number: int) -> None:
         nonlocal frames
         generator = torch.Generator().manual_seed(number)
-        training.player.begin(list(range(number, number + config.environments.num_envs)))
+        player.begin(list(range(number, number + config.environments.num_envs)))
         start = time.process_time()
-        played = play(training.player, config.rollouts, generator, config.learner.discount)
+        played = play(player, config.rollouts, generator, config.learner.discount)
         middle = time.process_time()
         learner.learn(played.rollout, generator, 0.0)
         seconds["playing"] += middle - start

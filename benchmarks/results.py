@@ -181,6 +181,18 @@ PLAN = (
     _repeat("Medium", 32, ".789"),
     _repeat("Hard", 64, ".191"),
     _autoencode("Easy", 52, "MMER .495 at 15 M frames (SHM, arXiv 2410.10132)"),
+    *(
+        Row(
+            f"memory-{size.lower()}",
+            f"MiniGrid-Memory{size}, 2,000,000 frames",
+            "half of the best",
+            (Level("nearly 1 at best", episodes=500, ways=(True,)),),
+            seeds=(0,),
+            options={"env": f"minigrid:MiniGrid-Memory{size}-v0"},
+            task="memory-s7",
+        )
+        for size in ("S9", "S11")
+    ),
     Row(
         "endless-t-maze",
         "Endless T-Maze, trained on ten corridors, of up to 10 and of 10",
