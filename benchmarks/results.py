@@ -195,7 +195,7 @@ PLAN = (
     ),
     Row(
         "endless-t-maze",
-        "Endless T-Maze, trained on ten corridors, of up to 10 and of 10",
+        "Endless T-Maze, trained on ten corridors of up to 10",
         "",
         _endless(),
     ),

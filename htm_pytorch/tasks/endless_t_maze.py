@@ -6,10 +6,6 @@ from htm_pytorch.tasks import Task
 TASK = Task(
     TrainConfig(env="htm_pytorch.envs:htm_pytorch/EndlessTMaze-v0").replace(
         env_args=("length=[1,10]", "num_corridors=10"),
-        # Of lengths up to 10 alone, agents of some seeds failed where all of them were 10.
-        curriculum=('{"length":[1,10]}', '{"length":10}'),
-        promote_at=(9.0,),
-        rehearse=0.5,
         # With 64 at once and windows of 128 steps, one seed of two stayed at a third.
         num_envs=512,
         rollout="episodes",
