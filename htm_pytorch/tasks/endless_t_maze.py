@@ -1,4 +1,4 @@
-"""Endless T-Maze, of all sixteen settings those with most to remember and to put out of mind."""
+"""Endless T-Maze, of all sixteen settings the one with most to remember and to put out of mind."""
 
 from htm_pytorch.rl.config import TrainConfig
 from htm_pytorch.tasks import Task
