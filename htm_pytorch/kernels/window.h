@@ -75,14 +75,14 @@ struct Tile {
         const int64_t said =
             call.oldest[row * call.oldest_by_batch + step * call.oldest_by_step];
         const int64_t least = step - past;
-        return said < least ? least : said < step ? said : step;
+        return said < least ? least : said <= step ? said : step + 1;
     }
 
     void begin(int64_t step) {
         first = step;
         count = call.length - step < kTile ? call.length - step : kTile;
-        from = oldest(step);
-        for (int64_t r = 1; r < count; ++r) {
+        from = step;
+        for (int64_t r = 0; r < count; ++r) {
             const int64_t other = oldest(step + r);
             from = other < from ? other : from;
         }
@@ -113,8 +113,16 @@ struct Tile {
         for (int64_t r = 0; r < count; ++r) {
             T* row = weights + r * stride;
             const int64_t begin = oldest(first + r) - from, end = first + r - from + 1;
-            for (int64_t c = begin; c < end; ++c) row[c] += bias[end - 1 - c];
-            softmax<T>(row + begin, 1, stride, end - begin, 1);
+            bool is_any = false;
+            for (int64_t c = begin; c < end; ++c) {
+                row[c] += bias[end - 1 - c];
+                is_any |= row[c] != -__builtin_inf();
+            }
+            if (is_any) {
+                softmax<T>(row + begin, 1, stride, end - begin, 1);
+            } else {
+                for (int64_t c = begin; c < end; ++c) row[c] = 0;
+            }
             for (int64_t c = 0; c < begin; ++c) row[c] = 0;
             for (int64_t c = end; c < seen; ++c) row[c] = 0;
         }

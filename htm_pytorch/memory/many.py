@@ -63,7 +63,7 @@ def open_many(
         raise ValueError(f"uri: expected a folder for many memories, got {where.uri!r}")
     may_make = dim is not None and not read_only
     place.check_folder(where.folder, may_make)
-    place.check_kinds(where.folder)
+    place.check_kinds(where.folder, place.MOVE)
     lock = None if read_only else Lock(where.folder)
     try:
         if not where.log.exists():

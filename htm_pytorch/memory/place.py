@@ -1,12 +1,14 @@
 """Where a stored memory is: a folder, under one name however it was spelled, or an object store."""
 
+import contextlib
 import errno
 import os
 import re
+import stat
 import urllib.parse
 import weakref
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from htm_pytorch.memory.files import MemoryFileError, sync_file, sync_folder
 from htm_pytorch.memory.log import REPAIR, TAIL_NAME
@@ -33,9 +35,12 @@ set-aside       what was found damaged; nothing in it is read
 """
 
 
-_FILES = ("journal", "journal-journal", "lock", MARKER)
+_FILES = ("journal", "journal-journal")
 _OF_TABLE = ("_versions", "data", "_transactions", "_deletions")
-_FOLDERS = ("tails", "set-aside", "chunks.lance", *(f"chunks.lance/{name}" for name in _OF_TABLE))
+_FOLDERS = ("tails", "chunks.lance", *(f"chunks.lance/{name}" for name in _OF_TABLE))
+MOVE = "move it away"
+SET_ASIDE = "set-aside"
+"""The folder in which nothing is read."""
 
 
 class Place(NamedTuple):
@@ -101,6 +106,8 @@ class Lock:
     def __init__(self, folder: Path):
         from filelock import FileLock, Timeout
 
+        check_own(folder / "lock", "a file")
+        check_own(folder / SET_ASIDE, "a folder", may_link=True)
         other = _held.get(folder)
         if other is not None and other.is_held:
             raise BlockingIOError(
@@ -165,35 +172,47 @@ class Misplaced(NamedTuple):
     """
 
     path: Path
-    expected: str
+    what: str
+    """What it is, and what was expected."""
 
     def __str__(self) -> str:
-        """Say what it is, and the way out."""
-        kinds = {"a folder": self.path.is_dir(), "a file": self.path.is_file()}
-        found = next((name for name, is_it in kinds.items() if is_it), "neither")
-        way_out = REPAIR if self.is_repairable else "move it away"
-        return f"{str(self.path)!r} is {found}; expected {self.expected}; {way_out}"
-
-    @property
-    def is_repairable(self) -> bool:
-        """Whether `repair` can move it: not where it needs what should be there."""
-        return self.path.name not in ("lock", "set-aside")
+        """Say it in a line, without a way out."""
+        return f"{str(self.path)!r} is {self.what}"
 
 
 def misplaced(folder: Path) -> list[Misplaced]:
-    """Return everything of a wrong kind in the folder of a memory."""
-    paths = [folder / name for name in _FILES]
-    # The lock is not opened where it is a link.
-    wrong = [p for p in paths if not p.is_file() or p == folder / "lock" and p.is_symlink()]
-    folders = [folder / name for name in _FOLDERS]
-    for path in filter(Path.is_dir, folders):
-        entries = [entry for entry in os.scandir(path) if _is_file_of_ours(path.name, entry.name)]
-        # Mostly they are, which says itself without a look at each.
-        others = [Path(entry) for entry in entries if not entry.is_file(follow_symlinks=False)]
-        wrong += [other for other in others if not other.is_file()]
-    found = [Misplaced(path, "a file") for path in wrong]
-    found += [Misplaced(path, "a folder") for path in folders if not path.is_dir()]
-    return [one for one in found if os.path.lexists(one.path)]
+    """Return everything of a wrong kind among what is read of a memory in a folder.
+
+    What is missing is not: another process may just be making it.
+    """
+    found = [_looked_at(folder / name, "a file") for name in _FILES]
+    for path in (folder / name for name in _FOLDERS):
+        found.append(_looked_at(path, "a folder"))
+        if path.is_dir():
+            with contextlib.suppress(FileNotFoundError):
+                entries = [one for one in os.scandir(path) if _is_file_of_ours(path.name, one.name)]
+                # Mostly they are, which says itself without a look at each.
+                others = [one for one in entries if not one.is_file(follow_symlinks=False)]
+                found += [_looked_at(Path(other), "a file") for other in others]
+    return [one for one in found if one is not None]
+
+
+def _looked_at(path: Path, expected: Literal["a file", "a folder"]) -> Misplaced | None:
+    """Return what is wrong with a path, if there is anything at it."""
+    try:
+        own = path.lstat()
+    except OSError:
+        # Not there, or not to be reached, which whoever reads it says better.
+        return None
+    try:
+        mode = path.stat().st_mode if stat.S_ISLNK(own.st_mode) else own.st_mode
+    except OSError:
+        return Misplaced(path, f"a link that leads nowhere; expected {expected}")
+    kinds = {"a file": stat.S_ISREG(mode), "a folder": stat.S_ISDIR(mode)}
+    if kinds[expected]:
+        return None
+    found = next((kind for kind, is_it in kinds.items() if is_it), "neither file nor folder")
+    return Misplaced(path, f"{found}; expected {expected}")
 
 
 def _is_file_of_ours(folder: str, name: str) -> bool:
@@ -203,10 +222,21 @@ def _is_file_of_ours(folder: str, name: str) -> bool:
     return folder in _OF_TABLE and Path(name).suffix != ""
 
 
-def check_kinds(folder: Path) -> None:
+def check_kinds(folder: Path, way_out: str = REPAIR) -> None:
     """Raise a MemoryFileError where something in the folder of a memory is of a wrong kind."""
     for one in misplaced(folder):
-        raise MemoryFileError(f"uri: {one}")
+        raise MemoryFileError(f"uri: {one}; {way_out}")
+
+
+def check_own(
+    path: Path, expected: Literal["a file", "a folder"], *, may_link: bool = False
+) -> None:
+    """Raise a MemoryFileError where a writer cannot have a file or folder of its own at a path."""
+    wrong = _looked_at(path, expected)
+    if wrong is None and path.is_symlink() and not may_link:
+        wrong = Misplaced(path, f"a link; expected {expected}")
+    if wrong is not None:
+        raise MemoryFileError(f"uri: {wrong}; {MOVE}")
 
 
 def mark(folder: Path, sync: bool) -> None:

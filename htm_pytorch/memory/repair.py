@@ -7,6 +7,7 @@ are known to be lost.
 
 import contextlib
 import datetime
+import errno
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -73,10 +74,7 @@ def repair(uri: str | os.PathLike[str]) -> Report:
             "object store, repair it there, and copy it back"
         )
     place.check_folder(where.folder, may_make=(where.folder / _NEW).exists())
-    wrong = place.misplaced(where.folder)
-    for one in wrong:
-        if not one.is_repairable:
-            raise MemoryFileError(f"uri: {one}")
+    place.check_own(where.folder / _NEW, "a folder")
     if where.log.is_file() and says_many(where.log):
         # As one memory it would lose all but one of them.
         raise ValueError(
@@ -87,12 +85,15 @@ def repair(uri: str | os.PathLike[str]) -> Report:
     lock = Lock(where.folder)
     try:
         aside = _finish(where.folder)
+        # Of which nobody makes more now.
+        wrong = place.misplaced(where.folder)
         aside = _move_aside(where.folder, wrong) if wrong else aside
+        told = [str(one) for one in wrong]
         problems = _problems(where)
         if not problems:
             with open_memory(where.uri, read_only=True) as memory:
-                return Report(tuple(map(str, wrong)), memory.steps, (), 0, aside)
-        return _rebuild(where, where.folder, [*map(str, wrong), *problems])
+                return Report(tuple(told), memory.steps, (), 0, aside)
+        return _rebuild(where, where.folder, told + problems)
     finally:
         lock.release()
 
@@ -164,9 +165,21 @@ def _rebuild(where: Place, folder: Path, problems: list[str]) -> Report:
     return Report(tuple(problems), left, tuple(lost), moved + more, aside)
 
 
+def _move(path: Path, to: Path) -> None:
+    try:
+        os.rename(path, to)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        raise MemoryFileError(
+            f"uri: {str(path)!r} cannot be set aside in {str(to.parent)!r}, which is on another "
+            f"disk; {place.MOVE}"
+        ) from error
+
+
 def _new_aside(folder: Path) -> Path:
     """Make a folder in which nothing is read."""
-    aside = folder / "set-aside" / datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
+    aside = folder / place.SET_ASIDE / datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
     while aside.exists():
         aside = aside.with_name(f"{aside.name}-more")
     aside.mkdir(parents=True)
@@ -179,7 +192,7 @@ def _move_aside(folder: Path, wrong: Sequence[Misplaced]) -> str:
     for one in wrong:
         to = aside / one.path.relative_to(folder)
         to.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(one.path, to)
+        _move(one.path, to)
         for changed in (to.parent, one.path.parent):
             sync_folder(changed)
     for changed in (aside.parent, folder):
@@ -198,7 +211,7 @@ def _finish(folder: Path) -> str:
     if not moved.exists():
         for name in _PARTS:
             if (folder / name).exists():
-                os.rename(folder / name, aside / name)
+                _move(folder / name, aside / name)
         for changed in (aside, aside.parent, folder):
             sync_folder(changed)
         moved.touch()

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from htm_pytorch.memory import ChunkedMemory
 from htm_pytorch.memory.writing import Reached
@@ -90,7 +91,9 @@ class Layer(nn.Module):
             x = x if at is None else _taken(x, at)
             return x + self.mlp(x), LayerState(None, *window), None
         memory = state.memory
-        is_heard = not (is_plain(self.htm, HTMBlock) and is_plain(self.htm.attn, HTMAttention))
+        is_heard = _has_any_global_hook() or not (
+            is_plain(self.htm, HTMBlock) and is_plain(self.htm.attn, HTMAttention)
+        )
         if is_heard:
             # Whoever listens may keep what it is given.
             memory._ring.keep()

@@ -12,11 +12,13 @@ from htm_pytorch.ops import Impl, attend_window
 class LocalAttention(nn.Module):
     """Causal attention over a window, with a learned bias for each distance and head."""
 
+    impl: Impl = "auto"
+
     def __init__(
         self, dim: int, heads: int, dim_head: int, window: int, impl: Impl = "auto", **made: Any
     ):
         super().__init__()
-        self.impl: Impl = impl
+        self.impl = impl
         self.heads = heads
         self.dim_head = dim_head
         self.window = window

@@ -42,8 +42,7 @@ class HTMTransformer(nn.Module):
         mem_chunk_size: how many steps a chunk holds.
         mem_chunks: how many chunks a layer remembers before it forgets the oldest. With 0 there is
             no memory at all, for a baseline with the same window; then `topk_mems`,
-            `mem_chunk_size`, `recency`, `keep_across_episodes`, `detach_memories` and `impl` mean
-            nothing.
+            `mem_chunk_size`, `recency`, `keep_across_episodes` and `detach_memories` mean nothing.
         window: how many steps local attention covers, the current one included.
         mlp_ratio: how many times as wide as `dim` the hidden layer of an MLP is.
         recency: whether the age of chunks counts, too, so that the newest of many like ones can be
@@ -51,7 +50,9 @@ class HTMTransformer(nn.Module):
         keep_across_episodes: whether earlier episodes can be recalled, too.
         detach_memories: whether gradients stop at the memories, as in the paper; otherwise they
             flow through the chunks of the current call.
-        impl: which implementation of `recall` computes it.
+        impl: which implementation of `recall` computes it. Local attention is computed by the
+            compiled kernel with "auto" and "native" on the CPU, else by operators of torch. For
+            second derivatives of the model take "reference".
         device: where the parameters are made; default torch's.
         dtype: which dtype the parameters have; default torch's.
     """

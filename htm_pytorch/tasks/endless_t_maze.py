@@ -20,7 +20,7 @@ TASK = Task(
         final_entropy=0.1,
         frames=16_000_000,
         average_over=1_000,
-        stop_at=9.9,
+        stop_at=9.99,
         eval_episodes=500,
     )
 )
