@@ -33,16 +33,17 @@ def attend_window(
         plainly: by operators of torch alone, as a `torch.func` transform and second derivatives
             need it.
     """
-    if not plainly and _fits(projected, keys, values, bias):
-        return torch.ops.htm_pytorch.attend_window(projected, keys, values, bias, oldest)
+    if not plainly and _fits(projected, keys, values):
+        exact = torch.promote_types(projected.dtype, torch.float32)
+        parts = (part.to(exact) for part in (projected, keys, values, bias))
+        return torch.ops.htm_pytorch.attend_window(*parts, oldest).to(projected.dtype)
     return _attend_plainly(projected, keys, values, bias, oldest)
 
 
-def _fits(projected: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> bool:
+def _fits(projected: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether the compiled kernel can do it."""
     is_for_it = kernels.IS_AVAILABLE and projected.device.type == "cpu" and not is_transformed()
-    is_alike = projected.dtype in _DTYPES and bias.dtype == projected.dtype
-    return is_for_it and is_alike and not (keys.requires_grad or values.requires_grad)
+    return is_for_it and not (keys.requires_grad or values.requires_grad)
 
 
 def _attend_plainly(
