@@ -34,7 +34,6 @@ set-aside       what was found damaged; nothing in it is read
 `htm memory info`, `verify`, `save`, `compact` and `repair` look after it.
 """
 
-
 _FILES = ("journal", "journal-journal")
 _OF_TABLE = ("_versions", "data", "_transactions", "_deletions")
 _FOLDERS = ("tails", "chunks.lance", *(f"chunks.lance/{name}" for name in _OF_TABLE))

@@ -32,17 +32,18 @@ class Given(NamedTuple):
 
     def split(self, count: int) -> tuple["Given", "Given"]:
         """Return the first `count` of them, and the others."""
-        begins, lengths = self.is_first, self.lengths
-        first, others = slice(count), slice(count, None)
-        parts = (
-            Given(
-                self.steps[:, some],
-                None if begins is None else begins[:, some],
-                None if lengths is None else (lengths - least).clamp(0, most),
-            )
-            for some, least, most in ((first, 0, count), (others, count, self.steps.shape[1]))
+        steps, is_first, lengths = self
+        first = Given(
+            steps[:, :count],
+            None if is_first is None else is_first[:, :count],
+            None if lengths is None else lengths.clamp(max=count),
         )
-        return next(parts), next(parts)
+        others = Given(
+            steps[:, count:],
+            None if is_first is None else is_first[:, count:],
+            None if lengths is None else (lengths - count).clamp(min=0),
+        )
+        return first, others
 
 
 class Layer(nn.Module):

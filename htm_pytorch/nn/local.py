@@ -13,6 +13,7 @@ class LocalAttention(nn.Module):
     """Causal attention over a window, with a learned bias for each distance and head."""
 
     impl: Impl = "auto"
+    """Here, too, for modules that were pickled before they had one."""
 
     def __init__(
         self, dim: int, heads: int, dim_head: int, window: int, impl: Impl = "auto", **made: Any
