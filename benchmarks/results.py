@@ -13,6 +13,7 @@ import csv
 import json
 import math
 import os
+import re
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -406,6 +407,15 @@ def _facts(record: Path) -> dict[str, float]:
     }
 
 
+def _found(field: re.Match[str]) -> str:
+    """Return the result that `{row|memory|level}` asks for, of the most probable actions."""
+    name, memory, about = field.groups()
+    row = next(row for row in PLAN if row.name == name)
+    level = next(level for level in row.levels if level.name == about)
+    records = _records(row, memory)
+    return _spread([mean for record in records for mean in _means(record, level, greedy=True)])
+
+
 def draw() -> None:
     """Draw the curves of all tasks that were trained, the memories side by side."""
     from matplotlib.figure import Figure
@@ -432,6 +442,7 @@ def write() -> None:
     """Write the page and its picture from the records."""
     draw()
     head = (Path(__file__).with_name("results_head.md")).read_text()
+    head = re.sub(r"\{([^|{}]+)\|([^|{}]+)\|([^|{}]+)\}", _found, head)
     body = [line for row in PLAN for line in table(row)]
     PAGE.write_text(head + "\n".join(body).rstrip() + "\n")
 
