@@ -19,7 +19,7 @@ import torch
 from harness import RESULTS, describe_machine, write
 from torch import Tensor
 
-from htm_pytorch.ops import attend_window
+from htm_pytorch.ops.window import attend_window
 
 SHAPES = ((128, 110, 2, 16, 8), (16, 128, 4, 16, 16), (64, 160, 4, 16, 40), (4, 2048, 8, 64, 64))
 """Rows, steps, heads, width of a head, window."""

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from htm_pytorch.nn.state import LayerState
-from htm_pytorch.ops import Impl, attend_window
+from htm_pytorch.ops import Impl
+from htm_pytorch.ops.window import attend_window
 
 
 class LocalAttention(nn.Module):

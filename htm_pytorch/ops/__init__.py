@@ -5,7 +5,6 @@ from htm_pytorch.ops.engines import Impl, RecallImpl, check_impl
 from htm_pytorch.ops.recency import Recency
 from htm_pytorch.ops.reference import masked_softmax
 from htm_pytorch.ops.weights import Recall, attend_with_weights, recall_with_weights
-from htm_pytorch.ops.window import attend_window
 
 __all__ = [
     "Impl",
@@ -13,7 +12,6 @@ __all__ = [
     "RecallImpl",
     "Recency",
     "attend",
-    "attend_window",
     "attend_with_weights",
     "check_impl",
     "masked_softmax",

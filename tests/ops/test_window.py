@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from htm_pytorch import kernels
-from htm_pytorch.ops import attend_window
+from htm_pytorch.ops.window import attend_window
 from tests.helpers import relative_error, rounding
 
 pytestmark = [
