@@ -18,8 +18,6 @@ TASK = Task(
         mem_chunks=32,
         entropy_weight=0.02,
         final_entropy=0.1,
-        # At the first rate all along, one seed of three fell from 9.9 to 6 after 13,600,000 frames.
-        final_learning_rate=0.1,
         frames=16_000_000,
         average_over=1_000,
         stop_at=9.99,
