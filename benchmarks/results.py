@@ -196,7 +196,7 @@ PLAN = (
     ),
     Row(
         "endless-t-maze",
-        "Endless T-Maze, trained on ten corridors of up to 10 (gru, lstm, window: half of the frames)",
+        "Endless T-Maze, ten corridors of up to 10 (gru, lstm, window: half of the frames)",
         "",
         _endless(),
     ),
