@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from htm_pytorch.rl import TrainConfig
+from htm_pytorch.rl.record import differs_in, from_json, to_json
 
 WRONG = [
     ("dim", 0),
@@ -98,23 +99,23 @@ def test_folders_may_be_text() -> None:
 
 
 def test_the_record_has_no_infinity() -> None:
-    text = TrainConfig().to_json()
+    text = to_json(TrainConfig())
     assert "Infinity" not in text
     record = json.loads(text)
     assert record.pop("stop_at") is None
     for same in (text, json.dumps(record), text.replace('"stop_at": null', '"stop_at": Infinity')):
-        assert TrainConfig.from_json(same) == TrainConfig()
+        assert from_json(same) == TrainConfig()
 
 
 def test_a_bar_of_every_stage_survives_the_record() -> None:
     config = TrainConfig().replace(curriculum=("{}", "{}", "{}"), promote_at=(0.5, math.inf))
-    text = config.to_json()
-    assert "Infinity" not in text and TrainConfig.from_json(text) == config
-    record = json.loads(TrainConfig().to_json())
+    text = to_json(config)
+    assert "Infinity" not in text and from_json(text) == config
+    record = json.loads(to_json(TrainConfig()))
     assert record["promote_at"] == [0.9]
-    before = TrainConfig.from_json(json.dumps({**record, "promote_at": 0.9}))
+    before = from_json(json.dumps({**record, "promote_at": 0.9}))
     assert before == TrainConfig(), "a run from before had one number"
-    before = TrainConfig.from_json(json.dumps({**record, "promote_at": None}))
+    before = from_json(json.dumps({**record, "promote_at": None}))
     assert before.environments.promote_at == (math.inf,)
 
 
@@ -140,18 +141,18 @@ def test_config_survives_its_record(tmp_path: Path) -> None:
     config = TrainConfig(run_dir=tmp_path, init_from=tmp_path / "other").replace(
         seed=3, env_args=("a=1", '{"b": 2}'), stop_at=math.inf, detach_memories=True
     )
-    assert TrainConfig.from_json(config.to_json(), run_dir=tmp_path) == config
-    record = json.loads(config.to_json())
-    same = TrainConfig.from_json(config.to_json())
-    assert config.differs_in(same) == []
-    assert config.differs_in(config.replace(resume=True, frames=1, processes=2)) == []
-    assert config.differs_in(config.replace(init_from=None)) == []
-    assert config.differs_in(config.replace(seed=4, dim=32)) == ["seed", "dim"]
+    assert from_json(to_json(config), run_dir=tmp_path) == config
+    record = json.loads(to_json(config))
+    same = from_json(to_json(config))
+    assert differs_in(config, same) == []
+    assert differs_in(config, config.replace(resume=True, frames=1, processes=2)) == []
+    assert differs_in(config, config.replace(init_from=None)) == []
+    assert differs_in(config, config.replace(seed=4, dim=32)) == ["seed", "dim"]
     falling = config.replace(final_learning_rate=0.0)
-    assert falling.differs_in(falling.replace(frames=1)) == ["frames"]
+    assert differs_in(falling, falling.replace(frames=1)) == ["frames"]
     for other in ({**record, "colour": 1}, {k: v for k, v in record.items() if k != "dim"}, []):
         with pytest.raises(ValueError, match="expected the options of this version"):
-            TrainConfig.from_json(json.dumps(other))
+            from_json(json.dumps(other))
 
 
 def test_options_have_one_name_each_and_a_sentence() -> None:
