@@ -114,6 +114,13 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def busy_seconds(run: Callable[[], Any]) -> float:
+    """Return how long one run keeps the processor busy, whatever else is at work beside it."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
 def resident(name: str = "VmRSS") -> int:
     """Return the bytes of this process that are in RAM: now, or at most (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -13,13 +13,11 @@ import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, describe_machine, write
+from harness import RESULTS, busy_seconds, describe_machine, write
 
 from htm_pytorch import HTMTransformer
 
@@ -97,16 +95,9 @@ def measure() -> dict[str, Any]:
     return found
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """Return how long one run keeps the processor busy."""
-    start = time.process_time()
-    run()
-    return time.process_time() - start
-
-
 def stream_times(stream: Stream, count: int) -> tuple[float, float]:
     """Return the seconds of so many steps, and of the LSTM's."""
-    return seconds(lambda: stream.step(count)), seconds(lambda: stream.step_lstm(count))
+    return busy_seconds(lambda: stream.step(count)), busy_seconds(lambda: stream.step_lstm(count))
 
 
 @torch.enable_grad()
@@ -119,7 +110,7 @@ def learn() -> float:
         y.square().mean().backward()
 
     update()
-    return 1e3 * statistics.median(seconds(update) for _ in range(5))
+    return 1e3 * statistics.median(busy_seconds(update) for _ in range(5))
 
 
 def in_process(package: Path) -> dict[str, Any]:

@@ -10,13 +10,12 @@ compared before they are timed.
 import argparse
 import math
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from harness import RESULTS, describe_machine, write
+from harness import RESULTS, busy_seconds, describe_machine, write
 from torch import Tensor
 
 from htm_pytorch.ops.window import attend_window
@@ -54,8 +53,8 @@ class Inputs(NamedTuple):
     def dense(self) -> Tensor:
         """Attend to all steps, those beyond the window being masked."""
         length, window = self.projected.shape[1], self.bias.shape[1]
-        time_ = torch.arange(length)
-        back = time_[:, None] - time_
+        steps = torch.arange(length)
+        back = steps[:, None] - steps
         near = (back >= 0) & (back < window)
         mask = self.bias[:, back.clamp(0, window - 1)].masked_fill(~near, -math.inf)
         queries, keys, values = self.projected.permute(2, 0, 3, 1, 4)
@@ -84,18 +83,11 @@ def measure(shape: tuple[int, ...], turns: int) -> dict[str, Any]:
     for _ in range(turns):
         for name, way in ways.items():
             with torch.no_grad():
-                times.setdefault(f"{name}, forward", []).append(milliseconds(way))
-            both = milliseconds(lambda way=way: inputs.learn(way()))
+                times.setdefault(f"{name}, forward", []).append(busy_seconds(way))
+            both = busy_seconds(lambda way=way: inputs.learn(way()))
             times.setdefault(f"{name}, forward and back", []).append(both)
-    medians = {name: round(statistics.median(found), 3) for name, found in times.items()}
+    medians = {name: round(1e3 * statistics.median(found), 3) for name, found in times.items()}
     return dict(zip(("B", "T", "H", "E", "window"), shape, strict=True)) | medians
-
-
-def milliseconds(run: Callable[[], Any]) -> float:
-    """Return how long one run keeps the processor busy."""
-    start = time.process_time()
-    run()
-    return 1e3 * (time.process_time() - start)
 
 
 def main() -> None:

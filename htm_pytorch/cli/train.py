@@ -146,9 +146,9 @@ def _launch(config: TrainConfig, arguments: list[str]) -> None:
 
 def _ended(config: TrainConfig) -> str:
     """Return how long the agent was trained, in all."""
-    from htm_pytorch.rl.checkpoint import CHECKPOINT, Checkpoint
+    from htm_pytorch.rl.checkpoint import checkpoint_of
 
-    progress, asked = Checkpoint(config.run_dir / CHECKPOINT).progress, config.budget.frames
+    progress, asked = checkpoint_of(config.run_dir).progress, config.budget.frames
     told = f"trained on {progress['frames']:,} frames in {progress['batches']:,} rollouts"
     more = f"; --frames {asked:,} ends with a whole one"
     return told + more * (progress["frames"] > asked)

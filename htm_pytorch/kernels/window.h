@@ -99,6 +99,10 @@ struct Tile {
         }
     }
 
+    // The first of the keys that query r sees; its last is its own step, `own`.
+    int64_t begin_of(int64_t r) const { return oldest(first + r) - from; }
+    int64_t own(int64_t r) const { return first + r - from; }
+
     void collect(const T* source, int64_t apart, T scale, T* to) const {
         for (int64_t r = 0; r < count; ++r) {
             for (int64_t d = 0; d < call.width; ++d) to[r * call.width + d] = source[r * apart + d] * scale;
@@ -112,7 +116,8 @@ struct Tile {
         products<T, T>(queries, call.width, count, rows, seen, call.width, weights, stride);
         for (int64_t r = 0; r < count; ++r) {
             T* row = weights + r * stride;
-            const int64_t begin = oldest(first + r) - from, end = first + r - from + 1;
+            int64_t begin = begin_of(r);
+            const int64_t end = own(r) + 1;
             bool is_any = false;
             for (int64_t c = begin; c < end; ++c) {
                 row[c] += bias[end - 1 - c];
@@ -121,7 +126,7 @@ struct Tile {
             if (is_any) {
                 softmax<T>(row + begin, 1, stride, end - begin, 1);
             } else {
-                for (int64_t c = begin; c < end; ++c) row[c] = 0;
+                begin = end;
             }
             for (int64_t c = 0; c < begin; ++c) row[c] = 0;
             for (int64_t c = end; c < seen; ++c) row[c] = 0;
@@ -146,8 +151,7 @@ template <class T>
 void mix_apart(const Tile<T>& tile, const T* weights, const T** rows, T* out, int64_t apart) {
     const int64_t width = tile.call.width;
     for (int64_t r = 0; r < tile.count; ++r) {
-        const int64_t begin = tile.oldest(tile.first + r) - tile.from;
-        const int64_t count = tile.first + r - tile.from + 1 - begin;
+        const int64_t begin = tile.begin_of(r), count = tile.own(r) + 1 - begin;
         if (are_finite<T>(rows + begin, count, width)) {
             combine<T, T>(out + r * apart, 0, 1, weights + r * tile.stride + begin, 0, 1,
                           rows + begin, 0, count, width);
@@ -215,10 +219,8 @@ void attend_window_backward(Window& call) {
                 for (int64_t r = 0; r < tile.count; ++r) {
                     T *a = weights + r * stride, *b = gained + r * stride;
                     softmax_backward(a, b, tile.seen, T(1));
-                    const int64_t own = step + r - tile.from;
-                    for (int64_t c = tile.oldest(step + r) - tile.from; c <= own; ++c) {
-                        to_bias[own - c] += b[c];
-                    }
+                    const int64_t own = tile.own(r);
+                    for (int64_t c = tile.begin_of(r); c <= own; ++c) to_bias[own - c] += b[c];
                 }
                 T* to_queries = to + step * 3 * inner;
                 combine<T, T>(to_queries, 3 * inner, tile.count, gained, stride, 1, keys, 0, tile.seen, E);

@@ -16,6 +16,7 @@ from typing import Any
 
 from htm_pytorch.memory.files import MemoryFileError, sync_file, sync_folder
 from htm_pytorch.memory.log import REPAIR, Pin, sealed, unsealed
+from htm_pytorch.memory.place import SET_ASIDE
 
 _FOOTER = struct.Struct("<QQQIIHH4s")
 _INDICES = "_indices/"
@@ -137,7 +138,7 @@ def _replace(path: Path, right: bytes) -> None:
 def set_aside(path: Path) -> None:
     """Move a file of a table to where nothing in it is read."""
     if path.exists():
-        aside = path.parents[2] / "set-aside"
+        aside = path.parents[2] / SET_ASIDE
         aside.mkdir(exist_ok=True)
         os.replace(path, aside / f"{path.name}.{os.urandom(4).hex()}")
 

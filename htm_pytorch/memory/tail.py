@@ -21,6 +21,7 @@ from typing import NamedTuple, Self
 from htm_pytorch.memory.files import MemoryFileError, sync_data, sync_file, sync_folder
 from htm_pytorch.memory.log import REPAIR, TAIL_NAME, Head, Record
 from htm_pytorch.memory.one_bit import put_right
+from htm_pytorch.memory.place import SET_ASIDE
 
 _FILE = b"HTMTAIL1"
 _ENTRY = b"\x89htmEnt1"
@@ -128,7 +129,7 @@ class Tail:
 
     def set_aside(self) -> None:
         """Keep a copy of what is behind the last entry, where nothing in it is read."""
-        aside = self.path.parents[1] / "set-aside"
+        aside = self.path.parents[1] / SET_ASIDE
         aside.mkdir(exist_ok=True)
         kept = aside / f"{self.path.name}.tail"
         with open(self.path, "rb") as file:
