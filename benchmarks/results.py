@@ -138,6 +138,14 @@ def _ballet(*levels: tuple[int, int]) -> tuple[Level, ...]:
     )
 
 
+_BALLET_2_DELAY_16: dict[str, Any] = {
+    "env_args": ("observation=symbols", "num_dancers=2", "dance_delay=16"),
+    "curriculum": (),
+    "rehearse": 0.0,
+    "frames": 12_000_000,
+    "stop_at": 0.99,
+}
+
 PLAN = (
     Row(
         "t-maze",
@@ -235,7 +243,7 @@ PLAN = (
     ),
     Row(
         "ballet-levels",
-        "Ballet from symbols, all levels by one agent, 20,000,000 frames",
+        "Ballet from symbols, all levels by one agent, at most 32,000,000 frames",
         DANCERS,
         _ballet((2, 16), (4, 16), (8, 16), (2, 48), (4, 48), (8, 48)),
     ),
@@ -244,13 +252,17 @@ PLAN = (
         "Ballet from symbols, 2 dancers with delays of 16, from nothing",
         DANCERS,
         _ballet((2, 16)),
-        options={
-            "env_args": ("observation=symbols", "num_dancers=2", "dance_delay=16"),
-            "curriculum": (),
-            "rehearse": 0.0,
-            "frames": 12_000_000,
-            "stop_at": 0.99,
-        },
+        options=_BALLET_2_DELAY_16,
+        task="ballet-levels",
+    ),
+    Row(
+        "ballet-pictures",
+        "Ballet from pictures of 99 x 99, 2 dancers with delays of 16, from nothing",
+        DANCERS,
+        _ballet((2, 16)),
+        seeds=(0,),
+        options=_BALLET_2_DELAY_16
+        | {"env_args": ("observation=image", "num_dancers=2", "dance_delay=16")},
         task="ballet-levels",
     ),
     Row(

@@ -1,7 +1,8 @@
 """Long-term memory for PyTorch models: Hierarchical Transformer Memory (arXiv 2105.14039)."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from htm_pytorch.lazy import on_first_use
 
 if TYPE_CHECKING:
     from htm_pytorch.memory import ChunkedMemory
@@ -12,8 +13,9 @@ __version__ = "1.0.0.dev0"
 
 __all__ = ["ChunkedMemory", "HTMAttention", "HTMBlock", "HTMTransformer", "Recall", "recall"]
 
-_PARTS = ("memory", "nn", "ops")
-_PART_OF = {
+# So that what needs no torch, such as the help of `htm`, does not wait for it.
+_MODULE_OF = {
+    **dict.fromkeys(("memory", "nn", "ops"), ""),
     "ChunkedMemory": "memory",
     "HTMAttention": "nn",
     "HTMBlock": "nn",
@@ -22,17 +24,8 @@ _PART_OF = {
     "recall": "ops",
 }
 
-
-def __getattr__(name: str) -> Any:
-    # On first use, so that what needs no torch, such as the help of `htm`, does not wait for it.
-    if name in _PARTS:
-        return importlib.import_module(f"{__name__}.{name}")
-    if name not in _PART_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"{__name__}.{_PART_OF[name]}"), name)
-    globals()[name] = found
-    return found
+__getattr__ = on_first_use(__name__, _MODULE_OF)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PARTS, *__all__})
+    return sorted({*globals(), *_MODULE_OF})

@@ -11,20 +11,21 @@ PACKAGE = "htm_pytorch"
 ROOT = Path(htm_pytorch.__file__).parent
 
 # { shapes, kernels } <- memory <- ops <- nn <- { check, integrations, rl <- report <- tasks },
-# those <- cli, and envs <- tasks.
+# those <- cli, and envs <- tasks; lazy <- those whose names are imported when they are asked for.
 # "__init__" is the public list.
 MAY_IMPORT: dict[str, set[str]] = {
+    "lazy": set(),
     "shapes": set(),
     "kernels": set(),
     "memory": {"shapes", "kernels"},
     "ops": {"shapes", "kernels", "memory"},
     "nn": {"shapes", "kernels", "memory", "ops"},
-    "__init__": {"shapes", "memory", "ops", "nn"},
-    "check": {"shapes", "kernels", "memory", "ops", "nn", "__init__"},
+    "__init__": {"lazy", "shapes", "memory", "ops", "nn"},
+    "check": {"lazy", "shapes", "kernels", "memory", "ops", "nn", "__init__"},
     "integrations": {"shapes", "memory", "ops", "nn"},
     "envs": set(),
-    "rl": {"shapes", "memory", "ops", "nn", "__init__"},
-    "report": {"shapes", "memory", "ops", "nn", "__init__", "rl"},
+    "rl": {"lazy", "shapes", "memory", "ops", "nn", "__init__"},
+    "report": {"lazy", "shapes", "memory", "ops", "nn", "__init__", "rl"},
     "tasks": {"shapes", "memory", "ops", "nn", "__init__", "envs", "rl", "report"},
     "cli": {"memory", "check", "rl", "report", "tasks", "__init__"},
     "__main__": {"cli"},

@@ -1,9 +1,9 @@
 """The layer beside the plain reference, on the user's machine and at the user's sizes."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from htm_pytorch.check.config import CheckConfig
+from htm_pytorch.lazy import on_first_use
 
 if TYPE_CHECKING:
     from htm_pytorch.check.report import Comparison, Report
@@ -11,11 +11,6 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckConfig", "Comparison", "Report", "check"]
 
-_FILE_OF = {"Comparison": "report", "Report": "report", "check": "run"}
-
-
-def __getattr__(name: str) -> Any:
-    # On first use: what a command line says of `CheckConfig` does not wait for torch.
-    if name not in _FILE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_FILE_OF[name]}"), name)
+# What a command line says of `CheckConfig` does not wait for torch.
+_MODULE_OF = {"Comparison": "report", "Report": "report", "check": "run"}
+__getattr__ = on_first_use(__name__, _MODULE_OF)

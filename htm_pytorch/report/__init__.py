@@ -1,8 +1,8 @@
 """What was recalled: traces of episodes and sequences, and pages that show them."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from htm_pytorch.lazy import on_first_use
 from htm_pytorch.report.page import write_report
 from htm_pytorch.report.recorder import Recorder
 from htm_pytorch.report.stored import trace_memory
@@ -30,7 +30,8 @@ __all__ = [
     "write_report",
 ]
 
-_PART_OF = {
+# These need the extra `rl`, the others torch alone.
+_MODULE_OF = {
     "Scene": "scene",
     "Truth": "truth",
     "draw_moment": "picture",
@@ -38,12 +39,4 @@ _PART_OF = {
     "measure": "truth",
     "trace_agent": "agents",
 }
-
-
-def __getattr__(name: str) -> Any:
-    # On first use: these need the extra `rl`, the others torch alone.
-    if name not in _PART_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"{__name__}.{_PART_OF[name]}"), name)
-    globals()[name] = found
-    return found
+__getattr__ = on_first_use(__name__, _MODULE_OF)

@@ -1,8 +1,8 @@
 """Training agents that remember, on any environment of Gymnasium."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from htm_pytorch.lazy import on_first_use
 from htm_pytorch.rl.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -23,18 +23,11 @@ __all__ = [
     "train",
 ]
 
-_PART_OF = {
+# The config alone, and with it the help of `htm`, needs no torch.
+_MODULE_OF = {
     **dict.fromkeys(("Agent", "Outputs", "Parts", "make_agent"), "agent"),
     **dict.fromkeys(("Evaluation", "evaluate"), "evaluation"),
     "Steps": "observations",
     "train": "training",
 }
-
-
-def __getattr__(name: str) -> Any:
-    # On first use: the config alone, and with it the help of `htm`, needs no torch.
-    if name not in _PART_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"{__name__}.{_PART_OF[name]}"), name)
-    globals()[name] = found
-    return found
+__getattr__ = on_first_use(__name__, _MODULE_OF)

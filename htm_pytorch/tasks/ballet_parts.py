@@ -1,6 +1,6 @@
 """What an agent sees of Ballet, encoded by square, and told again."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from gymnasium import spaces
@@ -12,15 +12,19 @@ from htm_pytorch.envs import ballet_tables as tables
 class FrameEncoder(nn.Module):
     """The sum of what stands where and of the word."""
 
+    stages = False
+    """Whether squares have a part in common, as in a convolution of stride 3.
+
+    Dancers have stages of 3 by 3 squares each; a step to the north is then the same step on all of
+    them, where the squares of each would have to be learned apart.
+    """
+
     def __init__(self, space: spaces.Space[Any], dim: int):
         super().__init__()
         self.kind = _kind(space)
-        self.frame = self.make_frame(dim)
+        kind = SymbolEncoder if self.kind == "symbols" else TileEncoder
+        self.frame = kind(dim, self.stages)
         self.instruction = nn.Embedding(len(tables.INSTRUCTIONS), dim)
-
-    def make_frame(self, dim: int) -> nn.Module:
-        """Return the encoder of frames alone."""
-        return (SymbolEncoder if self.kind == "symbols" else ImageEncoder)(dim)
 
     def forward(self, observation: dict[str, Any]) -> Tensor:
         """Encode frames [B, T, ...] and instructions [B, T]: [B, T, D]."""
@@ -29,11 +33,9 @@ class FrameEncoder(nn.Module):
 
 
 class StageEncoder(FrameEncoder):
-    """The same, of symbols by `StageSymbolEncoder`."""
+    """The same, with `stages`."""
 
-    def make_frame(self, dim: int) -> nn.Module:
-        """Return the encoder of frames alone."""
-        return StageSymbolEncoder(dim) if self.kind == "symbols" else super().make_frame(dim)
+    stages = True
 
 
 class FrameDecoder(nn.Module):
@@ -42,7 +44,7 @@ class FrameDecoder(nn.Module):
     def __init__(self, space: spaces.Space[Any], dim: int):
         super().__init__()
         self.kind = _kind(space)
-        self.frame = (SymbolDecoder if self.kind == "symbols" else ImageDecoder)(dim)
+        self.frame = (SymbolDecoder if self.kind == "symbols" else TileDecoder)(dim)
         self.instruction = nn.Linear(dim, len(tables.INSTRUCTIONS))
 
     def loss(self, features: Tensor, observation: dict[str, Any]) -> Tensor:
@@ -52,48 +54,85 @@ class FrameDecoder(nn.Module):
         return self.frame.loss(features, observation[self.kind]) + words
 
 
-class SymbolEncoder(nn.Module):
+class Seen(NamedTuple):
+    """X frames, and the N things in them."""
+
+    ground: Tensor
+    """[X, 121] what is no thing, a number a square."""
+    frame: Tensor
+    """[N] in which frame a thing stands."""
+    square: Tensor
+    """[N] on which of its squares."""
+    looks: Tensor
+    """[N, D] encoded."""
+
+
+class SquareEncoder(nn.Module):
     """What stands on each square: a sum over squares, bound by a non-linearity, then mixed."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, stages: bool = False):
         super().__init__()
         squares = tables.BOARD**2
         self.square = nn.Embedding(squares, dim)
-        self.shape = nn.Embedding(len(tables.SHAPES) + 1, dim)
-        self.colour = nn.Embedding(len(tables.COLOURS) + 1, dim)
+        self.make_looks(dim)
         self.walls = nn.Linear(squares, dim)
         self.mix = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
+        self.step = nn.Embedding(9, dim) if stages else None
+
+    def make_looks(self, dim: int) -> None:
+        """Make what encodes the looks of a thing."""
+        raise NotImplementedError
+
+    def see(self, frames: Tensor) -> Seen:
+        """Find what stands in frames [X, ...]."""
+        raise NotImplementedError
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Encode frames [B, T, 11, 11]: [B, T, D]."""
-        flat = frames.flatten(0, 1).flatten(1)
-        walls = self.walls((flat == tables.WALL).to(self.square.weight.dtype))
-        frame, square = (flat >= tables.AGENT).nonzero(as_tuple=True)
-        shape, colour = _shape_and_colour(flat[frame, square])
-        things = self.place(square) + self.shape(shape) + self.colour(colour)
-        things = nn.functional.relu(things)
-        return self.mix(walls.index_add(0, frame, things)).unflatten(0, frames.shape[:2])
+        """Encode frames [B, T, ...]: [B, T, D]."""
+        seen = self.see(frames.flatten(0, 1))
+        things = nn.functional.relu(self.place(seen.square) + seen.looks)
+        mixed = self.mix(self.walls(seen.ground).index_add(0, seen.frame, things))
+        return mixed.unflatten(0, frames.shape[:2])
 
     def place(self, square: Tensor) -> Tensor:
         """Encode squares [X] of the view: [X, D]."""
-        return self.square(square)
-
-
-class StageSymbolEncoder(SymbolEncoder):
-    """As `SymbolEncoder`, with a part that squares have in common, as in a convolution of stride 3.
-
-    Dancers have stages of 3 by 3 squares each; a step to the north is then the same step on all of
-    them, where the squares of each would have to be learned apart.
-    """
-
-    def __init__(self, dim: int):
-        super().__init__(dim)
-        self.step = nn.Embedding(9, dim)
-
-    def place(self, square: Tensor) -> Tensor:
-        """Encode squares [X] of the view: [X, D]."""
+        if self.step is None:
+            return self.square(square)
         row, column = square // tables.BOARD % 3, square % tables.BOARD % 3
         return self.square(square) + self.step(3 * row + column)
+
+
+class SymbolEncoder(SquareEncoder):
+    """Frames of symbols [X, 11, 11]."""
+
+    def make_looks(self, dim: int) -> None:
+        """Make the embeddings of shapes and colours."""
+        self.shape = nn.Embedding(len(tables.SHAPES) + 1, dim)
+        self.colour = nn.Embedding(len(tables.COLOURS) + 1, dim)
+
+    def see(self, frames: Tensor) -> Seen:
+        """Find the agent and the dancers; walls are the ground."""
+        flat = frames.flatten(1)
+        walls = (flat == tables.WALL).to(self.walls.weight.dtype)
+        frame, square = (flat >= tables.AGENT).nonzero(as_tuple=True)
+        shape, colour = _shape_and_colour(flat[frame, square])
+        return Seen(walls, frame, square, self.shape(shape) + self.colour(colour))
+
+
+class TileEncoder(SquareEncoder):
+    """Pictures [X, 99, 99, 3], by tiles: one of a single shade is ground, any other is a thing.
+
+    All tiles through a convolution cost 40 times as much, and few of them differ.
+    """
+
+    def make_looks(self, dim: int) -> None:
+        """Make the network of a tile."""
+        self.tile = nn.Sequential(nn.Linear(_TILE_BYTES, dim), nn.GELU(), nn.Linear(dim, dim))
+
+    def see(self, frames: Tensor) -> Seen:
+        """Find the tiles with a pattern."""
+        tiles = _tiles(frames, self.walls.weight.dtype)
+        return Seen(tiles.shade, tiles.frame, tiles.square, self.tile(tiles.things))
 
 
 class SymbolDecoder(nn.Module):
@@ -128,50 +167,56 @@ def _shape_and_colour(symbols: Tensor) -> tuple[Tensor, Tensor]:
     return shape, torch.where(is_dancer, dancer % len(tables.COLOURS) + 1, 0)
 
 
-class ImageEncoder(nn.Module):
-    """A residual network on the picture, one strided block a halving, after a tile-wise stem."""
+class TileDecoder(nn.Module):
+    """The shade of each square, whether a thing stands there, and its picture."""
 
     def __init__(self, dim: int):
         super().__init__()
-        self.stem = nn.Conv2d(3, 32, tables.TILE, stride=tables.TILE)
-        self.blocks = nn.ModuleList(_Residual(32) for _ in range(2))
-        self.out = nn.Linear(32 * tables.BOARD**2, dim)
-
-    def forward(self, frames: Tensor) -> Tensor:
-        """Encode frames [B, T, 99, 99, 3]: [B, T, D]."""
-        x = frames.flatten(0, 1).permute(0, 3, 1, 2).to(self.out.weight.dtype) / 255
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.out(nn.functional.relu(x).flatten(1)).unflatten(0, frames.shape[:2])
-
-
-class ImageDecoder(nn.Module):
-    """The picture from features, by a transposed convolution of tiles."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.squares = nn.Linear(dim, 32 * tables.BOARD**2)
-        self.tiles = nn.ConvTranspose2d(32, 3, tables.TILE, stride=tables.TILE)
+        self.squares = nn.Linear(dim, tables.BOARD**2 * 2)
+        self.square = nn.Embedding(tables.BOARD**2, dim)
+        self.tile = nn.Linear(dim, _TILE_BYTES)
 
     def loss(self, features: Tensor, frames: Tensor) -> Tensor:
-        """Return the cross entropy of frames [X, 99, 99, 3] as intensities, a pixel's mean."""
-        squares = nn.functional.relu(self.squares(features)).view(
-            -1, 32, tables.BOARD, tables.BOARD
-        )
-        target = frames.permute(0, 3, 1, 2).to(features.dtype) / 255
-        return nn.functional.binary_cross_entropy_with_logits(self.tiles(squares), target)
+        """Return the cross entropy of pictures [X, 99, 99, 3], a mean over frames.
+
+        Of a thing's picture, that of one line of it.
+        """
+        tiles = _tiles(frames, features.dtype)
+        is_thing = torch.zeros_like(tiles.shade)
+        is_thing[tiles.frame, tiles.square] = 1
+        told = self.squares(features)
+        loss = _cross_entropy(told, torch.cat([tiles.shade, is_thing], 1))
+        hidden = nn.functional.relu(features[tiles.frame] + self.square(tiles.square))
+        loss = loss + _cross_entropy(self.tile(hidden), tiles.things) / tables.TILE
+        return loss / len(features)
 
 
-class _Residual(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.first = nn.Conv2d(channels, channels, 3, padding=1)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+class _Tiles(NamedTuple):
+    shade: Tensor
+    """[X, 121] from 0 to 1, 0 where a tile has a pattern."""
+    frame: Tensor
+    square: Tensor
+    things: Tensor
+    """[N, 243] from 0 to 1, the tiles with a pattern."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.first(nn.functional.relu(x))
-        return x + self.second(nn.functional.relu(hidden))
+
+_TILE_BYTES = tables.TILE**2 * 3
+
+
+def _tiles(pictures: Tensor, dtype: torch.dtype) -> _Tiles:
+    """Cut bytes [X, 99, 99, 3]."""
+    strips = pictures.unflatten(1, (tables.BOARD, -1)).flatten(3).unflatten(3, (tables.BOARD, -1))
+    # Lines first, then their bytes: in one step it takes five times as long.
+    brightest, darkest = strips.amax(2).amax(3).flatten(1), strips.amin(2).amin(3).flatten(1)
+    shade = torch.where(brightest == darkest, brightest, 0).to(dtype) / 255
+    frame, square = (brightest != darkest).nonzero(as_tuple=True)
+    row, column = square // tables.BOARD, square % tables.BOARD
+    things = strips.transpose(2, 3)[frame, row, column].flatten(1).to(dtype) / 255
+    return _Tiles(shade, frame, square, things)
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
 
 
 def _kind(space: spaces.Space[Any]) -> str:

@@ -16,9 +16,8 @@ from htm_pytorch.tasks import find
 from htm_pytorch.tasks.ballet_parts import (
     FrameDecoder,
     FrameEncoder,
-    ImageEncoder,
-    StageSymbolEncoder,
     SymbolEncoder,
+    TileEncoder,
 )
 from tests.helpers import assert_near
 
@@ -65,7 +64,7 @@ def as_frames(observation: str, rooms: list[np.ndarray]) -> torch.Tensor:
 
 
 def make_seen(observation: str, batch: int, length: int) -> Steps:
-    """Two dancers somewhere, a word, and here and there a new episode."""
+    """Two dancers somewhere, a word, and a new episode here and there, and in the middle."""
     draw = np.random.default_rng(0)
     rooms = []
     for _ in range(batch * length):
@@ -75,7 +74,7 @@ def make_seen(observation: str, batch: int, length: int) -> Steps:
         rooms.append(room(*zip(places, looks, strict=True)))
     frames = as_frames(observation, rooms)[0].unflatten(0, (batch, length))
     is_first = torch.rand(batch, length) < 0.1
-    is_first[:, 0] = True
+    is_first[:, 0] = is_first[0, length // 2] = True
     return Steps({observation: frames, "instruction": torch.randint(14, (batch, length))}, is_first)
 
 
@@ -120,22 +119,24 @@ OTHERWISE = {
 }
 
 
-ENCODERS = {SymbolEncoder: "symbols", StageSymbolEncoder: "symbols", ImageEncoder: "image"}
-encoders = pytest.mark.parametrize("kind", ENCODERS)
+ENCODERS = {"symbols": SymbolEncoder, "image": TileEncoder}
+STAGES = pytest.mark.parametrize("stages", [False, True], ids=["squares", "stages"])
 
 
-@encoders
+@KINDS
+@STAGES
 @pytest.mark.parametrize("after", OTHERWISE.values(), ids=OTHERWISE)
-def test_encoder_tells_who_stands_where(kind: type[nn.Module], after: np.ndarray) -> None:
-    encode = kind(16)
-    one, other = encode(as_frames(ENCODERS[kind], [BEFORE, after]))[0]
+def test_encoder_tells_who_stands_where(observation: str, stages: bool, after: np.ndarray) -> None:
+    encode = ENCODERS[observation](16, stages)
+    one, other = encode(as_frames(observation, [BEFORE, after]))[0]
     assert (one - other).abs().max() > 1e-3 * one.abs().max()
 
 
-@encoders
-def test_encoding_is_of_the_frame_alone(kind: type[nn.Module]) -> None:
-    encode = kind(16).double()
-    frames = as_frames(ENCODERS[kind], [BEFORE, *OTHERWISE.values()])
+@KINDS
+@STAGES
+def test_encoding_is_of_the_frame_alone(observation: str, stages: bool) -> None:
+    encode = ENCODERS[observation](16, stages).double()
+    frames = as_frames(observation, [BEFORE, *OTHERWISE.values()])
     together = encode(frames)
     assert together.shape == (1, 7, 16)
     alone = torch.cat([encode(frames[:, step : step + 1]) for step in range(7)], 1)
@@ -143,10 +144,11 @@ def test_encoding_is_of_the_frame_alone(kind: type[nn.Module]) -> None:
     assert_near(encode(frames.transpose(0, 1)), together.transpose(0, 1), 1e-12)
 
 
-def test_a_step_is_the_same_on_every_stage() -> None:
+@KINDS
+def test_a_step_is_the_same_on_every_stage(observation: str) -> None:
     """Where dancers stand, and a step from there; not so without what the squares share."""
     homes = torch.tensor(ballet_tables.DANCER_SQUARES) @ torch.tensor([ballet_tables.BOARD, 1])
-    encode = StageSymbolEncoder(16).double()
+    encode = ENCODERS[observation](16, stages=True).double()
     steps = [encode.place(homes + move) - encode.square(homes + move) for move in (0, 1, -11)]
     for shared in steps:
         assert torch.equal(shared, shared[:1].expand_as(shared))
@@ -154,19 +156,46 @@ def test_a_step_is_the_same_on_every_stage() -> None:
 
 
 def test_the_levels_have_the_encoder_that_shares() -> None:
-    for name, kind in (("ballet", SymbolEncoder), ("ballet-levels", StageSymbolEncoder)):
+    for name, stages in (("ballet", False), ("ballet-levels", True)):
         task = find(name)
         environments = make_environments(task.config, 1)
         assert task.parts is not None
         encoder = task.parts().encoder
         assert encoder is not None
         made = encoder(environments.observation_space, 12)
-        assert isinstance(made, FrameEncoder) and type(made.frame) is kind
+        assert isinstance(made, FrameEncoder) and (made.frame.step is not None) == stages
 
 
-def test_a_frame_without_dancers_can_be_encoded() -> None:
-    for kind in (SymbolEncoder, StageSymbolEncoder):
-        assert kind(16)(as_frames("symbols", [room()])).isfinite().all()
+@KINDS
+@STAGES
+def test_a_frame_without_dancers_can_be_encoded(observation: str, stages: bool) -> None:
+    assert ENCODERS[observation](16, stages)(as_frames(observation, [room()])).isfinite().all()
+
+
+def test_things_of_a_picture_are_its_dancers() -> None:
+    """Every shape in every colour, next to each other, as the symbols have them; nothing else."""
+    looks = np.arange(ballet_tables.FIRST_DANCER, ballet_tables.NUM_SYMBOLS)
+    rooms = [room() for _ in range(-(-len(looks) // 81))]
+    for number, look in enumerate(looks):
+        where, square = divmod(number, 81)
+        rooms[where][1 + square // 9, 1 + square % 9] = look
+    encode = TileEncoder(16)
+    seen = encode.see(as_frames("image", rooms)[0])
+    symbols = torch.from_numpy(np.stack(rooms)).flatten(1).long()
+    frame, square = (symbols >= ballet_tables.FIRST_DANCER).nonzero(as_tuple=True)
+    assert torch.equal(seen.frame, frame) and torch.equal(seen.square, square)
+    tiles = torch.from_numpy(TILES)[symbols[frame, square]].flatten(1) / 255
+    assert_near(seen.looks, encode.tile(tiles), 1e-6)
+    shades = {ballet_tables.WALL: 40, ballet_tables.AGENT: 255}
+    for symbol_, shade in shades.items():
+        assert (seen.ground[symbols == symbol_] == torch.tensor(shade) / 255).all()
+    assert seen.ground.count_nonzero() == sum((symbols == s).sum() for s in shades)
+
+
+def _entropy(shades: np.ndarray) -> float:
+    """Summed, of bytes as intensities."""
+    share = torch.from_numpy(shades).float() / 255
+    return nn.functional.binary_cross_entropy(share, share, reduction="sum").item()
 
 
 @KINDS
@@ -178,8 +207,9 @@ def test_reconstruction_can_be_learned(observation: str) -> None:
     seen = Steps(shown, torch.ones(1, 1, dtype=torch.bool))
     least = 0.0
     if observation == "image":
-        shades = frames.float() / 255
-        least = nn.functional.binary_cross_entropy(shades, shades).item()
+        least = _entropy(TILES[BEFORE][:, :, 0, 0, 0][BEFORE < ballet_tables.FIRST_DANCER])
+        dancers = BEFORE[BEFORE >= ballet_tables.FIRST_DANCER]
+        least += _entropy(TILES[dancers]) / ballet_tables.TILE
     optimizer = torch.optim.Adam(agent.parameters(), 1e-2)
     losses = []
     for _ in range(60):
