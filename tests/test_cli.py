@@ -257,6 +257,13 @@ def test_several_seeds_have_a_mean_and_a_spread(
         (["eval", "{tmp}/nothing"], "run_dir: expected a run"),
         (["check", "--steps=0"], "steps: expected an integer >= 1, got 0"),
         (["check", "--device=abacus"], "device: expected one of this machine that knows float64"),
+        (["train", "ballet", "--run-dir", ""], "run-dir: expected something, got nothing in '--ru"),
+        (["train", "ballet", "--init-from="], "init-from: expected something, got nothing in 'ba"),
+        (
+            ["train", ""],
+            "train: expected something, got nothing in 'train' ''; is a shell variable",
+        ),
+        (["eval", ""], "eval: expected something, got nothing in 'eval' ''"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

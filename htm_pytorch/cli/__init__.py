@@ -6,6 +6,7 @@ arguments are wrong, or name what is not there; 130 after Ctrl-C, 141 when nobod
 
 import difflib
 import importlib
+import itertools
 import os
 import select
 import sys
@@ -56,7 +57,14 @@ def main() -> None:
         if is_debugging or not (told := _told(name, error)):
             raise
         print(f"htm: {told}", file=sys.stderr)
-        sys.exit(2 if _is_usage(error) else 1)
+        sys.exit(status_of(error))
+
+
+def status_of(error: BaseException) -> int:
+    """Return what the command exits with that ends by this error."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 2 if _is_usage(error) else 1
 
 
 def refuse_unknown(name: str, commands: Iterable[str], prog: str) -> None:
@@ -73,6 +81,12 @@ def refuse_unknown(name: str, commands: Iterable[str], prog: str) -> None:
 
 def _run(arguments: list[str]) -> None:
     name, *rest = arguments or ["--help"]
+    for before, empty in itertools.pairwise(("htm", *arguments)):
+        if not empty or (empty.startswith("--") and empty.endswith("=")):
+            raise ValueError(
+                f"{(empty or before).strip('-=')}: expected something, got nothing in "
+                f"{before!r} {empty!r}; is a shell variable unset?"
+            )
     if name in ("-h", "--help"):
         print(_help())
         return
@@ -129,7 +143,7 @@ def _told(name: str, error: Exception) -> str:
     return str(error) if isinstance(error, ValueError | OSError) else ""
 
 
-def _is_usage(error: Exception) -> bool:
+def _is_usage(error: BaseException) -> bool:
     """Say whether it is the arguments that are wrong.
 
     Of the kinds of ValueError that is the plain one; an OSError without a number is our own.

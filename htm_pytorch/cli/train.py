@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from htm_pytorch import tasks
+from htm_pytorch.cli import status_of
 from htm_pytorch.cli.report import draw_recall
 from htm_pytorch.rl.config import TrainConfig
-from htm_pytorch.rl.launching import launch, restarted
+from htm_pytorch.rl.launching import launch, note_end, restarted
 
 if TYPE_CHECKING:
     from htm_pytorch.rl import Evaluation
@@ -51,7 +52,11 @@ def main(arguments: list[str]) -> None:
     elif config.seeds > 1:
         _train_seeds(config)
     else:
-        _train(config)
+        try:
+            _train(config)
+        except (Exception, KeyboardInterrupt) as error:
+            note_end(error, status_of(error))
+            raise
 
 
 def parse(arguments: list[str]) -> TrainConfig:
@@ -141,7 +146,8 @@ def _launch(config: TrainConfig, arguments: list[str]) -> None:
     prepare(config, tasks.parts_of(config.task))
     code = launch(config.processes, ["train", *arguments, "--processes", "1"])
     if code:
-        sys.exit(code if code == 130 else f"htm: a process ended with {code}; see above")
+        print(f"htm: a process ended with {code}; see above", file=sys.stderr)
+        sys.exit(code)
 
 
 def _ended(config: TrainConfig) -> str:

@@ -16,10 +16,10 @@ from htm_pytorch.report.scene import Plot, Scene
 from htm_pytorch.report.trace import Seen, Trace, chunk_of
 from htm_pytorch.rl import Agent, TrainConfig
 from htm_pytorch.rl.environments import Seen as Shown
-from htm_pytorch.rl.evaluation import begin
 from htm_pytorch.rl.making import is_batched, most_steps
 from htm_pytorch.rl.observations import Nested, nested
 from htm_pytorch.rl.player import Choice, Player
+from htm_pytorch.rl.unseen import begin
 from htm_pytorch.shapes import check_at_least, check_kind
 
 MOST_STEPS = 20_000
@@ -99,7 +99,7 @@ def trace_agent(
     has_frames = scene.frames_of(_stacked([player.seen.observation])) is not None
     # A batch of environments would become single ones, whose episodes are others.
     if not has_frames and not is_batched(config) and _draws_itself(player):
-        player.environments.close()
+        player.close()
         player = _begin_drawn(agent, config, stage)
     plot = None if scene.plots is None else scene.plots(player.environments)[0]
     generator = None if greedy else torch.Generator().manual_seed(config.seed)
@@ -119,7 +119,7 @@ def trace_agent(
                         f"{config.env} that goes on; --time-limit cuts them"
                     )
     finally:
-        player.environments.close()
+        player.close()
     observed = _stacked([step.shown.observation for step in steps])
     frames = scene.frames_of(observed)
     if frames is None and all(picture is not None for picture in drawn):
@@ -182,7 +182,7 @@ def _begin_drawn(agent: Agent, config: TrainConfig, stage: int) -> Player:
     except Exception as error:
         _warn(config, error)
         if player is not None:
-            player.environments.close()
+            player.close()
         return begin(agent, config, 1, stage)
     return player
 

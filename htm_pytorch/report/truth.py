@@ -12,8 +12,8 @@ from htm_pytorch.report.recorder import Recorder
 from htm_pytorch.report.scene import Plot, Scene
 from htm_pytorch.report.trace import Moment, chunk_of
 from htm_pytorch.rl import Agent, TrainConfig
-from htm_pytorch.rl.evaluation import UNSEEN, begin, most_rows
 from htm_pytorch.rl.making import most_steps
+from htm_pytorch.rl.unseen import UNSEEN, begin, most_rows
 from htm_pytorch.shapes import check_at_least, check_kind
 
 
@@ -146,7 +146,7 @@ def _play_batch(
     found: dict[int, _Asked] = {}
     patience = most_steps(config) or MOST_STEPS
     with contextlib.ExitStack() as playing, contextlib.ExitStack() as listening:
-        playing.callback(player.environments.close)
+        playing.callback(player.close)
         recorder = listening.enter_context(Recorder(agent, range(rows)))
         for number, step in enumerate(play(player, generator)):
             totals += np.where(over, 0.0, step.shown.reward)

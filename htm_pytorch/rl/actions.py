@@ -13,6 +13,8 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from htm_pytorch.rl.space import check_size, units_of
+
 
 class Distribution(Protocol):
     """What a policy may do at some steps [...], each of which has parameters of its own."""
@@ -98,9 +100,7 @@ class GaussianPolicy(Policy):
         self.net = _mlp(dim, size)
         self.log_deviation = nn.Parameter(torch.full((size,), -0.5))
         self.low, self.high = (bound.astype(np.float64) for bound in (space.low, space.high))
-        bounded = np.isfinite(self.low) & np.isfinite(self.high)
-        low, high = np.where(bounded, self.low, -1.0), np.where(bounded, self.high, 1.0)
-        self.middle, self.scale = (low + high) / 2, (high - low) / 2
+        self.middle, self.scale = units_of(space)
         self.kind = space.dtype
 
     def forward(self, features: Tensor) -> Tensor:
@@ -187,6 +187,7 @@ def make_policy(space: spaces.Space[Any], dim: int) -> Policy:
     Raises:
         ValueError: a space without a policy.
     """
+    check_size(space, "actions")
     match space:
         case spaces.Discrete():
             return ChoicePolicy(dim, space, [int(space.n)])

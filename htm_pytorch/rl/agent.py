@@ -130,6 +130,12 @@ def make_agent(
     check_kind("config", config, TrainConfig, "a TrainConfig")
     parts = Parts() if parts is None else parts
     check_kind("parts", parts, Parts, "Parts(encoder=..., decoder=..., core=...)")
+    for name, part in parts._asdict().items():
+        if isinstance(part, nn.Module):
+            raise ValueError(
+                f"parts.{name}: expected a class or function that makes it, got a module made "
+                f"already, {type(part).__name__}; each process and stage makes its own"
+            )
     dim = config.memories.dim
     encoder = (parts.encoder or make_encoder)(observation_space, dim)
     core = make_core(config.memories) if parts.core is None else parts.core(dim)

@@ -1,6 +1,7 @@
 """`TrainConfig`: the configuration and the command line; needs no torch."""
 
 import dataclasses
+import difflib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -221,6 +222,10 @@ class TrainConfig:
             group = getattr(self, name)
             own = {key: options.pop(key) for key in list(options) if hasattr(group, key)}
             groups[name] = dataclasses.replace(group, **own)
+        if unknown := sorted(options.keys() - vars(self)):
+            near = difflib.get_close_matches(unknown[0], self.options(), 1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{unknown[0]}: expected the name of an option{meant}")
         return dataclasses.replace(self, **groups | options)
 
 

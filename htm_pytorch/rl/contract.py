@@ -43,7 +43,7 @@ def select_rows(state: State, rows: Tensor) -> State:
     # A tensor alone is a tree, too; its own `select` is another one.
     if hasattr(state, "select") and not isinstance(state, Tensor):
         return state.select(rows)
-    return pytree.tree_map(lambda part: part[rows], state)
+    return pytree.tree_map(lambda part: part.index_select(0, rows), state)
 
 
 def detach(state: State) -> State:

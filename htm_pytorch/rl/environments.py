@@ -15,6 +15,8 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from htm_pytorch.rl.observations import Nested, nested
+from htm_pytorch.rl.received import action_counts, copied, stepped
+from htm_pytorch.rl.space import units_of
 
 PERIODS = 4.0 * 2 ** np.arange(12)
 """Of the clock, in steps: neighbours differ, and no two of 8,192 steps are alike."""
@@ -54,7 +56,8 @@ class Environments:
         vector: the environments, in one of Gymnasium's three autoreset modes.
         observe: parts of a Dict observation to keep; default all.
         see_previous: observations are a Dict of `observation`, `previous_action`, one-hot where it
-            is a choice and zeros at the first step, and `previous_reward`.
+            is a choice, else in units of the policy, and zeros at the first step, and
+            `previous_reward`.
         see_time: observations are a Dict of `observation` and `time`, sines and cosines [2 K] of
             the step in its episode, whose periods are 4 steps and twice as long each.
 
@@ -110,17 +113,15 @@ class Environments:
         if following is not None:
             self._following, self._last = None, following
             return following
-        observed, reward, terminated, truncated, info = self.vector.step(self._actions)
-        began, ended, first = self._none, terminated | truncated, None
+        observed, outcome, info = stepped(self.vector, self.name, self._actions)
+        began, ended, first = self._none, outcome.terminated | outcome.truncated, None
         if self.mode == AutoresetMode.NEXT_STEP:
             began = last.ended
         elif ended.any():
             observed, *first = self._apart(observed, ended, info)
-        # A terminated episode is not cut, too.
-        truncated = truncated & ~terminated
-        seen = self._seen(observed, began, None, info, reward, terminated, truncated)
+        seen = self._seen(observed, began, None, info, *outcome)
         if first is not None:
-            nothing = np.zeros_like(reward)
+            nothing = np.zeros(self.num_envs)
             self._following = self._seen(
                 first[0], ended, ended, first[1], nothing, self._none, self._none
             )
@@ -135,15 +136,16 @@ class Environments:
         self, observed: Nested, ended: np.ndarray, info: dict[str, Any]
     ) -> tuple[Nested, Nested, dict[str, Any]]:
         """Return the final and the first observations of the rows that ended, and their info."""
+        final = copied(observed)
         if self.mode == AutoresetMode.DISABLED:
             first, info = self.vector.reset(options={"reset_mask": ended.copy()})
-            return observed, first, info
+            return final, first, info
         if "final_obs" not in info:
             raise ValueError(
                 "env: expected info['final_obs'] of an environment that resets in the step of the "
                 f"end, got {sorted(info)}"
             )
-        final, given = nested(np.array, observed), info["final_obs"]
+        given = info["final_obs"]
         for row in np.flatnonzero(ended):
 
             def place(part: np.ndarray, value: Any, row: int = int(row)) -> None:
@@ -175,9 +177,8 @@ class Environments:
             more["time"] = np.concatenate([np.sin(angles), np.cos(angles)], 1).astype(np.float32)
         if more:
             observed = {"observation": observed, **more}
-        acts = _action_counts(info, self.num_envs) & ~(terminated | truncated)
+        acts = action_counts(self.name, info, self.num_envs) & ~(terminated | truncated)
         acts = acts if exists is None else acts & exists
-        reward = np.asarray(reward, np.float64)
         seen = Seen(observed, is_first, exists, acts, reward, terminated, truncated)
         self._last = seen
         return seen
@@ -211,15 +212,10 @@ class Environments:
             made = np.zeros((self.num_envs, size), np.float32)
             np.put_along_axis(made, flat - np.ravel(space.start) + offsets, 1, axis=1)
             flat = made
+        elif isinstance(space, spaces.Box):
+            middle, scale = units_of(space)
+            flat = (flat - middle.ravel()) / scale.ravel()
         return np.where(is_first[:, None], 0, flat).astype(np.float32)
-
-
-def _action_counts(info: dict[str, Any], rows: int) -> np.ndarray:
-    counts = info.get("action_counts")
-    if counts is None:
-        return np.ones(rows, bool)
-    said = info.get("_action_counts", True)
-    return np.where(said, np.asarray(counts).astype(bool), True)
 
 
 def _row_of(given: Any, like: Nested, row: int) -> Nested:

@@ -10,19 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from htm_pytorch.memory import MemoryFileError
 from htm_pytorch.rl.agent import Agent, Parts, make_agent
 from htm_pytorch.rl.checkpoint import checkpoint_of
 from htm_pytorch.rl.config import TrainConfig
-from htm_pytorch.rl.making import is_batched, make_environments, most_steps, seeds_of
-from htm_pytorch.rl.player import Player
+from htm_pytorch.rl.making import make_environments, most_steps
+from htm_pytorch.rl.player import Episode, Player
 from htm_pytorch.rl.plots import check_film, write_film
 from htm_pytorch.rl.run import EVALUATIONS
+from htm_pytorch.rl.unseen import begin, most_rows
 from htm_pytorch.shapes import check_at_least
 
-UNSEEN = 2**62
-"""Stands in seeds where trainings have the number of a batch, which never is as large."""
-MOST_ROWS = 500
-"""Episodes that are played at once."""
 PATIENCE = 1_000_000
 """Steps of all rows together, in which an episode has to end."""
 
@@ -90,7 +88,7 @@ def evaluate(
     if seed is not None:
         config = config.replace(seed=seed)
     # Before the episodes are played, as not every environment draws itself.
-    pictures = [] if render is None else film(agent, config, greedy, stage)
+    pictures = [] if render is None else film(agent, config, greedy, stage, patience)
     result = judge(agent, config, count, greedy=greedy, stage=stage, patience=patience)
     others = {"env_args": list(env_args), "mem_chunks": mem_chunks}
     about = {"seed": config.seed} | {name: given for name, given in others.items() if given}
@@ -135,10 +133,19 @@ def load_agent(
             kind = config.memories.memory
             raise ValueError(f"mem_chunks: expected none for a run with {kind}, got {mem_chunks}")
         config = config.replace(mem_chunks=mem_chunks)
-    environments = make_environments(config, 1, stage)
-    agent = make_agent(config, environments.observation_space, environments.action_space, parts)
-    environments.close()
-    checkpoint.restore_agent(agent)
+    with contextlib.closing(make_environments(config, 1, stage)) as environments:
+        shown, does = environments.observation_space, environments.action_space
+    agent = make_agent(config, shown, does, parts)
+    try:
+        checkpoint.restore_agent(agent)
+    except MemoryFileError as error:
+        if not env_args:
+            raise
+        raise ValueError(
+            f"env_args: expected an environment like that of the training, got {list(env_args)} "
+            f"with observations {shown} and actions {does}, which the agent's weights do not fit: "
+            f"{error}"
+        ) from error
     return agent.eval(), config, stage
 
 
@@ -153,84 +160,72 @@ def judge(
     patience: int = PATIENCE,
 ) -> Evaluation:
     """Play so many unseen episodes, as many in each row, so that short ones are not preferred."""
-    count = min(episodes, MOST_ROWS, most_rows(config))
+    count = min(episodes, most_rows(config))
     patience = max(patience, 2 * count * most_steps(config))
-    player = begin(agent, config, count, stage)
     quota = episodes // count + (np.arange(count) < episodes % count)
     generator = None if greedy else torch.Generator().manual_seed(config.seed)
     returns: list[float] = []
     lengths: list[int] = []
     waited = 0
-    while len(returns) < episodes:
-        _, decides = player.look()
-        if decides.any():
-            player.ask(decides, generator)
-        waited += count
-        for episode in player.advance():
-            if quota[episode.row]:
-                quota[episode.row] -= 1
-                returns.append(episode.total)
-                lengths.append(episode.length)
-                waited = 0
-        if waited > patience:
-            player.environments.close()
-            raise ValueError(
-                f"env: expected episodes that end, got none that did in {waited:,} steps of "
-                f"{config.env}; --time-limit cuts them, --patience waits longer"
-            )
-    player.environments.close()
+    with contextlib.closing(begin(agent, config, count, stage)) as player:
+        while len(returns) < episodes:
+            waited += count
+            for episode in _play_step(player, generator):
+                if quota[episode.row]:
+                    quota[episode.row] -= 1
+                    returns.append(episode.total)
+                    lengths.append(episode.length)
+                    waited = 0
+            _check_patience(config, waited, patience)
     deviation = float(np.std(returns, ddof=1)) if episodes > 1 else math.nan
     interval = 1.96 * deviation / math.sqrt(episodes)
     return Evaluation(float(np.mean(returns)), interval, float(np.mean(lengths)), episodes, greedy)
 
 
 @torch.no_grad()
-def film(agent: Agent, config: TrainConfig, greedy: bool = True, stage: int = 0) -> list[Any]:
+def film(
+    agent: Agent,
+    config: TrainConfig,
+    greedy: bool = True,
+    stage: int = 0,
+    patience: int = PATIENCE,
+) -> list[Any]:
     """Play one unseen episode and return its pictures.
 
     Raises:
-        ValueError: the environment does not draw itself.
+        ValueError: the environment does not draw itself, or the episode does not end.
     """
-    player = begin(agent, config, 1, stage, render_mode="rgb_array")
+    patience = max(patience, most_steps(config))
     generator = None if greedy else torch.Generator().manual_seed(config.seed)
     pictures: list[Any] = []
-    while not pictures or not player.seen.ended.all():
-        why = ""
-        try:
-            shown = player.environments.vector.render()
-        except Exception as error:
-            shown, why = None, f" ({type(error).__name__}: {error})"
-        if shown is None or shown[0] is None:
-            player.environments.close()
-            raise ValueError(
-                f"render: expected an environment that draws itself, got {config.env}{why}"
-            )
-        pictures.append(np.array(shown[0]))
-        _, decides = player.look()
-        if decides.any():
-            player.ask(decides, generator)
-        player.advance()
-    player.environments.close()
+    player = begin(agent, config, 1, stage, render_mode="rgb_array")
+    with contextlib.closing(player):
+        while not pictures or not player.seen.ended.all():
+            why = ""
+            try:
+                shown = player.environments.vector.render()
+            except Exception as error:
+                shown, why = None, f" ({type(error).__name__}: {error})"
+            if shown is None or shown[0] is None:
+                raise ValueError(
+                    f"render: expected an environment that draws itself, got {config.env}{why}"
+                )
+            pictures.append(np.array(shown[0]))
+            _check_patience(config, len(pictures), patience)
+            _play_step(player, generator)
     return pictures
 
 
-def most_rows(config: TrainConfig) -> int:
-    """Return how many episodes may be played at once."""
-    # Others than a batch of its own may cost a lot each.
-    return MOST_ROWS if is_batched(config) else config.environments.num_envs
+def _play_step(player: Player, generator: torch.Generator | None) -> list[Episode]:
+    _, decides = player.look()
+    if decides.any():
+        player.ask(decides, generator)
+    return player.advance()
 
 
-def begin(
-    agent: Agent,
-    config: TrainConfig,
-    rows: int,
-    stage: int,
-    *,
-    batch: int = UNSEEN,
-    render_mode: str | None = None,
-) -> Player:
-    """Begin unseen episodes in so many rows; `batch` stands in their seeds."""
-    environments = make_environments(config, rows, stage, render_mode)
-    player = Player(environments, agent, config.rollouts.action_repeat)
-    player.begin(seeds_of(config, batch, range(rows)))
-    return player
+def _check_patience(config: TrainConfig, waited: int, patience: int) -> None:
+    if waited > patience:
+        raise ValueError(
+            f"env: expected episodes that end, got none that did in {waited:,} steps of "
+            f"{config.env}; --time-limit cuts them, --patience waits longer"
+        )

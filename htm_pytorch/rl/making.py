@@ -30,8 +30,10 @@ def make_environments(
     options = config.environments
     _find(config.env)
     arguments = parse_arguments("env_args", options.env_args)
+    blamed = "env_args"
     if options.curriculum:
         arguments |= parse_arguments("curriculum", [options.curriculum[stage]])
+        blamed = f"curriculum, stage {stage}"
     if render_mode is not None:
         arguments["render_mode"] = render_mode
     wrappers: list[Callable[[gymnasium.Env], gymnasium.Wrapper]] = []
@@ -60,8 +62,12 @@ def make_environments(
         )
     except ImportError as error:
         raise ValueError(f"env: {config.env} could not import what it needs: {error}") from error
-    except (TypeError, ValueError, gymnasium.error.Error) as error:
-        raise ValueError(f"env_args: {config.env} is not made with {arguments}: {error}") from error
+    except Exception as error:
+        # Whatever somebody else's code, or Gymnasium's, makes of arguments that it did not expect.
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(
+            f"{blamed}: {config.env} is not made with {arguments}: {kind}{error}"
+        ) from error
     return Environments(vector, options.observe, options.see_previous, options.see_time)
 
 

@@ -19,6 +19,7 @@ from htm_pytorch.rl.pictures import (
     is_board,
     is_picture,
 )
+from htm_pytorch.rl.space import check_size
 
 Nested = Any
 """A tensor or an array, or a dict or tuple of such."""
@@ -90,6 +91,7 @@ def make_decoder(space: spaces.Space[Any], dim: int) -> nn.Module:
 
 def _make(space: spaces.Space[Any], dim: int, place: str, which: int) -> nn.Module:
     """Return the encoder (0) or the decoder (1)."""
+    check_size(space, f"observations{place and f' at {place.lstrip(chr(46))}'}")
     match space:
         case spaces.Dict():
             parts = {name: _make(s, dim, f"{place}.{name}", which) for name, s in space.items()}

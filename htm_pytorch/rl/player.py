@@ -9,6 +9,7 @@ from torch import Tensor
 from htm_pytorch.rl.agent import Agent, Outputs
 from htm_pytorch.rl.environments import Environments, Seen
 from htm_pytorch.rl.observations import Steps, as_tensor, nested
+from htm_pytorch.rl.received import check_finite
 
 MOST_WAITING = 1024
 """Steps that wait to enter the memory together."""
@@ -77,11 +78,19 @@ class Player:
         self.returns, self.lengths = np.zeros(count), np.zeros(count, np.int64)
         self.waiting: list[Steps] = []
 
+    def close(self) -> None:
+        """Give back what the environments hold."""
+        self.environments.close()
+
     def look(self) -> tuple[Steps, np.ndarray]:
-        """Take note of what is seen; return it [B, 1, ...], and [B] where a decision is due."""
+        """Take note of what is seen; return it [B, 1, ...], and [B] where a decision is due.
+
+        Raises:
+            ValueError: something that is seen is not finite.
+        """
         if len(self.waiting) >= MOST_WAITING:
             self.absorb()
-        step = _one_step(self.seen)
+        step = self._shown()
         self.waiting.append(step)
         return step, (self.held == 0) & self.seen.acts
 
@@ -108,7 +117,7 @@ class Player:
     def values(self) -> np.ndarray:
         """Return the values [B] of what is seen now, which the memory then has not yet got."""
         self.absorb()
-        now = _one_step(self.seen).map(lambda part: part.to(self.agent.device))
+        now = self._shown().map(lambda part: part.to(self.agent.device))
         at = torch.zeros(len(self.held), 1, dtype=torch.int64, device=self.agent.device)
         output: Outputs = self.agent(now, self.state, at)[0]
         return output.values[:, 0].cpu().numpy()
@@ -125,12 +134,8 @@ class Player:
             ValueError: a reward is not finite.
         """
         self.seen = seen = self.environments.step(self.agent.policy.to_environment(self.actions))
-        if not np.isfinite(seen.reward).all():
-            row = int(np.flatnonzero(~np.isfinite(seen.reward))[0])
-            raise ValueError(
-                f"env: expected finite rewards, got {seen.reward[row]} from the environment "
-                f"{self.environments.name} in row {self.rows[row]}"
-            )
+        rewards = torch.from_numpy(seen.reward)
+        check_finite(self.environments.name, self.rows.start, "rewards", rewards)
         moved = np.ones_like(seen.is_first) if seen.exists is None else seen.exists
         held = np.where(moved, np.maximum(self.held - 1, 0), self.held)
         self.held = np.where(seen.is_first | seen.ended, 0, held)
@@ -141,9 +146,23 @@ class Player:
             for row in np.flatnonzero(seen.ended)
         ]
 
+    def _shown(self) -> Steps:
+        """Return what is seen now [B, 1, ...]."""
+        step = one_step(self.seen)
+        name, first = self.environments.name, self.rows.start
+        check_finite(name, first, "observations", step.observation)
+        return step
+
     def _recent(self) -> Steps:
         steps, self.waiting = joined(self.waiting), []
         return steps.map(lambda part: part.to(self.agent.device))
+
+
+def one_step(seen: Seen) -> Steps:
+    """Return what is seen as steps [B, 1, ...]."""
+    exists = None if seen.exists is None else as_tensor(seen.exists)[:, None]
+    observation = nested(lambda part: as_tensor(part)[:, None], seen.observation)
+    return Steps(observation, as_tensor(seen.is_first)[:, None], exists)
 
 
 def joined(steps: list[Steps]) -> Steps:
@@ -162,9 +181,3 @@ def joined(steps: list[Steps]) -> Steps:
 
     observation = nested(cat, *(step.observation for step in steps))
     return Steps(observation, torch.cat([step.is_first for step in steps], 1), exists)
-
-
-def _one_step(seen: Seen) -> Steps:
-    exists = None if seen.exists is None else as_tensor(seen.exists)[:, None]
-    observation = nested(lambda part: as_tensor(part)[:, None], seen.observation)
-    return Steps(observation, as_tensor(seen.is_first)[:, None], exists)

@@ -36,18 +36,18 @@ def check_film(name: str, path: Path) -> None:
     Raises:
         ValueError: another kind of file, or a folder that is not there.
     """
-    if path.suffix not in (".gif", ".mp4"):
+    if path.suffix.lower() not in (".gif", ".mp4"):
         raise ValueError(f"{name}: expected a file .gif or .mp4, got {str(path)!r}")
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"{name}: expected a file in a folder that exists, got {str(path)!r}")
     lacking = [n for n in ("imageio", "imageio_ffmpeg") if importlib.util.find_spec(n) is None]
-    if path.suffix == ".mp4" and lacking:
+    if path.suffix.lower() == ".mp4" and lacking:
         raise ValueError(f"{name}: expected a .gif, as {lacking} are not installed, got an .mp4")
 
 
 def write_film(pictures: list[Any], path: Path, frames_per_second: int = 8) -> None:
     """Write pictures [H, W, 3] of bytes as .gif, or as .mp4 where imageio-ffmpeg is installed."""
-    if path.suffix == ".mp4":
+    if path.suffix.lower() == ".mp4":
         import imageio.v3 as imageio  # pyright: ignore[reportMissingImports]
 
         imageio.imwrite(path, pictures, fps=frames_per_second)

@@ -1,15 +1,20 @@
 """From a config to a fresh agent, or to what is wrong with it: before anything is written."""
 
+import contextlib
 import importlib.util
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from htm_pytorch.rl.agent import Agent, Parts, make_agent
 from htm_pytorch.rl.checkpoint import CHECKPOINT, Checkpoint
 from htm_pytorch.rl.config import TrainConfig
+from htm_pytorch.rl.contract import detach, select_rows
 from htm_pytorch.rl.cores import count_parameters
 from htm_pytorch.rl.making import make_environments
+from htm_pytorch.rl.observations import Steps
+from htm_pytorch.rl.player import one_step
 from htm_pytorch.rl.record import ENDS
 from htm_pytorch.rl.run import check_free
 
@@ -46,15 +51,7 @@ def prepare(config: TrainConfig, parts: Parts | None = None) -> Agent:
             ) from error
     if _begins_as_another(config):
         Checkpoint(_source(config)).take_what_fits(agent)
-    try:
-        agent.initial_state(config.environments.num_envs)
-    except RuntimeError as error:
-        sizes = config.memories
-        raise ValueError(
-            f"mem_chunks: expected a memory that fits, got {sizes.mem_chunks} chunks of "
-            f"{sizes.mem_chunk_size} steps of width {sizes.dim} in {config.environments.num_envs} "
-            "environments"
-        ) from error
+    _check_fits(agent, config, config.environments.num_envs)
     return agent
 
 
@@ -106,7 +103,66 @@ def _check_packages(config: TrainConfig) -> None:
 
 
 def _fresh_agent(config: TrainConfig, stage: int, parts: Parts | None) -> Agent:
-    environments = make_environments(config, 1, stage)
-    agent = make_agent(config, environments.observation_space, environments.action_space, parts)
-    environments.close()
+    with contextlib.closing(make_environments(config, 1, stage)) as environments:
+        agent = make_agent(config, environments.observation_space, environments.action_space, parts)
+        _check_fits(agent, config, 2)
+        shown = one_step(environments.reset([config.seed]))
+        with torch.random.fork_rng(devices=()), torch.no_grad():
+            check_parts(agent, shown, config.memories.dim)
     return agent
+
+
+def _check_fits(agent: Agent, config: TrainConfig, rows: int) -> None:
+    try:
+        agent.initial_state(rows)
+    except RuntimeError as error:
+        sizes = config.memories
+        raise ValueError(
+            f"mem_chunks: expected a memory that fits, got {sizes.mem_chunks} chunks of "
+            f"{sizes.mem_chunk_size} steps of width {sizes.dim} in {rows} environments"
+        ) from error
+
+
+def check_parts(agent: Agent, shown: Steps, dim: int) -> None:
+    """Refuse an encoder of another width and a core that breaks its contract.
+
+    Args:
+        agent: on the CPU.
+        shown: [1, 1, ...], the first observation of an episode.
+        dim: the agent's width.
+
+    Raises:
+        ValueError: names the part, what it returned and what was expected.
+    """
+    rows, steps, at = 2, 3, torch.tensor([[2, 1], [0, 2]], device="cpu")
+    seen = shown.map(lambda part: part.expand(rows, steps, *part.shape[2:]).contiguous())
+    is_first = torch.arange(steps, device="cpu").expand(rows, steps) == 0
+    x = agent.encode(seen._replace(is_first=is_first))
+    if not isinstance(x, Tensor) or x.shape != (rows, steps, dim):
+        raise ValueError(
+            f"parts.encoder: expected a module that returns [B, T, D = {dim}] of observations "
+            f"[B = {rows}, T = {steps}, ...], got {_told(x)}"
+        )
+    state = agent.initial_state(rows)
+    for step in ("before its first step", "after some steps"):
+        try:
+            detach(select_rows(state, torch.tensor([1, 0], device="cpu")))
+        except (AttributeError, IndexError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"parts.core: expected a state that is a tree of tensors with the {rows} rows "
+                f"first, or has select(rows) and detach(), got {_told(state)} {step} ({error})"
+            ) from error
+        answer = agent.core(x, state, is_first, torch.ones_like(is_first), at=at)
+        if not isinstance(answer, tuple) or len(answer) != 2:
+            raise ValueError(f"parts.core: expected it to return (y, state), got {_told(answer)}")
+        y, state = answer
+        if not isinstance(y, Tensor) or y.shape != (*at.shape, dim):
+            raise ValueError(
+                f"parts.core: expected outputs [B, P, D = {dim}] at the P = {at.shape[1]} steps "
+                f"`at` of {steps}, got {_told(y)}"
+            )
+
+
+def _told(value: object) -> str:
+    shape = getattr(value, "shape", None)
+    return f"{type(value).__name__}" + ("" if shape is None else f" of shape {list(shape)}")

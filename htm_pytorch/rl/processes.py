@@ -3,8 +3,9 @@
 Only sums travel: of gradients, and of numbers that means are over.
 """
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -48,10 +49,8 @@ class World:
         if self.size == 1:
             return tensor
         tensor = tensor.clone()
-        try:
+        with _reached():
             dist.all_reduce(tensor)
-        except RuntimeError as error:
-            raise ConnectionError(f"another process of the training is gone ({error})") from error
         return tensor
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -69,10 +68,21 @@ class World:
         if self.size == 1:
             return found
         everything: list[Any] = [None] * self.size
-        dist.all_gather_object(everything, found)
+        with _reached():
+            dist.all_gather_object(everything, found)
         return [one for part in everything for one in part]
 
     def wait(self) -> None:
         """Wait until all processes are here."""
         if self.size > 1:
-            dist.barrier()
+            with _reached():
+                dist.barrier()
+
+
+@contextlib.contextmanager
+def _reached() -> Iterator[None]:
+    """Raise a ConnectionError where the others cannot be reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(f"another process of the training is gone ({error})") from error

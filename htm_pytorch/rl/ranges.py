@@ -50,7 +50,9 @@ def check_range(name: str, value: Any) -> None:
     least, most = _RANGES.get(name, (1, _COUNT))
     if not least <= value <= most:
         low = "more than 0" if least == _POSITIVE else f"at least {least}"
-        ends = low if most >= _COUNT and value < least else f"{least:g} to {most:g}"
+        ends = f"{least:g} to {most:g}"
+        if most >= _COUNT:
+            ends = f"at most {most:g}" if value > most else low
         raise ValueError(f"{name}: expected {ends}, got {value}")
 
 

@@ -48,9 +48,11 @@ def check_free(config: TrainConfig) -> None:
     if names := differs_in(config, recorded):
         own, others = config.options(), recorded.options()
         told = ", ".join(f"{name} is {others[name]!r} there, got {own[name]!r}" for name in names)
+        begins = has_rows or (place / CHECKPOINT).exists()
+        instead = "another --run-dir" if begins else "no --resume, as nothing was learned there"
         raise ValueError(
             f"run_dir: {str(place)!r} holds a run of another config, {told}; pass the options that "
-            "it was trained with, or another --run-dir"
+            f"it was trained with, or {instead}"
         )
 
 

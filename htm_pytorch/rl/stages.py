@@ -1,6 +1,7 @@
 """`Stages`: of a curriculum, those that are played, and how well of late."""
 
 import collections
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -57,8 +58,12 @@ class Stages:
         self.recent: list[Recent] = []
         self.players: dict[int, Player] = {}
         rehearses = config.environments.rehearse > 0
-        for stage in range(self.newest + 1):
-            self._enter(stage, is_played=rehearses or stage == self.newest)
+        try:
+            for stage in range(self.newest + 1):
+                self._enter(stage, is_played=rehearses or stage == self.newest)
+        except BaseException:
+            self.close()
+            raise
         for recent, held in zip(self.recent, _held(progress, self.newest), strict=True):
             recent.returns.extend(held[0])
             recent.lengths.extend(held[1])
@@ -78,7 +83,7 @@ class Stages:
         if not self.recent[self.newest].reached(bars[self.newest if len(bars) > 1 else 0]):
             return False
         if not options.rehearse:
-            self.players.pop(self.newest).environments.close()
+            self.players.pop(self.newest).close()
         self.newest += 1
         self._enter(self.newest, is_played=True)
         return True
@@ -94,8 +99,9 @@ class Stages:
 
     def close(self) -> None:
         """Give back what the environments hold."""
-        for player in self.players.values():
-            player.environments.close()
+        with contextlib.ExitStack() as closing:
+            for player in self.players.values():
+                closing.callback(player.close)
 
     def progress(self) -> dict[str, Any]:
         """Return what JSON can hold, from which another process goes on."""

@@ -58,11 +58,18 @@ class Training:
     def __init__(self, config: TrainConfig, parts: Parts | None, world: World):
         self.config, self.world = config, world
         self.rows = world.rows(config.environments.num_envs)
-        self._opened = contextlib.ExitStack()
         self.run: Run | None = None
+        # The folder and the environments are given back also where nothing comes of it.
+        with contextlib.ExitStack() as opened:
+            self._open(opened, parts)
+            self._opened = opened.pop_all()
+
+    def _open(self, opened: contextlib.ExitStack, parts: Parts | None) -> None:
+        """Make all parts; `opened` closes them."""
+        config, world = self.config, self.world
         if world.rank == 0:
             self.agent = prepare(config, parts)
-            self.run = self._opened.enter_context(Run(config))
+            self.run = opened.enter_context(Run(config))
         world.wait()
         if world.rank:
             self.agent = prepare(config.replace(resume=True), parts)
@@ -73,11 +80,12 @@ class Training:
         if config.resume and path.exists():
             progress = self._restore(Checkpoint(path))
         self.stages = Stages(config, self.agent, self.rows, progress)
+        opened.callback(self.stages.close)
         self.played: int | None = None
         self._begin()
         if world.rank == 0:
-            self.board = self._make_board()
-            self.bar = self._make_bar()
+            self.board = self._make_board(opened)
+            self.bar = self._make_bar(opened)
 
     def is_done(self) -> bool:
         """Say whether the budget is used, or the agent good enough."""
@@ -188,18 +196,18 @@ class Training:
         self.bar.set_postfix_str(f"return {recent.mean():.3f}, {frames / seconds:,.0f} frames/s")
         self.bar.update(frames)
 
-    def _make_board(self) -> Any:
+    def _make_board(self, opened: contextlib.ExitStack) -> Any:
         if not self.config.tensorboard:
             return None
         from torch.utils.tensorboard import SummaryWriter
 
         board = SummaryWriter(self.config.run_dir, purge_step=self.frames + 1)
-        return self._opened.enter_context(board)
+        return opened.enter_context(board)
 
-    def _make_bar(self) -> Any:
+    def _make_bar(self, opened: contextlib.ExitStack) -> Any:
         from tqdm import tqdm
 
-        return self._opened.enter_context(
+        return opened.enter_context(
             tqdm(
                 total=self.config.budget.frames,
                 initial=self.frames,
@@ -215,7 +223,6 @@ class Training:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.stages.close()
         self._opened.close()
 
 

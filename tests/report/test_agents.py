@@ -12,9 +12,10 @@ from htm_pytorch.envs import ballet_tables as tables
 from htm_pytorch.report import Scene, measure, trace_agent
 from htm_pytorch.report.scene import Plot
 from htm_pytorch.rl import Agent, TrainConfig, make_agent
-from htm_pytorch.rl.evaluation import begin, judge
+from htm_pytorch.rl.evaluation import judge
 from htm_pytorch.rl.making import make_environments
 from htm_pytorch.rl.rollout import Rollout, play
+from htm_pytorch.rl.unseen import begin
 from htm_pytorch.tasks import find
 from htm_pytorch.tasks.ballet_scene import SCENE
 

@@ -133,8 +133,10 @@ def test_rollouts_of_episodes_begin_with_nothing() -> None:
 
 
 def test_an_unknown_option_is_refused() -> None:
-    with pytest.raises(TypeError, match="colour"):
+    with pytest.raises(ValueError, match=r"^colour: expected the name of an option$"):
         TrainConfig().replace(colour=3)
+    with pytest.raises(ValueError, match=r"^num_env: .*; did you mean num_envs\?$"):
+        TrainConfig().replace(num_env=3, zebra=3, dim=8)
 
 
 def test_config_survives_its_record(tmp_path: Path) -> None:

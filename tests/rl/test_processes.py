@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from htm_pytorch.memory.files import load_tensors
+from htm_pytorch.rl import launching
 from htm_pytorch.rl.checkpoint import KIND
 from htm_pytorch.rl.processes import World
 
@@ -114,6 +115,55 @@ main()
     )
     assert done.returncode == 0, done.stderr
     assert_learned_the_same(tmp_path / "run", alone)
+
+
+def test_the_group_ends_with_the_error_of_one(tmp_path: Path) -> None:
+    """An error would come again; only where a process was killed does the group go on."""
+    odd = ["tests.rl.test_received:Test/Odd-v0", "--env-args", "fault=value", "late=20"]
+    options = [f"--{name}={value}" for name, value in OPTIONS.items()]
+    done = subprocess.run(
+        [sys.executable, "-m", "htm_pytorch", "train", *odd, *options]
+        + [f"--run-dir={tmp_path}/run", "--processes=2"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "htm: env: Test/Odd-v0 raised a ValueError in its step: no such move" in done.stderr
+    assert "goes on" not in done.stderr
+
+
+def test_what_a_group_ends_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the file in which a process says that it ended by itself, and how often it is called."""
+    calls: list[list[str]] = []
+    planned: list[Any] = []
+
+    def run(
+        command: list[str], env: dict[str, str], **_: Any
+    ) -> "subprocess.CompletedProcess[str]":
+        calls.append(command)
+        ends = planned[min(len(calls), len(planned)) - 1]
+        monkeypatch.setenv("HTM_STATUS_FILE", env["HTM_STATUS_FILE"])
+        if isinstance(ends, BaseException):
+            launching.note_end(ends, 2)
+        return subprocess.CompletedProcess(command, int(ends != 0))
+
+    monkeypatch.setattr(launching.subprocess, "run", run)
+    killed, gone = "killed", ConnectionError("another process is gone")
+    for plan, code, count in (
+        ([0], 0, 1),
+        ([ValueError("no such move")], 2, 1),
+        ([killed, gone, 0], 0, 3),
+        ([killed, ValueError("no such move")], 2, 2),
+        ([killed], 1, launching.RESTARTS + 1),
+    ):
+        calls.clear()
+        planned[:] = plan
+        assert launching.launch(2, ["train", "ballet"]) == code
+        assert len(calls) == count
+        assert ["--resume" in command for command in calls] == [False] + [True] * (count - 1)
+        assert all(command.count("--resume") <= 1 for command in calls)
 
 
 def test_environments_are_shared_evenly() -> None:

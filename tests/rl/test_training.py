@@ -20,7 +20,17 @@ import torch
 from htm_pytorch import ChunkedMemory
 from htm_pytorch.memory import MemoryFileError
 from htm_pytorch.memory.files import load_tensors, save_tensors
-from htm_pytorch.rl import Parts, TrainConfig, evaluate, evaluation, learner, run, train, training
+from htm_pytorch.rl import (
+    Parts,
+    TrainConfig,
+    evaluate,
+    evaluation,
+    learner,
+    run,
+    train,
+    training,
+    unseen,
+)
 from htm_pytorch.rl.checkpoint import KIND, Checkpoint
 from htm_pytorch.rl.observations import make_encoder
 from htm_pytorch.rl.processes import World
@@ -664,16 +674,13 @@ def test_evaluation_is_the_same_each_time(finished: Path) -> None:
     assert "torch" in json.loads((finished / "versions.json").read_text())
 
 
-def test_one_number_is_seen_and_endless_episodes_are_not_judged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_number_is_seen_and_endless_episodes_are_not_judged(tmp_path: Path) -> None:
     endless = tiny(tmp_path / "run", env="tests.rl.worlds:Test/Scalar-v0")
     agent = train(endless)
     assert agent.normalizer is not None
     assert agent.normalizer.state_dict()["moments.0.count"] > 0
-    monkeypatch.setattr(evaluation, "PATIENCE", 200)
     with pytest.raises(ValueError, match=r"env: expected episodes that end, .* --time-limit"):
-        evaluate(endless.run_dir)
+        evaluate(endless.run_dir, patience=200)
     train(endless.replace(run_dir=tmp_path / "cut", time_limit=300))
     assert evaluate(tmp_path / "cut").length == 300
 
@@ -682,13 +689,13 @@ def test_an_evaluation_has_as_many_environments_as_a_training(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    make = evaluation.make_environments
+    make = unseen.make_environments
 
     def noted(config: TrainConfig, rows: int, *more: Any) -> Any:
         asked.append(rows)
         return make(config, rows, *more)
 
-    monkeypatch.setattr(evaluation, "make_environments", noted)
+    monkeypatch.setattr(unseen, "make_environments", noted)
     assert evaluate(finished, 11).episodes == 11
     assert max(asked) == TINY["num_envs"]
 

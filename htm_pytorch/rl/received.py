@@ -1,0 +1,126 @@
+"""What environments hand over, copied, as they may write into it again, and checked."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+
+from htm_pytorch.rl.observations import Nested, nested
+
+
+class Outcome(NamedTuple):
+    """What a step brought, in arrays of our own."""
+
+    reward: np.ndarray
+    """[B] float64."""
+    terminated: np.ndarray
+    """[B] bool."""
+    truncated: np.ndarray
+    """[B] bool, never where it is terminated."""
+
+
+def stepped(vector: VectorEnv, name: str, actions: Any) -> tuple[Nested, Outcome, dict[str, Any]]:
+    """Step B environments; return the observation, as they gave it, the outcome and the info.
+
+    Raises:
+        ValueError: of theirs, said to be theirs; or an outcome that is not one number a row.
+    """
+    try:
+        observed, reward, terminated, truncated, info = vector.step(actions)
+    except ValueError as error:
+        # Which would be read as one of ours, about an option.
+        raise ValueError(
+            f"env: {name} raised a ValueError in its step: {error}; --debug shows where"
+        ) from error
+    rows = vector.num_envs
+    ended = _row_values(name, "terminated", terminated, rows, bool)
+    cut = _row_values(name, "truncated", truncated, rows, bool) & ~ended
+    return (
+        observed,
+        Outcome(_row_values(name, "rewards", reward, rows, np.float64), ended, cut),
+        info,
+    )
+
+
+def copied(observed: Nested) -> Nested:
+    """Return a batch of observations in arrays of their own."""
+    return nested(lambda part: np.array(np.asarray(part)), observed)
+
+
+def action_counts(name: str, info: dict[str, Any], rows: int) -> np.ndarray:
+    """Return where an action counts, bool [B], as `info` says; without that, everywhere.
+
+    Raises:
+        ValueError: it says something else than one bool an environment.
+    """
+    counts = info.get("action_counts")
+    if counts is None:
+        return np.ones(rows, bool)
+    said = np.broadcast_to(np.asarray(info.get("_action_counts", True), bool), rows)
+    given = np.asarray(counts)
+    if given.dtype == object and given.shape == (rows,):
+        # Of environments of which not all say it.
+        given = np.array([one is None or one for one in given])
+    if given.dtype != bool or given.shape not in ((), (rows,)):
+        raise ValueError(
+            f"env: expected info['action_counts'] of {name} to be a bool, of a vector environment "
+            f"{rows} of them, got {counts!r}"
+        )
+    return np.where(said, given, True)
+
+
+def check_finite(name: str, first_row: int, what: str, given: Nested) -> None:
+    """Refuse what is not finite; rows are counted from `first_row`, among all of a training.
+
+    Args:
+        name: of the environment.
+        first_row: of these.
+        what: they are.
+        given: tensors [B, ...] as the agent gets them, where a large float64 is infinite.
+
+    Raises:
+        ValueError: names the environment, the row, what is not finite and where.
+    """
+
+    def check(part: Tensor, place: str) -> None:
+        # A sum of finite numbers may be infinite, never one of others finite.
+        if not part.is_floating_point() or torch.isfinite(part.sum()):
+            return
+        wrong = ~torch.isfinite(part)
+        if wrong.any():
+            row = first_row + int(wrong.nonzero()[0, 0])
+            raise ValueError(
+                f"env: expected finite {what}{place and f' at {place}'}, got "
+                f"{part[wrong][0].item()} from the environment {name} in row {row}; a wrapper of "
+                "the environment can replace it"
+            )
+
+    _each(check, given, "")
+
+
+def _each(function: Callable[[Any, str], None], value: Nested, place: str) -> None:
+    """Call a function with each leaf and where it is, `a.b[0]`."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            _each(function, part, f"{place}.{key}".lstrip("."))
+    elif isinstance(value, tuple):
+        for number, part in enumerate(value):
+            _each(function, part, f"{place}[{number}]")
+    else:
+        function(value, place)
+
+
+def _row_values(name: str, what: str, given: Any, rows: int, kind: type) -> np.ndarray:
+    """Return numbers or bools, one a row, as an array of their own."""
+    try:
+        made = np.array(np.asarray(given), kind)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"env: expected {what} of {name} to be numbers, got {given!r}") from error
+    if made.shape != (rows,):
+        raise ValueError(
+            f"env: expected {what} of {name} to be {rows}, one a row, got shape {made.shape}"
+        )
+    return made
