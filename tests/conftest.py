@@ -75,6 +75,8 @@ def poisoned(make):
 
     def make_poisoned(*args, **kwargs):
         tensor = make(*args, **kwargs)
+        if not isinstance(tensor, torch.Tensor):
+            return tensor  # Of a library whose own kinds torch makes as well.
         if tensor.is_floating_point() or tensor.is_complex():
             with torch.no_grad():
                 tensor.fill_(float("nan"))

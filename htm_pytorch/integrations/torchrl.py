@@ -1,6 +1,7 @@
 """`HTMModule`: an `HTMTransformer` as a recurrent module of TorchRL."""
 
 import secrets
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ except ImportError as error:
 
 Key = str | tuple[str, ...]
 
+STRIDE = 2**24
+"""From a step's number to that of the next step of its row; no memory has so many rows."""
+
 
 class HTMModule(TensorDictModuleBase):
     """An `HTMTransformer` between two entries of a tensordict.
@@ -36,8 +40,9 @@ class HTMModule(TensorDictModuleBase):
     the number of each step. By that the module refuses to go on with the memory of another
     rollout, and finds the memory that a window begins with. A window may begin with an episode;
     or where acting went on after a window was read, as the batches of on-policy training do; or
-    after `begin_window`. Any other beginning is a ValueError. The memory that a window begins with
-    was made by the weights that acted, and carries no gradient.
+    after `begin_window`. Any other beginning is a ValueError, also where a sampler marked it as
+    `is_init`, and so is a gap inside a window. The memory that a window begins with was made by
+    the weights that acted, and carries no gradient.
 
     Environments need `InitTracker()` and the primer of `make_tensordict_primer`.
 
@@ -68,16 +73,13 @@ class HTMModule(TensorDictModuleBase):
         check_kind("default_recurrent_mode", default_recurrent_mode, bool, "a bool")
         self.htm = htm
         self.windows = windows
-        given = {"in_key": in_key, "is_init_key": is_init_key, "step_key": step_key}
-        keys: list[Any] = [_key(name, key) for name, key in given.items()]
-        keys.append(_key("out_key", out_key))
-        next_step = keys[2] if isinstance(keys[2], tuple) else (keys[2],)
-        keys.append(("next", *next_step))
-        # What is read may be written over, as in an embedding that is made again.
-        if len(set(keys[:3])) < 3 or keys[3] in keys[1:3]:
-            raise ValueError(f"in_key: expected entries of different names, got {keys[:4]}")
-        self.in_keys = keys[:3]
-        self.out_keys = keys[3:]
+        read = {"in_key": in_key, "is_init_key": is_init_key, "step_key": step_key}
+        keys: dict[str, Any] = {name: _key(name, key) for name, key in read.items()}
+        self.in_keys = list(keys.values())
+        keys["next step_key"] = unravel_key(("next", keys["step_key"]))
+        keys["out_key"] = _key("out_key", out_key)
+        self.out_keys = [keys["out_key"], keys["next step_key"]]
+        _check_apart(keys)
         self._default_recurrent_mode = default_recurrent_mode
         self._state: TransformerState | None = None
         self._expected: Tensor | None = None
@@ -114,8 +116,9 @@ class HTMModule(TensorDictModuleBase):
         """Write the outputs of one step of each environment, or of whole windows.
 
         Raises:
-            ValueError: an entry is missing; a row goes on whose memory the module does not hold;
-                or a window begins inside an episode at a step whose memory was not kept.
+            ValueError: an entry is missing or of another shape; a row goes on whose memory the
+                module does not hold; steps of a window do not follow each other; or it begins
+                inside an episode at a step whose memory was not kept.
         """
         if is_transformed():
             raise ValueError(
@@ -124,13 +127,20 @@ class HTMModule(TensorDictModuleBase):
             )
         wanted = "a tensordict, of which each element is one step of one environment"
         check_kind("tensordict", tensordict, TensorDictBase, wanted)
-        x, first, numbers = (self._entry(tensordict, key) for key in self.in_keys)
         shape = tensordict.shape
+        if self.recurrent_mode and not shape:
+            raise ValueError("tensordict: expected time as its last dimension, got shape []")
+        if not shape.numel():
+            raise ValueError(f"tensordict: expected at least one step, got shape {list(shape)}")
+        x, first, numbers = (self._entry(tensordict, key) for key in self.in_keys)
+        if x.shape != (wanted := (*shape, self.htm.dim)):
+            raise ValueError(
+                f"tensordict: expected in_key={self.in_keys[0]!r} as {list(wanted)}, got "
+                f"{list(x.shape)}"
+            )
         self._check(self.in_keys[1], first, (*shape, 1), torch.bool)
         self._check(self.in_keys[2], numbers, (*shape, 1), torch.int64)
         if self.recurrent_mode:
-            if not shape:
-                raise ValueError("tensordict: expected time as its last dimension, got shape []")
             rows = shape[:-1].numel(), shape[-1]
             y = self._read(x.reshape(*rows, -1), first.reshape(rows), numbers.reshape(rows))
         else:
@@ -163,6 +173,11 @@ class HTMModule(TensorDictModuleBase):
     def _act(self, x: Tensor, first: Tensor, numbers: Tensor, dims: int) -> tuple[Tensor, Tensor]:
         """Return the outputs of one step of each row, and the numbers of the steps to come."""
         rows = len(x)
+        if (first & (numbers != 0)).any():
+            raise ValueError(
+                f"tensordict: expected 0 as {self.in_keys[2]!r} of the first step of an episode, "
+                "got others; append make_tensordict_primer() to the environment"
+            )
         state, expected = self._state, self._expected
         if expected is None or state is None or len(expected) != rows:
             goes_on, state = ~first, self.htm.initial_state(rows)
@@ -189,14 +204,33 @@ class HTMModule(TensorDictModuleBase):
                 del self._beginnings[min(self._beginnings)]
             self._is_beginning = False
         y, self._state = self.htm(x, state, first[:, None])
-        self._next_number += rows
-        self._expected = torch.arange(rows, device=numbers.device) + self._next_number
+        self._next_number += STRIDE
+        following = torch.arange(rows, device=numbers.device) + self._next_number
+        # Less than 0 after the first step of an episode, whose own number, 0, tells no place.
+        self._expected = torch.where(first, -following, following)
         return y, self._expected
 
     def _read(self, x: Tensor, first: Tensor, numbers: Tensor) -> Tensor:
-        state = None if first[:, 0].all() else self._beginning(first[:, 0], numbers[:, 0])
+        # Samplers mark where they cut, too.
+        first = first & (numbers == 0)
+        self._check_follow(first, numbers)
+        state = None if first[:, 0].all() else self._beginning(first[:, 0], numbers[:, 0].abs())
         self._is_beginning = True
         return self.htm(x, state, first)[0]
+
+    def _check_follow(self, first: Tensor, numbers: Tensor) -> None:
+        """Raise unless the steps of windows [B, T] follow each other, or begin an episode."""
+        after = torch.where(
+            first[:, :-1], numbers[:, 1:] < 0, numbers[:, 1:] == numbers[:, :-1].abs() + STRIDE
+        )
+        gaps = ~(after | first[:, 1:])
+        if gaps.any():
+            places = [(row, step + 1) for row, step in gaps.nonzero()[:4].tolist()]
+            raise ValueError(
+                f"tensordict: expected windows of steps that follow each other, got others at "
+                f"[row, step] {places}; reshape sampled slices to [..., T], and give steps that "
+                "the module did not act at to htm itself"
+            )
 
     def _beginning(self, first: Tensor, numbers: Tensor) -> TransformerState:
         """Return the memories that the rows of a window begin with, by the numbers of steps."""
@@ -212,8 +246,9 @@ class HTMModule(TensorDictModuleBase):
             raise ValueError(
                 f"tensordict: expected windows that begin with an episode or where a batch did, "
                 f"got others in rows {left.nonzero()[:, 0].tolist()}; call begin_window() where "
-                f"windows are to begin, keep more of them (windows={self.windows}), and pass "
-                "shifted=True to the value estimator"
+                f"windows are to begin, keep more of them (windows={self.windows}), pass "
+                "shifted=True to the value estimator, and of a replay buffer sample windows from "
+                "the beginnings of episodes, with init_key=None in a SliceSampler"
             )
         return TransformerState.cat(parts).select(torch.cat(places).argsort())
 
@@ -227,6 +262,20 @@ def _key(name: str, key: Key) -> Any:
             "in_key, is_init_key and step_key are read, each of them one"
         )
     return unravel_key(key)
+
+
+def _check_apart(keys: dict[str, Any]) -> None:
+    """Raise a ValueError where an entry is another one, or lies inside of it."""
+    for (name, key), (other, second) in combinations(keys.items(), 2):
+        # What is read may be written over, as in an embedding that is made again.
+        if (name, other) == ("in_key", "out_key") and key == second:
+            continue
+        one, two = (part if isinstance(part, tuple) else (part,) for part in (key, second))
+        length = min(len(one), len(two))
+        if one[:length] == two[:length]:
+            raise ValueError(
+                f"{other}: expected an entry apart from that of {name}, {key!r}, got {second!r}"
+            )
 
 
 def _first_number() -> int:

@@ -12,8 +12,10 @@ from torch import nn
 pytest.importorskip("torchrl")
 pytest.importorskip("gymnasium")
 
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
 from torchrl.envs import GymEnv, InitTracker, SerialEnv, TransformedEnv
 from torchrl.modules import (
     OneHotCategorical,
@@ -122,6 +124,70 @@ def test_a_window_inside_an_episode_is_refused(parts: Parts) -> None:
         parts.read(played[:, 3:])
 
 
+def test_any_steps_are_read_as_they_were_acted_or_refused(parts: Parts) -> None:
+    """Whatever is put together as a window, and whatever is marked as a beginning."""
+    played = parts.env.rollout(40, parts.actor, break_when_any_done=False).detach()
+    begins = played["is_init"][..., 0].clone()
+    assert begins.sum() > ROWS, "no episode began inside"
+    generator = torch.Generator().manual_seed(0)
+    accepted = 0
+    for _ in range(300):
+        cut = torch.randint(1, 3, (), generator=generator)
+        places: list[tuple[int, int]] = []
+        for _ in range(int(cut)):
+            row, start = (int(torch.randint(n, (), generator=generator)) for n in (ROWS, 40))
+            starts = begins[row, : start + 1].nonzero()[-1]
+            # Mostly from where an episode began, else nearly nothing is accepted.
+            start = int(starts) if torch.rand((), generator=generator) < 0.7 else start
+            stride = int(torch.rand((), generator=generator) < 0.2) + 1
+            end = start + int(torch.randint(1, 9, (), generator=generator))
+            places += [(row, step) for step in range(start, min(end, 40), stride)]
+        window = torch.stack([played[place] for place in places])
+        marks = window["is_init"] | (torch.rand(len(places), 1, generator=generator) < 0.2)
+        is_whole = all(
+            bool(begins[place]) or (number > 0 and places[number - 1] == (place[0], place[1] - 1))
+            for number, place in enumerate(places)
+        )
+        window = window.set("is_init", marks)[None]
+        if is_whole:
+            assert_near(parts.read(window), window["remembered"], 1e-5)
+            accepted += 1
+        else:
+            with pytest.raises(ValueError, match="expected windows"):
+                parts.read(window)
+    assert 50 < accepted < 250
+
+
+@pytest.mark.parametrize("init_key", [None, "is_init"])
+def test_slices_of_a_replay_buffer_are_read_from_beginnings_alone(
+    parts: Parts, init_key: str | None
+) -> None:
+    played = parts.env.rollout(24, parts.actor, break_when_any_done=False).detach()
+    sampler = SliceSampler(num_slices=1, end_key=("next", "done"), init_key=init_key)
+    storage = LazyTensorStorage(ROWS * 24, ndim=2)
+    buffer = TensorDictReplayBuffer(storage=storage, sampler=sampler, batch_size=4)
+    buffer.extend(played)
+    accepted = 0
+    for _ in range(60):
+        window = buffer.sample().reshape(1, 4)
+        if (window["htm_step"][:, 0] == 0).all():
+            assert_near(parts.read(window), window["remembered"], 1e-5)
+            accepted += 1
+        else:
+            with pytest.raises(ValueError, match=r"init_key=None"):
+                parts.read(window)
+    assert 0 < accepted < 60
+
+
+def test_a_window_whose_beginning_was_kept_is_read_whatever_marks_it(parts: Parts) -> None:
+    first = parts.env.rollout(6, parts.actor)
+    parts.memory.begin_window()
+    going_on = parts.env.step_mdp(first[:, -1])
+    second = parts.env.rollout(6, parts.actor, tensordict=going_on, auto_reset=False).detach()
+    second["is_init"][:, 0] = True
+    assert_near(parts.read(second), second["remembered"], 1e-5)
+
+
 def test_a_window_begins_where_it_was_said(parts: Parts) -> None:
     first = parts.env.rollout(6, parts.actor)
     parts.memory.begin_window()
@@ -211,6 +277,18 @@ def named(**keys: Any) -> Callable[[], HTMModule]:
     return lambda: HTMModule(transformer(), **{"in_key": "a", "out_key": "b"} | keys)
 
 
+def shaped(shape: tuple[int, ...], entry: tuple[int, ...]) -> Callable[[], None]:
+    """Put an entry of some shape through a module, of windows where there is time."""
+
+    def act() -> None:
+        first, numbers = torch.ones(*shape, 1, dtype=torch.bool), torch.zeros(*shape, 1).long()
+        given = {"a": torch.zeros(*shape, *entry), "is_init": first, "htm_step": numbers}
+        with set_recurrent_mode(len(shape) > 1):
+            named()()(TensorDict(given, shape))
+
+    return act
+
+
 @pytest.mark.parametrize(
     ("make", "told"),
     [
@@ -224,8 +302,19 @@ def named(**keys: Any) -> Callable[[], HTMModule]:
         (named(in_key=["a", "c"]), r"in_key: expected the name of one entry, .* got \['a', 'c'\]"),
         (named(out_key=1), "out_key: expected the name of one entry"),
         (named(is_init_key=()), "is_init_key: expected the name of one entry"),
-        (named(step_key="a"), "in_key: expected entries of different names"),
-        (named(out_key="is_init"), "in_key: expected entries of different names"),
+        (named(step_key="a"), "step_key: expected an entry apart from that of in_key, 'a', got"),
+        (named(out_key="is_init"), "out_key: expected an entry apart from that of is_init_key"),
+        (
+            named(out_key="next"),
+            r"out_key: .* of next step_key, .*, got 'next'",
+        ),
+        (named(out_key=("next", "htm_step")), "out_key: expected an entry apart"),
+        (named(out_key=("next", "htm_step", "c")), "out_key: expected an entry apart"),
+        (
+            named(out_key=("htm_step", "c")),
+            "out_key: .* apart from that of step_key",
+        ),
+        (named(out_key=("a", "c")), "out_key: expected an entry apart from that of in_key"),
         (named(default_recurrent_mode=1), "default_recurrent_mode: expected a bool, got int"),
         (
             lambda: named()()(torch.zeros(3, DIM)),
@@ -233,6 +322,15 @@ def named(**keys: Any) -> Callable[[], HTMModule]:
         ),
         (lambda: HTMModule(nn.Linear(2, 2), in_key="a", out_key="b"), "htm: expected an HTMTr"),
         (lambda: Parts(windows=0), "windows: expected an integer >= 1, got 0"),
+        (shaped((0,), (DIM,)), r"tensordict: expected at least one step, got shape \[0\]"),
+        (shaped((3, 0), (DIM,)), r"tensordict: expected at least one step, got shape \[3, 0\]"),
+        (shaped((3,), (5,)), r"in_key='a' as \[3, 16\], got \[3, 5\]"),
+        (shaped((3,), (4, 4)), r"in_key='a' as \[3, 16\], got \[3, 4, 4\]"),
+        (shaped((3, 5), (2, 8)), r"in_key='a' as \[3, 5, 16\], got \[3, 5, 2, 8\]"),
+        (
+            changed("htm_step", lambda p: p + 3),
+            "expected 0 as 'htm_step' of the first step of an episode",
+        ),
         (unprimed, r"an entry 'htm_step'.*make_tensordict_primer"),
         (one_step, "expected time as its last dimension"),
     ],
