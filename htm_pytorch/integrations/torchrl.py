@@ -76,8 +76,8 @@ class HTMModule(TensorDictModuleBase):
         read = {"in_key": in_key, "is_init_key": is_init_key, "step_key": step_key}
         keys: dict[str, Any] = {name: _key(name, key) for name, key in read.items()}
         self.in_keys = list(keys.values())
-        keys["next step_key"] = unravel_key(("next", keys["step_key"]))
-        keys["out_key"] = _key("out_key", out_key)
+        keys |= {"next step_key": unravel_key(("next", keys["step_key"]))}
+        keys |= {"out_key": _key("out_key", out_key)}
         self.out_keys = [keys["out_key"], keys["next step_key"]]
         _check_apart(keys)
         self._default_recurrent_mode = default_recurrent_mode

@@ -3,7 +3,7 @@
 import inspect
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ try:
     from transformers import PreTrainedModel
 
     from htm_pytorch.integrations.transformers_cache import HTMCache, remember
+    from htm_pytorch.integrations.transformers_layers import check_attends, decoder_layers
 except ImportError as error:
     raise ImportError(
         "htm_pytorch.integrations.transformers needs transformers: "
@@ -50,8 +51,9 @@ def add_memory(
 
     What a layer returns goes through an `HTMBlock`, the child `htm` of that layer, which recalls
     from what it was given before: steps can be recalled once their chunk is full, and are numbered
-    by their positions, padding left out. The block adds zero at first, so the model computes
-    exactly what it did before. The model's parameters keep their names.
+    in their order, padding left out. Where `position_ids` fall back inside a row, another text
+    begins, which recalls nothing of those before it. The block adds zero at first, so the model
+    computes exactly what it did before. The model's parameters keep their names.
 
     The memories travel in an `HTMCache`, beside keys and values: feeding a text in pieces equals
     feeding it whole, and no gradient goes from piece to piece through a memory. Without a cache,
@@ -72,8 +74,9 @@ def add_memory(
 
     Raises:
         ValueError: there is no such layer, it has a memory already, or the model has no decoder
-            layers that can be found, or none whose attention is causal.
+            layers that can be found, none whose attention is causal, or no attention at all.
     """
+    check_attends(model)
     check_at_least("mem_chunks", mem_chunks, 1)
 
     def make(dim: int, **made: Any) -> HTMBlock:
@@ -88,7 +91,12 @@ def add_memory(
             **made,
         )
 
-    _add(model, layers, PAST, make, lambda number: _Past(number, mem_chunks, _call_of(model)).after)
+    def hook(number: int, dim: int) -> Callable[..., Any]:
+        call = _call_of(model)
+        call.sizes[number] = {"chunks": mem_chunks, "chunk_size": mem_chunk_size, "dim": dim}
+        return _Past(number, call).after
+
+    _add(model, layers, PAST, make, hook)
 
 
 def add_stored_memory(
@@ -126,7 +134,7 @@ def add_stored_memory(
         sizes = heads, topk_mems, memory.chunk_size, dim_head
         return HTMBlock(dim, *sizes, dim_memory=memory.dim, impl=impl, **made)
 
-    _add(model, layers, STORED, make, lambda _: _Reader(memory).after)
+    _add(model, layers, STORED, make, lambda *_: _Reader(memory).after)
 
 
 def load_memory(model: PreTrainedModel, folder: str | Path) -> None:
@@ -191,8 +199,12 @@ def _saved(folder: Path) -> dict[str, dict[str, int]] | None:
 class _Call:
     """What the layers must know of the call of the model that they are in."""
 
+    sizes: dict[int, dict[str, int]] = field(default_factory=dict[int, dict[str, int]])
+    """Of the memory of each layer that has one, by name."""
     mask: Tensor | None = None
     """[B, T] bool, False for padding."""
+    is_first: Tensor | None = None
+    """[B, T] bool, True where another text begins inside a row."""
 
     def before(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -206,13 +218,15 @@ class _Call:
         if not isinstance(inputs, Tensor):
             return args, kwargs  # The model says what is missing.
         self.mask = _padding(given.get("attention_mask"), inputs.shape[1])
+        self.is_first = _beginnings(given.get("position_ids"), inputs, self.mask)
         name = "cache" if "cache" in signature.parameters else "past_key_values"
         cache = given.get("cache", given.get("past_key_values"))
         config = cast(Any, decoder).config
         if cache is not None:
-            remember(cache)
+            remember(cache, inputs, self.sizes)
         elif _keeps(decoder, given.get("use_cache"), config):
-            kwargs = kwargs | {name: HTMCache(config=config)}
+            kwargs = kwargs | {name: (cache := HTMCache(config=config))}
+            remember(cache, inputs, self.sizes)
         return args, kwargs
 
 
@@ -221,7 +235,6 @@ class _Past:
     """What a layer returns goes through its block, and into its memory."""
 
     number: int
-    chunks: int
     call: _Call
 
     def after(
@@ -236,14 +249,16 @@ class _Past:
         cache = None if again else next(caches, None)
         memory = None if cache is None else cache.memories.get(self.number)
         if memory is None:
-            size = block.attn.mem_chunk_size
-            # Without a cache nothing comes after this call, and no more can close in it.
-            chunks = self.chunks if cache is not None else min(self.chunks, x.shape[1] // size)
-            made = {"dtype": x.dtype, "device": x.device}
-            memory = ChunkedMemory.empty(x.shape[0], max(1, chunks), size, x.shape[2], **made)
+            sizes: dict[str, Any] = dict(self.call.sizes[self.number])
+            if cache is None:
+                # Nothing comes after this call, and no more can close in it.
+                closing = max(1, x.shape[1] // sizes["chunk_size"])
+                sizes["chunks"] = min(sizes["chunks"], closing)
+            memory = ChunkedMemory.empty(x.shape[0], **sizes, dtype=x.dtype, device=x.device)
         steps = (x.detach() if block.attn.detach_memories else x).to(memory.dtype)
+        is_first = None if self.call.is_first is None else self.call.is_first.to(x.device)
         if self.call.mask is None:
-            reached = memory.reach(steps)
+            reached = memory.reach(steps, is_first)
             visible = None
             if reached.reach.times is not None:
                 time = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
@@ -252,7 +267,7 @@ class _Past:
             # Not before: what was read may lie where the new chunks are written.
             memory = memory if cache is None else reached.after()
         else:
-            read, visible, memory = memory.unroll(steps, mask=self.call.mask.to(x.device))
+            read, visible, memory = memory.unroll(steps, is_first, self.call.mask.to(x.device))
             y = _run(block, again, x, read, visible)
         if cache is not None:
             cache.memories[self.number] = memory.detach()
@@ -316,41 +331,25 @@ def _padding(mask: Any, length: int) -> Tensor | None:
     return None if may_look_at(mask) and mask.all() else mask
 
 
-def _decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
-    """Return the part of the model that calls its decoder layers, and the layers."""
-    find = getattr(getattr(model, "config", None), "get_text_config", None)
-    if find is None:
-        raise ValueError(
-            f"model: expected one of transformers, as AutoModelForCausalLM.from_pretrained "
-            f"returns, got {type(model).__name__}"
-        )
-    config = find(decoder=True)
-    count = getattr(config, "num_hidden_layers", None)
-    if not getattr(config, "is_encoder_decoder", False):
-        for module in model.modules():
-            for layers in module.children():
-                if isinstance(layers, nn.ModuleList) and len(layers) == count:
-                    _check_causal(model, layers)
-                    return module, layers
-    raise ValueError(
-        f"model: expected a decoder with a ModuleList of {count} layers (num_hidden_layers), got "
-        f"{type(model).__name__} without one"
-    )
+def _beginnings(positions: Any, inputs: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Return where positions do not rise from a token that exists to the next one, [B, T] bool.
 
-
-def _check_causal(model: PreTrainedModel, layers: nn.ModuleList) -> None:
-    """Raise where all attention sees what comes later: what it computes is of no step."""
-    said = [part.is_causal for part in layers.modules() if hasattr(part, "is_causal")]
-    if said and not any(said):
-        raise ValueError(
-            f"model: expected a causal one, as AutoModelForCausalLM.from_pretrained returns, got "
-            f"{type(model).__name__}, whose attention sees later tokens, too"
-        )
+    Positions with several numbers a token, as of pictures, do not say.
+    """
+    if not isinstance(positions, Tensor) or positions.ndim != 2 or inputs.shape[1] < 2:
+        return None
+    positions = positions.expand(inputs.shape[:2])
+    time = torch.arange(inputs.shape[1], device=positions.device).expand(positions.shape)
+    exists = torch.ones_like(time, dtype=torch.bool) if mask is None else mask.to(time.device)
+    last = torch.where(exists, time, -1).cummax(1).values[:, :-1]
+    falls = (positions[:, 1:] <= positions.gather(1, last.clamp(min=0))) & (last >= 0)
+    is_first = nn.functional.pad(falls & exists[:, 1:], (1, 0))
+    return None if may_look_at(is_first) and not is_first.any() else is_first
 
 
 def _call_of(model: PreTrainedModel) -> _Call:
     """Return what watches the calls of the model; there is one."""
-    decoder, _ = _decoder_layers(model)
+    decoder, _ = decoder_layers(model)
     for hook in decoder._forward_pre_hooks.values():
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, _Call):
@@ -365,9 +364,9 @@ def _add(
     layers: Iterable[int],
     name: str,
     make: Callable[..., HTMBlock],
-    hook: Callable[[int], Callable[..., Any]],
+    hook: Callable[[int, int], Callable[..., Any]],
 ) -> None:
-    _, modules = _decoder_layers(model)
+    _, modules = decoder_layers(model)
     config = cast(Any, model.config.get_text_config(decoder=True))
     check_kind("layers", layers, Iterable, "numbers of layers, such as [2]")
     numbers = list(layers)
@@ -383,6 +382,6 @@ def _add(
         nn.init.zeros_(output.weight)
         nn.init.zeros_(output.bias)
         layer.add_module(name, block.train(layer.training))
-        layer.register_forward_hook(hook(number), with_kwargs=True)
+        layer.register_forward_hook(hook(number, config.hidden_size), with_kwargs=True)
     # So that what is saved says what it needs.
     model.config.htm_memory = _described(model)

@@ -20,6 +20,7 @@ class HTMCache(DynamicCache):
         super().__init__(*args, **options)
         self.memories: dict[int, ChunkedMemory] = {}
         """By the number of the layer; each memory holds what the layer's block was given."""
+        self._length = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows `beam_idx` [B], as beam search does."""
@@ -42,6 +43,7 @@ class HTMCache(DynamicCache):
         """Forget all."""
         super().reset()
         self.memories.clear()
+        self._length = 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse to take tokens back, as assisted generation does: chunks may have closed."""
@@ -58,23 +60,49 @@ class HTMCache(DynamicCache):
             self.memories[number] = memory.select_rows(rows.to(memory.device))
 
 
-def remember(cache: Any) -> None:
+def remember(cache: Any, inputs: Tensor, sizes: dict[int, dict[str, int]]) -> None:
     """Turn an empty `DynamicCache` into an `HTMCache`, the same object, which others hold.
 
+    Args:
+        cache: what a call of a model is given.
+        inputs: of the call, [B, T, ...], which the cache is about to take in.
+        sizes: of the memories of the model, by name, of each layer.
+
     Raises:
-        ValueError: it is another cache, or not empty.
+        ValueError: it is another cache, or it holds tokens that such memories have not seen.
     """
-    if isinstance(cache, HTMCache):
-        return
+    if not isinstance(cache, HTMCache):
+        _turn(cache)
+    held = cache.get_seq_length()
+    is_used = held or cache.memories
+    if is_used and (held != cache._length or cache.memories.keys() != sizes.keys()):
+        raise _missing(cache)
+    for number, memory in cache.memories.items():
+        for name, expected in {"batch": len(inputs), **sizes[number]}.items():
+            if (got := getattr(memory, name)) != expected:
+                raise ValueError(
+                    f"cache: expected the memory of layer {number} to have {name} {expected}, as "
+                    f"the model and its inputs have, got {got}; pass a cache that this model made"
+                )
+    cache._length = held + inputs.shape[1]
+
+
+def _turn(cache: Any) -> None:
     if type(cache) is not DynamicCache:
         raise ValueError(
             f"cache: expected an HTMCache, which carries the memories, got "
             f"{type(cache).__name__}; pass HTMCache(config=model.config)"
         )
     if cache.get_seq_length():
-        raise ValueError(
-            f"cache: expected an HTMCache or an empty DynamicCache, got a DynamicCache of "
-            f"{cache.get_seq_length()} tokens, whose memories are missing"
-        )
+        raise _missing(cache)
     cache.__class__ = HTMCache
-    cast(HTMCache, cache).memories = {}
+    turned = cast(HTMCache, cache)
+    turned.memories, turned._length = {}, 0
+
+
+def _missing(cache: DynamicCache) -> ValueError:
+    return ValueError(
+        f"cache: expected an empty cache, or an HTMCache that models with the same memories alone "
+        f"read, got one of {cache.get_seq_length()} tokens ({type(cache).__name__}), whose "
+        "memories are missing; read its text again with HTMCache(config=model.config)"
+    )

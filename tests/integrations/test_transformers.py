@@ -312,6 +312,154 @@ def cropped() -> None:
     cache.crop(3)
 
 
+def llava(layers: int = LAYERS) -> Any:
+    """Sees pictures through a tower of so many layers, which is not causal."""
+    tower = transformers.CLIPVisionConfig(
+        hidden_size=DIM, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**COMMON), vision_config=tower, image_token_id=63
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("says_causal", [True, False])
+@pytest.mark.parametrize("layers", [1, LAYERS])
+def test_the_memory_is_in_the_text_model_whatever_else_there_is(
+    layers: int, says_causal: bool
+) -> None:
+    model = llava(layers)
+    if not says_causal:
+        for part in model.modules():
+            if hasattr(part, "is_causal"):
+                del part.is_causal
+    add_memory(model, [0, 2], **SIZES)
+    names = [name for name, _ in model.named_modules() if name.endswith(".htm")]
+    assert names == [f"model.language_model.layers.{layer}.htm" for layer in (0, 2)]
+
+
+def packed(lengths: list[int]) -> Tensor:
+    return torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@torch.no_grad()
+def test_texts_packed_into_a_row_do_not_recall_each_other(seed: int) -> None:
+    model = remembering(llama)
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 30, (5,), generator=generator).tolist()
+    row = tokens(1, sum(lengths))
+    given = model(row, position_ids=packed(lengths), use_cache=False).logits
+    alone = [model(text, use_cache=False).logits for text in row.split(lengths, 1)]
+    assert_near(given, torch.cat(alone, 1), 1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_texts_begin_where_positions_fall_back_among_tokens_that_exist(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 9, (6,), generator=generator).tolist()
+    positions = packed(lengths)[0]
+    expected = torch.zeros(len(positions), dtype=torch.bool)
+    expected[torch.tensor(lengths).cumsum(0)[:-1]] = True
+    exists = torch.rand(2 * len(positions), generator=generator) < 0.5
+    places = torch.randperm(len(exists), generator=generator)[: len(positions)].sort().values
+    mask = torch.zeros_like(exists).index_fill(0, places, True)
+    spread = torch.randint(9, exists.shape, generator=generator).index_copy(0, places, positions)
+    heard: list[Any] = []
+    model = remembering(llama)
+    (call,) = (
+        hook.__self__
+        for hook in model.model._forward_pre_hooks.values()
+        if hasattr(hook, "__self__")
+    )
+    model.model.register_forward_hook(lambda *_: heard.append(call.is_first))
+    model(
+        tokens(1, len(mask)),
+        position_ids=spread[None],
+        attention_mask=mask[None].long(),
+        use_cache=False,
+    )
+    assert heard[0][0, places].equal(expected) and not heard[0][0, ~mask].any()
+
+
+def test_masks_of_the_usual_kind_begin_no_other_text() -> None:
+    model = remembering(llama)
+    mask = torch.ones(2, 60, dtype=torch.int64)
+    mask[0, :9] = 0
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    with torch.no_grad():
+        given = model(tokens(), attention_mask=mask, position_ids=positions).logits
+        alone = model(tokens()[:1, 9:]).logits
+    assert_near(given[:1, 9:], alone, 1e-5)
+
+
+def read_by_another(first: Any, second: Any, rows: int = 2) -> None:
+    cache = HTMCache(config=second.config)
+    first(tokens(), cache=cache)
+    before = copy.deepcopy(cache.memories)
+    held = cache.get_seq_length()
+    try:
+        second(tokens(rows), cache=cache)
+    finally:
+        assert cache.get_seq_length() == held and cache.memories.keys() == before.keys()
+
+
+def remembering_by(layers: list[int], **sizes: Any) -> Any:
+    model = llama().eval()
+    add_memory(model, layers, **{"mem_chunks": 8} | SIZES | sizes)
+    return model
+
+
+def read_in_between() -> None:
+    """The memories lack what a model without them read."""
+    model, cache = remembering(llama), HTMCache(config=llama().config)
+    model(tokens(), cache=cache)
+    llama()(tokens(), cache=cache)
+    model(tokens(), cache=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (lambda: read_by_another(llama(), remembering(llama)), "whose memories are missing"),
+        (lambda: read_by_another(remembering_by([0]), remembering(llama)), "memories are missing"),
+        (lambda: read_by_another(remembering(llama), remembering_by([0])), "memories are missing"),
+        (read_in_between, "got one of 120 tokens .*whose memories are missing"),
+        (
+            lambda: read_by_another(remembering_by([0]), remembering_by([0], mem_chunk_size=8)),
+            "memory of layer 0 to have chunk_size 8, .* got 4",
+        ),
+        (
+            lambda: read_by_another(remembering_by([0]), remembering_by([0], mem_chunks=3)),
+            "memory of layer 0 to have chunks 3, .* got 8",
+        ),
+        (
+            lambda: read_by_another(remembering(llama), remembering(llama), rows=1),
+            "memory of layer 0 to have batch 1, .* got 2",
+        ),
+    ],
+)
+def test_a_cache_with_other_memories_is_refused(wrong: Callable[[], object], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        wrong()
+
+
+def mamba() -> Any:
+    small = {"hidden_size": DIM, "num_hidden_layers": LAYERS, "state_size": 4}
+    return transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=WORDS, **small))
+
+
+def test_a_model_without_attention_is_refused_before_it_is_changed() -> None:
+    model = mamba()
+    names = set(model.state_dict())
+    with pytest.raises(ValueError, match="model: expected one with attention, .*got MambaForCau"):
+        add_memory(model, [0], **SIZES)
+    assert set(model.state_dict()) == names and not hasattr(model.config, "htm_memory")
+    model.generate(tokens(), max_new_tokens=2, do_sample=False)
+
+
 def seq2seq() -> Any:
     small = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
     return transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=9, **small))
@@ -340,7 +488,10 @@ def bert() -> Any:
         (lambda: add_memory(bert(), [0]), "model: expected a causal one, .*got BertModel"),
         (lambda: add_stored_memory(llama(), [0], torch.zeros(1, 4, 4)), "memory: expected a mem"),  # pyright: ignore[reportArgumentType]
         (lambda: ask(cache=lambda m: StaticCache(m.config, max_cache_len=80)), "got StaticCache"),
-        (lambda: ask(cache=filled), "got a DynamicCache of 60 tokens, whose memories are missing"),
+        (
+            lambda: ask(cache=filled),
+            r"got one of 60 tokens \(DynamicCache\), whose memories are missing",
+        ),
         (
             lambda: ask(attention_mask=lambda _: torch.zeros(2, 1, 60, 60)),
             r"attention_mask: expected \[B, T\] that marks padding, .* got \[2, 1, 60, 60\]",
