@@ -35,7 +35,7 @@ def write_report(
 
     Nothing is loaded from anywhere, which the page's own Content-Security-Policy enforces. Where
     it would be too large, frames are halved; then of frames, and of moments, every second, fourth,
-    ... is kept, and the page says so.
+    ... is kept, and the page says so. Steps are all kept.
 
     Args:
         trace: of an episode or sequence.
@@ -43,7 +43,7 @@ def write_report(
         most_bytes: how large the page may be.
 
     Raises:
-        ValueError: no such folder, or even a few moments are too many.
+        ValueError: no such folder, or the steps and a few moments are too many.
     """
     check_kind("trace", trace, Trace, "a Trace")
     check_at_least("most_bytes", most_bytes, 1)
@@ -58,6 +58,7 @@ def check_path(name: str, path: str | os.PathLike[str], *kinds: str) -> Path:
     Raises:
         ValueError: another kind of file, or a folder that is not there.
     """
+    check_kind(name, path, (str, os.PathLike), "the path of a file")
     path = Path(path)
     if path.suffix not in kinds:
         raise ValueError(f"{name}: expected a file {' or '.join(kinds)}, got {str(path)!r}")
@@ -87,7 +88,8 @@ def render(trace: Trace, most_bytes: int = MOST_BYTES) -> str:
         if stride >= len(trace.moments):
             raise ValueError(
                 f"trace: expected a page of at most {most_bytes:,} bytes, got {size:,} with "
-                f"{len(trace.steps):,} steps and hardly a moment; trace a shorter piece"
+                f"{len(trace.steps):,} steps, all kept, and hardly a moment; trace a shorter "
+                "piece, or allow a larger page with most_bytes="
             )
         stride *= 2
 

@@ -1,14 +1,15 @@
 """`Trace`: one episode or sequence, and what was recalled at which of its steps, as plain data."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from htm_pytorch.memory import Span
+from htm_pytorch.report.plain import number, several, text, whole
 from htm_pytorch.shapes import check_kind
 
 
@@ -63,6 +64,8 @@ class Trace:
         frames: [T, H, W, 3] uint8, a picture of each of the steps.
         facts: what else is said at the top of the page, by name.
 
+    Numbers may be of any library, as scalars of NumPy and torch; the trace holds plain ones.
+
     Raises:
         ValueError: names the argument, what came and what was expected.
     """
@@ -77,13 +80,17 @@ class Trace:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be shown."""
-        check_kind("title", self.title, str, "a str")
         check_kind("facts", self.facts, Mapping, "texts by name")
-        kinds = {"chunks": Span, "moments": Moment, "steps": Seen}
-        for name, kind in kinds.items():
-            check_kind(name, parts := getattr(self, name), Sequence, f"a tuple of {kind.__name__}")
-            for number, part in enumerate(parts):
-                check_kind(f"{name}[{number}]", part, kind, f"a {kind.__name__}")
+        made: dict[str, Any] = {
+            "title": text("title", self.title),
+            "first_step": whole("first_step", self.first_step),
+            "facts": {text("facts", k): text(f"facts[{k!r}]", v) for k, v in self.facts.items()},
+            "chunks": _all("chunks", self.chunks, Span, _span),
+            "moments": _all("moments", self.moments, Moment, _moment),
+            "steps": _all("steps", self.steps, Seen, _seen),
+        }
+        for name, value in made.items():
+            object.__setattr__(self, name, value)
         if not self.moments:
             raise ValueError(
                 "moments: expected at least one, got none: nothing was asked of the memory; "
@@ -93,16 +100,16 @@ class Trace:
         if firsts != sorted(firsts):
             raise ValueError(f"chunks: expected them by their first steps, got {firsts}")
         layers = len(self.moments[0].layers)
-        for number, moment in enumerate(self.moments):
+        for place, moment in enumerate(self.moments):
             if len(moment.layers) != layers:
                 raise ValueError(
-                    f"moments[{number}].layers: expected {layers} as in the first moment, "
+                    f"moments[{place}].layers: expected {layers} as in the first moment, "
                     f"got {len(moment.layers)}"
                 )
             if moment.asked is not None:
-                self._check_place(f"moments[{number}].asked", moment.asked)
+                self._check_place(f"moments[{place}].asked", moment.asked)
             for recalled in (one for layer in moment.layers for one in layer):
-                self._check_recalled(f"moments[{number}].layers", recalled)
+                self._check_recalled(f"moments[{place}].layers", recalled)
         self._check_frames()
 
     def _check_place(self, name: str, place: int) -> None:
@@ -139,13 +146,69 @@ class Trace:
             raise ValueError(f"frames: expected dtype torch.uint8, got {self.frames.dtype}")
 
 
+Part = TypeVar("Part", bound=NamedTuple)
+
+
+def _all(
+    name: str, parts: object, kind: type[Part], plain: Callable[[str, Part], Part]
+) -> tuple[Part, ...]:
+    """Return parts of a kind with plain numbers and texts."""
+    found = several(name, parts, f"a tuple of {kind.__name__}")
+    for place, part in enumerate(found):
+        check_kind(f"{name}[{place}]", part, kind, f"a {kind.__name__}")
+    return tuple(plain(f"{name}[{place}]", part) for place, part in enumerate(found))
+
+
+def _span(name: str, span: Span) -> Span:
+    counts = ("chunk", "first_step", "count", "episode")
+    made: dict[str, Any] = {part: whole(f"{name}.{part}", getattr(span, part)) for part in counts}
+    for part in ("first_time", "last_time"):
+        made[part] = _or_none(number, f"{name}.{part}", getattr(span, part))
+    keys = several(f"{name}.keys", span.keys, "a tuple of str")
+    return Span(**made, keys=tuple(_or_none(text, f"{name}.keys", key) for key in keys))
+
+
+def _seen(name: str, seen: Seen) -> Seen:
+    reward = _or_none(number, f"{name}.reward", seen.reward)
+    return Seen(text(f"{name}.label", seen.label), reward)
+
+
+def _moment(name: str, moment: Moment) -> Moment:
+    wanted = "a tuple for each layer, of Recalled"
+    layers = several(f"{name}.layers", moment.layers, wanted)
+    return Moment(
+        _or_none(whole, f"{name}.step", moment.step),
+        tuple(
+            _all(f"{name}.layers[{place}]", layer, Recalled, _recalled)
+            for place, layer in enumerate(layers)
+        ),
+        _or_none(text, f"{name}.action", moment.action),
+        _or_none(number, f"{name}.value", moment.value),
+        _or_none(whole, f"{name}.asked", moment.asked),
+        text(f"{name}.label", moment.label),
+    )
+
+
+def _recalled(name: str, one: Recalled) -> Recalled:
+    inside = several(f"{name}.step_weights", one.step_weights, "a tuple of numbers, one a step")
+    return Recalled(
+        whole(f"{name}.chunk", one.chunk),
+        number(f"{name}.weight", one.weight),
+        tuple(number(f"{name}.step_weights", weight) for weight in inside),
+    )
+
+
+def _or_none(plain: Callable[[str, object], Any], name: str, value: object) -> Any:
+    return None if value is None else plain(name, value)
+
+
 def check_labels(name: str, labels: Sequence[str]) -> None:
     """Raise a ValueError unless they are several texts."""
     if isinstance(labels, str):
         raise ValueError(f"{name}: expected several str, one each, got one: {labels!r}")
     check_kind(name, labels, Sequence, "several str, one each")
-    for number, label in enumerate(labels):
-        check_kind(f"{name}[{number}]", label, str, "a str")
+    for place, label in enumerate(labels):
+        check_kind(f"{name}[{place}]", label, str, "a str")
 
 
 def chunk_of(chunks: Sequence[Span], first: int, end: int) -> int | None:

@@ -204,7 +204,11 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
         write_report(trace, tmp_path / "report.txt")
     with pytest.raises(ValueError, match="path: expected a file in a folder that exists, got"):
         write_report(trace, tmp_path / "nowhere" / "report.html")
-    with pytest.raises(ValueError, match="trace: expected a page of at most 20,000 bytes, got"):
+    for path in (None, 3):
+        with pytest.raises(ValueError, match="path: expected the path of a file, got"):
+            write_report(trace, path)  # pyright: ignore[reportArgumentType]
+    told = "trace: expected a page of at most 20,000 bytes, got .* with most_bytes="
+    with pytest.raises(ValueError, match=told):
         write_report(replace(long_trace(1600), frames=None), tmp_path / "r.html", most_bytes=20_000)
     assert not list(tmp_path.iterdir())
 
