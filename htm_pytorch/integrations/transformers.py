@@ -154,17 +154,22 @@ def load_memory(model: PreTrainedModel, folder: str | Path) -> None:
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"folder: {str(folder)!r} holds no safetensors file")
+    found: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            names = wanted.keys() & tensors.keys()
+            found |= {name: tensors.get_tensor(name) for name in names}
+    if not found:
+        raise ValueError(
+            f"folder: expected a saved model with a memory, got {str(folder)!r} without one; "
+            "save the model after add_memory"
+        )
     added, saved = _described(model), _saved(Path(folder))
     if saved is not None and saved != added:
         raise ValueError(
             f"folder: expected the memories that the model has, {added}, got {saved}; add the "
             "memory with the arguments that the saved model had"
         )
-    found: dict[str, Tensor] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            names = wanted.keys() & tensors.keys()
-            found |= {name: tensors.get_tensor(name) for name in names}
     for name, parameter in wanted.items():
         got = list(found[name].shape) if name in found else "nothing"
         if got != list(parameter.shape):

@@ -1,6 +1,7 @@
 """`Recorder`: listens to an `HTMTransformer` while it runs, and notes what it recalls."""
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -213,8 +214,16 @@ class Recorder:
         if noted is None or not noted.numel():
             return
         ran = output[0].detach()[list(self.rows)].double()
-        largest = float(ran.abs().max()) or 1.0
-        difference = float((ran - noted.double()).abs().max()) / largest
+        noted = noted.double()
+        if not ran.isnan().equal(noted.isnan()):
+            raise ValueError(
+                "model: expected recall(...) to give NaN where the run did, got NaN of one of them "
+                "alone; see that its steps and weights are finite"
+            )
+        # What is infinite in both is no difference either.
+        apart = (ran - noted).masked_fill(ran == noted, 0.0).nan_to_num(nan=0.0, posinf=math.inf)
+        largest = float(ran.nan_to_num(0.0, 0.0, 0.0).abs().max()) or 1.0
+        difference = float(apart.abs().max()) / largest
         self.difference = max(self.difference, difference)
         is_half = output[0].dtype.itemsize < 4 or torch.is_autocast_enabled(output[0].device.type)
         allowed = HALF_TOLERANCE if is_half else TOLERANCE

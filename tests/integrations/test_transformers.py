@@ -253,6 +253,10 @@ def test_weights_are_saved_and_loaded(tmp_path: Path) -> None:
         ValueError, match=r"expected the memories that the model has, .*, got .*layers\.2\.htm"
     ):
         load_memory(other, tmp_path)
+    plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    plain.save_pretrained(tmp_path / "without")
+    with pytest.raises(ValueError, match=r"got .* without one; save the model after add_memory"):
+        load_memory(loaded, tmp_path / "without")
     with pytest.raises(FileNotFoundError, match="holds no safetensors"):
         load_memory(loaded, tmp_path / "elsewhere")
 

@@ -202,6 +202,32 @@ def test_it_listens_no_more_after_an_error() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_in_the_run_is_none_in_what_is_noted(value: float) -> None:
+    x = torch.randn(1, 20, 8)
+    x[0, 17] = value
+    model = make_model()
+    with Recorder(model) as recorder:
+        y, _ = model(x)
+    assert y[0, 17].isnan().any()
+    assert recorder.difference < 1e-4
+
+
+@torch.no_grad()
+def test_nan_in_one_of_both_alone_is_an_error(monkeypatch: Any) -> None:
+    model, x = make_model(), torch.randn(1, 6, 8)
+    true = model.recall
+
+    def other(*given: Any, **named: Any) -> Any:
+        y, *rest = true(*given, **named)
+        return y.index_fill(1, torch.tensor([2]), float("nan")), *rest
+
+    monkeypatch.setattr(model, "recall", other)
+    with Recorder(model), pytest.raises(ValueError, match="got NaN of one of them alone"):
+        model(x)
+
+
+@torch.no_grad()
 def test_outputs_that_are_not_those_of_the_run_are_an_error(monkeypatch: Any) -> None:
     model, x = make_model(), torch.randn(1, 6, 8)
     true = model.recall
