@@ -354,6 +354,25 @@ def test_a_memory_is_looked_after(
     assert_line(capsys, htm(monkeypatch, "memory", "info", tmp_path / "none"), "uri: no memory at")
 
 
+@pytest.mark.parametrize(
+    "command", [["info"], ["verify"], ["compact"], ["index"], ["repair"], ["show", "--chunk=0"]]
+)
+def test_a_path_to_something_else_is_a_wrong_argument(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
+) -> None:
+    pytest.importorskip("lance")
+    file = tmp_path / "file.txt"
+    file.write_text("no memory")
+    told = "uri: expected the folder of a memory, got "
+    name, *options = command
+    for place, what in ((file, "the file "), (tmp_path, f"'{tmp_path}' with other files")):
+        assert_line(capsys, htm(monkeypatch, "memory", name, place, *options), told + what)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.txt"]
+
+
 def test_a_memory_is_copied_shown_and_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

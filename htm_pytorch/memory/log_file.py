@@ -28,7 +28,7 @@ REMOVE = "the others are unharmed, and `memory.open_many(uri).remove(name)` lets
 
 def says_many(path: Path) -> bool:
     """Whether the first bytes of a file say that it is of many memories, damaged or not."""
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), path.open("rb") as file:
         return file.read(72)[68:] == _KINDS[True].to_bytes(4, "big")
     return False
 

@@ -149,16 +149,18 @@ def check_folder(folder: Path, may_make: bool) -> None:
 
     Raises:
         FileNotFoundError: there is no memory, and none `may_make`.
-        MemoryFileError: there is something else.
+        ValueError: there is something else.
     """
     if folder.exists() and not folder.is_dir():
-        raise MemoryFileError(f"uri: {str(folder)!r} is a file; expected the folder of a memory")
+        raise ValueError(f"uri: expected the folder of a memory, got the file {str(folder)!r}")
     if any((folder / name).exists() for name in ("journal", "chunks.lance", MARKER)):
         return
     # What making one leaves behind, if it does not come to an end.
     left = {"lock", ".journal.new", ".journal.new-journal", f".{MARKER}.new"}
     if folder.exists() and not {entry.name for entry in folder.iterdir()} <= left:
-        raise MemoryFileError(f"uri: {str(folder)!r} holds other files, and no memory")
+        raise ValueError(
+            f"uri: expected the folder of a memory, got {str(folder)!r} with other files alone"
+        )
     if not may_make:
         raise FileNotFoundError(NO_MEMORY.format(str(folder)))
 

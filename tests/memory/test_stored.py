@@ -286,11 +286,11 @@ def test_bad_arguments(tmp_path: Path, arguments: dict[str, Any], message: str) 
 
 def test_other_files(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file")
-    with pytest.raises(MemoryFileError, match="is a file"):
+    with pytest.raises(ValueError, match="folder of a memory, got the file"):
         make(tmp_path / "file")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.tex").write_text("years of work")
-    with pytest.raises(MemoryFileError, match="holds other files"):
+    with pytest.raises(ValueError, match="folder of a memory, got .* with other files alone"):
         make(tmp_path / "folder")
     assert [entry.name for entry in (tmp_path / "folder").iterdir()] == ["thesis.tex"]
 
