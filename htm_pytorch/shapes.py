@@ -61,6 +61,19 @@ def check_mask(name: str, value: Tensor | None, axes: str, device: torch.device,
     check_device(name, value, device)
 
 
+def check_made(device: object, dtype: object) -> None:
+    """Raise a ValueError unless parameters can be made on `device` and in `dtype`, where given."""
+    if dtype is not None:
+        check_kind("dtype", dtype, torch.dtype, "a torch.dtype")
+        check_floating("dtype", torch.empty(0, dtype=dtype, device="cpu"))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    try:
+        torch.device("cpu" if device is None else device)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device: expected a torch.device or its name, as 'cpu', got {device!r}"
+        ) from error
+
+
 def check_device(name: str, value: Tensor, device: torch.device) -> None:
     """Raise a ValueError unless `value` lives on `device`."""
     if value.device != device:

@@ -17,6 +17,8 @@ from htm_pytorch.shapes import (
     check_beside,
     check_device,
     check_floating,
+    check_kind,
+    check_made,
     check_mask,
     check_tensor,
 )
@@ -94,6 +96,8 @@ class HTMAttention(nn.Module):
         for name, size in sizes.items():
             check_at_least(name, size, 1)
         check_impl(impl)
+        check_made(device, dtype)
+        check_kind("detach_memories", detach_memories, bool, "a bool")
         if not isinstance(recency, bool):
             raise ValueError(f"recency: expected True or False, got {recency!r}")
         self.dim = dim

@@ -9,7 +9,7 @@ from htm_pytorch.nn.affine import check_unhooked
 from htm_pytorch.nn.attention import HTMAttention, Memories
 from htm_pytorch.ops import Impl, Recall
 from htm_pytorch.ops.places import together
-from htm_pytorch.shapes import check_at_least
+from htm_pytorch.shapes import check_at_least, check_made
 
 
 class HTMBlock(nn.Module):
@@ -58,6 +58,7 @@ class HTMBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        check_made(device, dtype)
         if residual not in ("input", "normed"):
             raise ValueError(f"residual: expected 'input' or 'normed', got {residual!r}")
         check_at_least("dim", dim, 1)

@@ -17,6 +17,8 @@ from htm_pytorch.shapes import (
     check_at_least,
     check_beside,
     check_device,
+    check_kind,
+    check_made,
     check_mask,
     check_tensor,
     may_look_at,
@@ -77,11 +79,14 @@ class HTMTransformer(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        check_made(device, dtype)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         sizes = {"dim": dim, "depth": depth, "window": window, "mlp_ratio": mlp_ratio}
         for name, size in sizes.items():
             check_at_least(name, size, 1)
         check_at_least("mem_chunks", mem_chunks, 0)
+        check_kind("keep_across_episodes", keep_across_episodes, bool, "a bool")
+        check_kind("detach_memories", detach_memories, bool, "a bool")
         self.dim = dim
         self.mem_chunk_size = mem_chunk_size
         self.mem_chunks = mem_chunks

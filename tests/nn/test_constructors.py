@@ -49,3 +49,29 @@ def test_print_says_the_sizes() -> None:
     assert "mem_chunks=3, keep_across_episodes=False" in text
     assert "dim=8, heads=8, topk_mems=2, mem_chunk_size=4, dim_head=64, add_pos_enc=True" in text
     assert "residual='input'" in text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"dtype": torch.int64}, "dtype: expected dtype floating point, got torch.int64"),
+        ({"dtype": "float32"}, "dtype: expected a torch.dtype, got str"),
+        ({"device": "foo"}, "device: expected a torch.device or its name, as 'cpu', got 'foo'"),
+        ({"device": 1.5}, "device: expected a torch.device or its name, as 'cpu', got 1.5"),
+        ({"detach_memories": None}, "detach_memories: expected a bool, got NoneType"),
+        ({"detach_memories": 1}, "detach_memories: expected a bool, got int"),
+    ],
+)
+def test_what_is_wrong_is_told(wrong: dict[str, object], told: str) -> None:
+    for make in (
+        HTMAttention,
+        HTMBlock,
+        lambda dim, **given: HTMTransformer(dim, **SIZES, **given),
+    ):
+        with pytest.raises(ValueError, match=told):
+            make(8, **wrong)
+
+
+def test_whether_episodes_are_kept_is_a_bool() -> None:
+    with pytest.raises(ValueError, match="keep_across_episodes: expected a bool, got int"):
+        HTMTransformer(8, **SIZES, keep_across_episodes=1)  # pyright: ignore[reportArgumentType]
