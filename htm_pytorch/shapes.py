@@ -74,6 +74,18 @@ def check_made(device: object, dtype: object) -> None:
         ) from error
 
 
+def to_arguments(
+    device: torch.device | str | torch.dtype | None, dtype: torch.dtype | None
+) -> tuple[torch.device | str | None, torch.dtype | None]:
+    """Return the arguments of a `to`; the dtype may come first and alone, as in torch."""
+    if isinstance(device, torch.dtype):
+        if dtype is not None:
+            raise ValueError(f"device: expected a torch.device or its name, got {device}")
+        device, dtype = None, device
+    check_made(device, dtype)
+    return device, dtype
+
+
 def check_device(name: str, value: Tensor, device: torch.device) -> None:
     """Raise a ValueError unless `value` lives on `device`."""
     if value.device != device:

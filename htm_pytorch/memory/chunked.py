@@ -32,6 +32,7 @@ from htm_pytorch.shapes import (
     check_numbers,
     check_rows,
     check_tensor,
+    to_arguments,
 )
 
 
@@ -301,21 +302,22 @@ class ChunkedMemory(Written):
         return self._changed(_ring=self._ring.donate())
 
     def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        device: torch.device | str | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Self:
         """Return the memory on `device`, its steps and summaries in `dtype`.
 
-        As in torch, parts that are so already are not copied.
+        As in torch, a dtype may come alone, and parts that are so already are not copied.
         """
+        there, kind = to_arguments(device, dtype)
         # Tensors of a donated one may be written over.
         copy = self._ring.is_donated
         moved = {
-            name: part.to(device=device, copy=copy and name in Slots._fields)
+            name: part.to(device=there, copy=copy and name in Slots._fields)
             for name, part in self._tensors().items()
         }
-        for name in FLOATING:
-            moved[name] = moved[name].to(dtype=dtype)
-            check_floating("dtype", moved[name])
+        moved |= {name: moved[name].to(dtype=kind) for name in FLOATING}
         return self._of(moved, self.keep_across_episodes)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -22,6 +22,7 @@ from htm_pytorch.shapes import (
     check_rows,
     check_tensor,
     may_look_at,
+    to_arguments,
 )
 
 KIND = "TransformerState"
@@ -159,17 +160,20 @@ class TransformerState:
         return self._map(ChunkedMemory.detach, torch.Tensor.detach)
 
     def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        device: torch.device | str | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Self:
         """Return the state on `device`, what is floating point in `dtype`.
 
-        As in torch, parts that are so already are not copied.
+        As in torch, a dtype may come alone, and parts that are so already are not copied.
         """
+        there, kind = to_arguments(device, dtype)
 
         def move(part: Tensor) -> Tensor:
-            return part.to(device, dtype if part.is_floating_point() else None)
+            return part.to(there, kind if part.is_floating_point() else None)
 
-        return self._map(lambda memory: memory.to(device, dtype), move)
+        return self._map(lambda memory: memory.to(there, kind), move)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a safetensors file, whole or not at all.

@@ -191,6 +191,19 @@ def test_a_state_moves() -> None:
     assert not any(leaf.requires_grad for leaf in pytree.tree_leaves(state.detach()))
 
 
+@pytest.mark.parametrize("of", [lambda state: state, lambda state: state[0].memory])
+def test_a_dtype_may_come_alone_as_in_torch(of: Any) -> None:
+    given = of(used(build()))
+    expected = given.to(dtype=torch.float64)
+    for moved in (given.to(torch.float64), given.to("cpu", torch.float64)):
+        assert_equal(moved, expected)
+    for wrong in ("abacus", 3.5, torch.int64):
+        with pytest.raises(ValueError, match=r"^d(evice|type): expected .*, got "):
+            given.to(wrong)
+    with pytest.raises(ValueError, match=r"^device: expected .*, got torch.float64"):
+        given.to(torch.float64, torch.float32)
+
+
 def test_rows_are_not_taken_by_the_number_of_a_layer() -> None:
     state = used(build())
     assert isinstance(state[1], LayerState) and len(state) == 2
