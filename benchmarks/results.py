@@ -204,7 +204,7 @@ PLAN = (
     ),
     Row(
         "endless-t-maze",
-        "Endless T-Maze, ten corridors of up to 10 (gru, lstm, window: half of the frames)",
+        "Endless T-Maze, ten corridors of up to 10, at most 16,000,000 frames",
         "",
         _endless(),
     ),
@@ -243,7 +243,7 @@ PLAN = (
     ),
     Row(
         "ballet-levels",
-        "Ballet from symbols, all levels by one agent, at most 32,000,000 frames",
+        "Ballet from symbols, all levels by one agent, 20,000,000 frames",
         DANCERS,
         _ballet((2, 16), (4, 16), (8, 16), (2, 48), (4, 48), (8, 48)),
     ),

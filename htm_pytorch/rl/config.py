@@ -223,7 +223,7 @@ class TrainConfig:
             own = {key: options.pop(key) for key in list(options) if hasattr(group, key)}
             groups[name] = dataclasses.replace(group, **own)
         if unknown := sorted(options.keys() - vars(self)):
-            near = difflib.get_close_matches(unknown[0], self.options(), 1)
+            near = difflib.get_close_matches(unknown[0], self.options(), 1, 0.75)
             meant = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"{unknown[0]}: expected the name of an option{meant}")
         return dataclasses.replace(self, **groups | options)
