@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from htm_pytorch.rl.checkpoint import CHECKPOINT, Checkpoint
 from htm_pytorch.rl.config import TrainConfig
 from htm_pytorch.rl.contract import detach, select_rows
 from htm_pytorch.rl.cores import count_parameters
-from htm_pytorch.rl.making import make_environments
+from htm_pytorch.rl.making import make_environments, seeds_of
 from htm_pytorch.rl.observations import Steps
 from htm_pytorch.rl.player import one_step
 from htm_pytorch.rl.record import ENDS
@@ -106,10 +107,21 @@ def _fresh_agent(config: TrainConfig, stage: int, parts: Parts | None) -> Agent:
     with contextlib.closing(make_environments(config, 1, stage)) as environments:
         agent = make_agent(config, environments.observation_space, environments.action_space, parts)
         _check_fits(agent, config, 2)
-        shown = one_step(environments.reset([config.seed]))
-        with torch.random.fork_rng(devices=()), torch.no_grad():
-            check_parts(agent, shown, config.memories.dim)
+        shown = one_step(environments.reset(seeds_of(config, 0, range(1))))
+    with _untouched(agent):
+        check_parts(agent, shown, config.memories.dim)
     return agent
+
+
+@contextlib.contextmanager
+def _untouched(agent: Agent) -> Iterator[None]:
+    """Leave nothing of a call: no random number drawn, no statistics of a layer, no gradient."""
+    modes = {module: module.training for module in agent.modules()}
+    agent.eval()
+    with torch.random.fork_rng(devices=()), torch.no_grad():
+        yield
+    for module, is_training in modes.items():
+        module.training = is_training
 
 
 def _check_fits(agent: Agent, config: TrainConfig, rows: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
-from htm_pytorch.rl import Parts, TrainConfig, evaluate, train
+from htm_pytorch.rl import Parts, TrainConfig, evaluate, make_agent, train
 from htm_pytorch.rl.config import RolloutConfig
 from htm_pytorch.rl.environments import Environments
 from htm_pytorch.rl.observations import leaves, nested
@@ -305,6 +305,44 @@ def test_a_memory_that_breaks_its_contract_is_refused(
         train(odd(tmp_path / "run"), parts)
     assert not (tmp_path / "run").exists()
     prepare(odd(tmp_path / "run"), Parts(core=Memory))
+
+
+class Normed(torch.nn.Module):
+    """An encoder of statistics and chance, a part of which is always judged."""
+
+    def __init__(self, space: Any, dim: int):
+        super().__init__()
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(3, dim), torch.nn.BatchNorm1d(dim), torch.nn.Dropout(0.5)
+        )
+        self.frozen = torch.nn.Dropout(0.5).eval()
+
+    def forward(self, seen: Any) -> Any:
+        return self.frozen(self.net(seen["numbers"].flatten(0, 1))).unflatten(
+            0, seen["numbers"].shape[:2]
+        )
+
+
+def test_a_check_leaves_nothing_behind(tmp_path: Path) -> None:
+    agent = prepare(odd(tmp_path / "run"), Parts(encoder=Normed))
+    drawn = torch.rand(3)
+    assert agent.encoder.net[1].num_batches_tracked == 0  # pyright: ignore[reportIndexIssue]
+    others = [m for m in agent.modules() if not m.training]
+    assert others == [agent.encoder.frozen]
+    expected = make_agent(
+        odd(tmp_path / "run"),
+        Environments(SyncVectorEnv([Odd])).observation_space,
+        spaces.Box(-1, 1, (2,)),
+        seeded(Parts(encoder=Normed)),
+    )
+    assert torch.equal(torch.rand(3), drawn)
+    for one, other in zip(agent.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other) and one.grad is None
+
+
+def seeded(parts: Parts) -> Parts:
+    torch.manual_seed(0)
+    return parts
 
 
 def test_an_encoder_of_another_width_is_refused(tmp_path: Path) -> None:
