@@ -149,7 +149,7 @@ def update(
     targets = advantages + rollout.values[:, :-1]
     counts = rollout.counts[:, :-1]
     known = advantages[counts]
-    advantages = (advantages - known.mean()) / (known.std() + 1e-6)
+    advantages = (advantages - known.mean()) / (known.std(correction=0) + 1e-6)
     for _ in range(options.epochs):
         for rows in torch.randperm(len(counts)).chunk(options.minibatches):
             logits, values, _ = agent(
@@ -157,6 +157,8 @@ def update(
             )
             policy = torch.distributions.Categorical(logits=logits[:, :-1])
             here, gain = counts[rows], advantages[rows]
+            if not here.any():
+                continue
             log_probs = policy.log_prob(rollout.actions[rows, :-1])
             ratio = (log_probs - rollout.log_probs[rows, :-1]).exp()
             clipped = ratio.clamp(1 - options.clip, 1 + options.clip)

@@ -237,6 +237,9 @@ def test_several_seeds_have_a_mean_and_a_spread(
     assert mean == pytest.approx(sum(means) / 2, abs=1e-3)
     assert spread == pytest.approx(abs(means[0] - means[1]) / 2**0.5, abs=1e-3)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"seed-0", "seed-1"}
+    shutil.rmtree(tmp_path / "run/seed-0")
+    assert_line(capsys, htm(monkeypatch, "train", "CartPole-v1", *options), "run_dir: ")
+    assert not (tmp_path / "run/seed-0").exists()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from htm_pytorch import tasks
 from htm_pytorch.cli import status_of
 from htm_pytorch.cli.report import draw_recall
 from htm_pytorch.rl.config import TrainConfig
-from htm_pytorch.rl.launching import launch, note_end, restarted
+from htm_pytorch.rl.launching import follow_launcher, launch, note_end, restarted
 
 if TYPE_CHECKING:
     from htm_pytorch.rl import Evaluation
@@ -44,6 +44,7 @@ def main(arguments: list[str]) -> None:
     """Train, then judge on unseen episodes."""
     # On a busy machine, threads that wait by spinning make each other 10 times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    follow_launcher()
     config = parse(arguments)
     if restarted():
         config = config.replace(resume=True)
@@ -127,9 +128,16 @@ def _train(config: TrainConfig) -> "Evaluation | None":
 def _train_seeds(config: TrainConfig) -> None:
     import numpy as np
 
+    from htm_pytorch.rl.run import check_free
+
     means: list[float] = []
-    for seed in range(config.seed, config.seed + config.seeds):
-        one = config.replace(seed=seed, seeds=1, run_dir=config.run_dir / f"seed-{seed}")
+    configs = [
+        config.replace(seed=seed, seeds=1, run_dir=config.run_dir / f"seed-{seed}")
+        for seed in range(config.seed, config.seed + config.seeds)
+    ]
+    for one in configs:
+        check_free(one)
+    for one in configs:
         result = _train(one)
         if result is not None:
             means.append(result.mean)

@@ -46,6 +46,25 @@ def select_rows(state: State, rows: Tensor) -> State:
     return pytree.tree_map(lambda part: part.index_select(0, rows), state)
 
 
+def check_state(state: State, rows: int) -> None:
+    """Refuse a state whose rows cannot be told apart.
+
+    Raises:
+        ValueError: says what it is.
+    """
+    if hasattr(state, "select") and not isinstance(state, Tensor):
+        return
+    for part in pytree.tree_leaves(state):
+        if not isinstance(part, Tensor) or part.shape[:1] != (rows,):
+            raise ValueError(f"{described(part)} in it")
+
+
+def described(value: object) -> str:
+    """Return of which type and shape something is."""
+    shape = getattr(value, "shape", None)
+    return f"a {type(value).__name__}" + ("" if shape is None else f" of shape {list(shape)}")
+
+
 def detach(state: State) -> State:
     """Return a state cut from the graph."""
     if hasattr(state, "detach"):

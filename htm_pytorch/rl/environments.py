@@ -14,8 +14,8 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from htm_pytorch.rl.observations import Nested, nested
-from htm_pytorch.rl.received import action_counts, copied, stepped
+from htm_pytorch.rl.observations import Nested
+from htm_pytorch.rl.received import action_counts, began, copied, final_rows, stepped
 from htm_pytorch.rl.space import units_of
 
 PERIODS = 4.0 * 2 ** np.arange(12)
@@ -73,11 +73,13 @@ class Environments:
         see_time: bool = False,
     ):
         mode = vector.metadata.get("autoreset_mode")
-        if mode not in tuple(AutoresetMode):
+        try:
+            mode = AutoresetMode(mode)
+        except ValueError:
             raise ValueError(
                 f"env: expected one of the autoreset modes {[m.name for m in AutoresetMode]} in "
                 f"the metadata of the vector environment, got {mode!r}"
-            )
+            ) from None
         self.vector = vector
         self.mode: AutoresetMode = mode
         self.num_envs: int = vector.num_envs
@@ -94,7 +96,7 @@ class Environments:
     def reset(self, seeds: list[int]) -> Seen:
         """Begin new episodes in all rows, from a seed a row."""
         rows = _rows_of(self.vector)
-        observed, info = self.vector.reset(seed=seeds if rows else seeds[0])  # pyright: ignore[reportArgumentType]
+        observed, info = began(self.vector, self.name, seed=seeds if rows else seeds[0])
         self._actions, self._following = None, None
         nothing = np.zeros(self.num_envs)
         every = ~self._none
@@ -114,12 +116,12 @@ class Environments:
             self._following, self._last = None, following
             return following
         observed, outcome, info = stepped(self.vector, self.name, self._actions)
-        began, ended, first = self._none, outcome.terminated | outcome.truncated, None
+        firsts, ended, first = self._none, outcome.terminated | outcome.truncated, None
         if self.mode == AutoresetMode.NEXT_STEP:
-            began = last.ended
+            firsts = last.ended
         elif ended.any():
             observed, *first = self._apart(observed, ended, info)
-        seen = self._seen(observed, began, None, info, *outcome)
+        seen = self._seen(observed, firsts, None, info, *outcome)
         if first is not None:
             nothing = np.zeros(self.num_envs)
             self._following = self._seen(
@@ -138,20 +140,14 @@ class Environments:
         """Return the final and the first observations of the rows that ended, and their info."""
         final = copied(observed)
         if self.mode == AutoresetMode.DISABLED:
-            first, info = self.vector.reset(options={"reset_mask": ended.copy()})
+            first, info = began(self.vector, self.name, options={"reset_mask": ended.copy()})
             return final, first, info
         if "final_obs" not in info:
             raise ValueError(
                 "env: expected info['final_obs'] of an environment that resets in the step of the "
                 f"end, got {sorted(info)}"
             )
-        given = info["final_obs"]
-        for row in np.flatnonzero(ended):
-
-            def place(part: np.ndarray, value: Any, row: int = int(row)) -> None:
-                part[row] = value
-
-            nested(place, final, _row_of(given, final, int(row)))
+        final = final_rows(self.name, info["final_obs"], final, ended)
         return final, observed, info
 
     def _seen(
@@ -216,24 +212,6 @@ class Environments:
             middle, scale = units_of(space)
             flat = (flat - middle.ravel()) / scale.ravel()
         return np.where(is_first[:, None], 0, flat).astype(np.float32)
-
-
-def _row_of(given: Any, like: Nested, row: int) -> Nested:
-    """Return one row's observation of a batch [B], nested as Gymnasium's are or rows of objects."""
-    if isinstance(like, dict) and isinstance(given, dict):
-        return {key: _row_of(given[key], like[key], row) for key in like}
-    if isinstance(like, tuple) and isinstance(given, tuple):
-        return tuple(_row_of(v, part, row) for v, part in zip(given, like, strict=True))
-    return _as_nested(given[row], like)
-
-
-def _as_nested(value: Any, like: Nested) -> Nested:
-    """Return one row's observation nested as the batch is: its arrays may be objects."""
-    if isinstance(like, dict):
-        return {key: _as_nested(value[key], like[key]) for key in like}
-    if isinstance(like, tuple):
-        return tuple(_as_nested(v, part) for v, part in zip(value, like, strict=True))
-    return value
 
 
 def _rows_of(vector: VectorEnv) -> bool:

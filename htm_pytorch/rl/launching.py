@@ -2,13 +2,20 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 RESTARTS = 3
 """How often a group whose process was killed goes on from its checkpoint by itself."""
+PATIENCE = 30
+"""Seconds that a group has to end when it is asked to."""
+_LAUNCHER = "HTM_LAUNCHER"
+"""Variable of the number of the process that launched the group."""
 _STATUS = "HTM_STATUS_FILE"
 """Variable of the file where a process that ends by itself leaves what it exits with."""
 
@@ -34,11 +41,36 @@ def note_end(error: BaseException, status: int) -> None:
             Path(path).write_text(str(status))
 
 
+def follow_launcher() -> None:
+    """End this process when the one that launched its group is gone, whatever ended it."""
+    launcher = os.environ.get(_LAUNCHER)
+    if launcher is None or os.name != "posix":
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent and _lives(int(launcher)):
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def launch(processes: int, arguments: list[str]) -> int:
     """Run `htm` with these arguments in so many processes; return what they exit with.
 
     Where one was killed, the group goes on from the checkpoint; where one ended by an error, it
-    would come again, and the group ends.
+    would come again, and the group ends. It also ends with this process.
     """
     threads = max(1, (os.cpu_count() or 1) // processes)
     command = [
@@ -48,12 +80,36 @@ def launch(processes: int, arguments: list[str]) -> int:
     ]
     with tempfile.TemporaryDirectory() as folder:
         status = Path(folder) / "status"
-        environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {_STATUS: str(status)}
+        told = {_STATUS: str(status), _LAUNCHER: str(os.getpid())}
+        environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | told
         code = 0
         for _ in range(RESTARTS + 1):
-            code = subprocess.run(command, env=environment, check=False).returncode
+            code = _run(command, environment)
             if not code or code == 130 or status.exists():
                 break
             print("htm: a process was killed; the group goes on", file=sys.stderr)
             command = [*command, *(() if "--resume" in command else ("--resume",))]
         return int(status.read_text()) if code and status.exists() else code
+
+
+def _run(command: list[str], environment: dict[str, str]) -> int:
+    """Run a command to its end; a signal that asks this process to end is passed on before."""
+
+    def end(signum: int, _: object) -> None:
+        raise SystemExit(128 + signum)
+
+    asked = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    before = {one: signal.signal(one, end) for one in asked}
+    process = subprocess.Popen(command, env=environment)
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
+        process.kill()
+        process.wait()
+        raise
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)

@@ -2,16 +2,17 @@
 
 import contextlib
 import importlib.util
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from htm_pytorch.rl.agent import Agent, Parts, make_agent
 from htm_pytorch.rl.checkpoint import CHECKPOINT, Checkpoint
 from htm_pytorch.rl.config import TrainConfig
-from htm_pytorch.rl.contract import detach, select_rows
+from htm_pytorch.rl.contract import check_state, described, detach, select_rows
 from htm_pytorch.rl.cores import count_parameters
 from htm_pytorch.rl.making import make_environments, seeds_of
 from htm_pytorch.rl.observations import Steps
@@ -51,7 +52,7 @@ def prepare(config: TrainConfig, parts: Parts | None = None) -> Agent:
                 f"curriculum: expected stages that look alike, stage {stage} differs"
             ) from error
     if _begins_as_another(config):
-        Checkpoint(_source(config)).take_what_fits(agent)
+        _source(config).take_what_fits(agent)
     _check_fits(agent, config, config.environments.num_envs)
     return agent
 
@@ -77,7 +78,7 @@ def describe_source(config: TrainConfig, agent: Agent) -> str:
     """Return how much of the agent is that of `init_from`; "" where it is not asked."""
     if not _begins_as_another(config):
         return ""
-    taken = Checkpoint(_source(config)).take_what_fits(agent)
+    taken = _source(config).take_what_fits(agent)
     count = sum(part.numel() for part in agent.parameters())
     return f"of {count:,} parameters of the agent {taken:,} are those of {config.init_from}"
 
@@ -87,8 +88,13 @@ def _begins_as_another(config: TrainConfig) -> bool:
     return config.init_from is not None and not goes_on
 
 
-def _source(config: TrainConfig) -> Path:
-    return (config.init_from or Path()) / CHECKPOINT
+def _source(config: TrainConfig) -> Checkpoint:
+    place = config.init_from or Path()
+    if not (place / CHECKPOINT).exists():
+        raise ValueError(
+            f"init_from: expected the folder of a run that has a {CHECKPOINT}, got {str(place)!r}"
+        )
+    return Checkpoint(place / CHECKPOINT)
 
 
 def _check_packages(config: TrainConfig) -> None:
@@ -106,6 +112,7 @@ def _check_packages(config: TrainConfig) -> None:
 def _fresh_agent(config: TrainConfig, stage: int, parts: Parts | None) -> Agent:
     with contextlib.closing(make_environments(config, 1, stage)) as environments:
         agent = make_agent(config, environments.observation_space, environments.action_space, parts)
+        _check_core(agent.core)
         _check_fits(agent, config, 2)
         shown = one_step(environments.reset(seeds_of(config, 0, range(1))))
     with _untouched(agent):
@@ -115,13 +122,23 @@ def _fresh_agent(config: TrainConfig, stage: int, parts: Parts | None) -> Agent:
 
 @contextlib.contextmanager
 def _untouched(agent: Agent) -> Iterator[None]:
-    """Leave nothing of a call: no random number drawn, no statistics of a layer, no gradient."""
-    modes = {module: module.training for module in agent.modules()}
-    agent.eval()
+    """Leave nothing of a call: no random number drawn, no statistics of layers, no gradient."""
+    kept = [(buffer, buffer.clone()) for buffer in agent.buffers()]
     with torch.random.fork_rng(devices=()), torch.no_grad():
         yield
-    for module, is_training in modes.items():
-        module.training = is_training
+        for buffer, before in kept:
+            buffer.copy_(before)
+
+
+def _check_core(core: nn.Module) -> None:
+    taken = inspect.signature(core.forward).parameters
+    any_name = any(one.kind is one.VAR_KEYWORD for one in taken.values())
+    if not hasattr(core, "initial_state") or not ("at" in taken or any_name):
+        raise ValueError(
+            f"parts.core: expected a module with initial_state(batch_size) and "
+            f"forward(x, state, is_first, mask, at=at), got {described(core)} with "
+            f"forward({', '.join(taken)})"
+        )
 
 
 def _check_fits(agent: Agent, config: TrainConfig, rows: int) -> None:
@@ -146,35 +163,34 @@ def check_parts(agent: Agent, shown: Steps, dim: int) -> None:
     Raises:
         ValueError: names the part, what it returned and what was expected.
     """
-    rows, steps, at = 2, 3, torch.tensor([[2, 1], [0, 2]], device="cpu")
+    # So many rows as no other axis is likely to have.
+    rows, steps, at = 7, 3, torch.tensor([[2, 1]] * 7, device="cpu")
     seen = shown.map(lambda part: part.expand(rows, steps, *part.shape[2:]).contiguous())
     is_first = torch.arange(steps, device="cpu").expand(rows, steps) == 0
     x = agent.encode(seen._replace(is_first=is_first))
     if not isinstance(x, Tensor) or x.shape != (rows, steps, dim):
         raise ValueError(
             f"parts.encoder: expected a module that returns [B, T, D = {dim}] of observations "
-            f"[B = {rows}, T = {steps}, ...], got {_told(x)}"
+            f"[B = {rows}, T = {steps}, ...], got {described(x)}"
         )
     state = agent.initial_state(rows)
     for step in ("before its first step", "after some steps"):
         try:
+            check_state(state, rows)
             detach(select_rows(state, torch.tensor([1, 0], device="cpu")))
-        except (AttributeError, IndexError, RuntimeError, TypeError) as error:
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"parts.core: expected a state that is a tree of tensors with the {rows} rows "
-                f"first, or has select(rows) and detach(), got {_told(state)} {step} ({error})"
+                f"first, or has select(rows) and detach(), got {described(state)} {step} ({error})"
             ) from error
         answer = agent.core(x, state, is_first, torch.ones_like(is_first), at=at)
         if not isinstance(answer, tuple) or len(answer) != 2:
-            raise ValueError(f"parts.core: expected it to return (y, state), got {_told(answer)}")
+            raise ValueError(
+                f"parts.core: expected it to return (y, state), got {described(answer)}"
+            )
         y, state = answer
         if not isinstance(y, Tensor) or y.shape != (*at.shape, dim):
             raise ValueError(
                 f"parts.core: expected outputs [B, P, D = {dim}] at the P = {at.shape[1]} steps "
-                f"`at` of {steps}, got {_told(y)}"
+                f"`at` of {steps}, got {described(y)}"
             )
-
-
-def _told(value: object) -> str:
-    shape = getattr(value, "shape", None)
-    return f"{type(value).__name__}" + ("" if shape is None else f" of shape {list(shape)}")

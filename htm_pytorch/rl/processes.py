@@ -85,4 +85,6 @@ def _reached() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ConnectionError(f"another process of the training is gone ({error})") from error
+        raise ConnectionError(
+            "another process of the training is gone; what it said last tells why"
+        ) from error

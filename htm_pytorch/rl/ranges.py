@@ -51,7 +51,9 @@ def check_range(name: str, value: Any) -> None:
     if not least <= value <= most:
         low = "more than 0" if least == _POSITIVE else f"at least {least}"
         ends = f"{least:g} to {most:g}"
-        if most >= _COUNT:
+        if math.isnan(value):
+            ends = "a number"
+        elif most >= _COUNT:
             ends = f"at most {most:g}" if value > most else low
         raise ValueError(f"{name}: expected {ends}, got {value}")
 

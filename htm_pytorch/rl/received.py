@@ -1,6 +1,7 @@
 """What environments hand over, copied, as they may write into it again, and checked."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,13 +29,8 @@ def stepped(vector: VectorEnv, name: str, actions: Any) -> tuple[Nested, Outcome
     Raises:
         ValueError: of theirs, said to be theirs; or an outcome that is not one number a row.
     """
-    try:
+    with _theirs(name, "step"):
         observed, reward, terminated, truncated, info = vector.step(actions)
-    except ValueError as error:
-        # Which would be read as one of ours, about an option.
-        raise ValueError(
-            f"env: {name} raised a ValueError in its step: {error}; --debug shows where"
-        ) from error
     rows = vector.num_envs
     ended = _row_values(name, "terminated", terminated, rows, bool)
     cut = _row_values(name, "truncated", truncated, rows, bool) & ~ended
@@ -43,6 +39,55 @@ def stepped(vector: VectorEnv, name: str, actions: Any) -> tuple[Nested, Outcome
         Outcome(_row_values(name, "rewards", reward, rows, np.float64), ended, cut),
         info,
     )
+
+
+def began(vector: VectorEnv, name: str, **given: Any) -> tuple[Nested, dict[str, Any]]:
+    """Reset environments; return the observation, as they gave it, and the info.
+
+    Raises:
+        ValueError: of theirs, said to be theirs.
+    """
+    with _theirs(name, "reset"):
+        return vector.reset(**given)
+
+
+@contextlib.contextmanager
+def _theirs(name: str, where: str) -> Iterator[None]:
+    """Say of a ValueError whose it is; it would be read as one of ours, about an option."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"env: {name} raised a ValueError in its {where}: {error}; --debug shows where"
+        ) from error
+
+
+def final_rows(name: str, given: Any, batch: Nested, ended: np.ndarray) -> Nested:
+    """Return a batch of observations whose rows [B] that `ended` are the final ones `given`.
+
+    Args:
+        name: of the environment.
+        given: nested as the batch is, or rows of objects, None where a row did not end.
+        batch: of first observations, copied.
+        ended: [B] bool, one of them at least.
+
+    Raises:
+        ValueError: there are not as many rows.
+    """
+    for row in np.flatnonzero(ended):
+
+        def place(part: np.ndarray, value: Any, row: int = int(row)) -> None:
+            part[row] = value
+
+        try:
+            nested(place, batch, _row_of(given, batch, int(row), len(ended)))
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"env: expected info['final_obs'] of {name} to have {len(ended)} rows that are "
+                f"observations where an episode ended, as row {row}, got {type(given).__name__} "
+                f"({error})"
+            ) from error
+    return batch
 
 
 def copied(observed: Nested) -> Nested:
@@ -124,3 +169,24 @@ def _row_values(name: str, what: str, given: Any, rows: int, kind: type) -> np.n
             f"env: expected {what} of {name} to be {rows}, one a row, got shape {made.shape}"
         )
     return made
+
+
+def _row_of(given: Any, like: Nested, row: int, rows: int) -> Nested:
+    """Return one row's observation of a batch [B], nested as Gymnasium's are or rows of objects."""
+    if isinstance(like, dict) and isinstance(given, dict):
+        return {key: _row_of(given[key], like[key], row, rows) for key in like}
+    if isinstance(like, tuple) and isinstance(given, tuple) and len(given) == len(like):
+        return tuple(_row_of(v, part, row, rows) for v, part in zip(given, like, strict=True))
+    size = getattr(given, "__len__", None)
+    if size is None or size() != rows:
+        raise ValueError("not so many rows")
+    return _as_nested(given[row], like)
+
+
+def _as_nested(value: Any, like: Nested) -> Nested:
+    """Return one row's observation nested as the batch is: its arrays may be objects."""
+    if isinstance(like, dict):
+        return {key: _as_nested(value[key], like[key]) for key in like}
+    if isinstance(like, tuple):
+        return tuple(_as_nested(v, part) for v, part in zip(value, like, strict=True))
+    return value

@@ -1,9 +1,13 @@
 """Processes that learn as one: what is learned depends on the environments of all of them."""
 
+import contextlib
 import csv
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,17 +143,15 @@ def test_what_a_group_ends_with(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[str]] = []
     planned: list[Any] = []
 
-    def run(
-        command: list[str], env: dict[str, str], **_: Any
-    ) -> "subprocess.CompletedProcess[str]":
+    def run(command: list[str], env: dict[str, str]) -> int:
         calls.append(command)
         ends = planned[min(len(calls), len(planned)) - 1]
         monkeypatch.setenv("HTM_STATUS_FILE", env["HTM_STATUS_FILE"])
         if isinstance(ends, BaseException):
             launching.note_end(ends, 2)
-        return subprocess.CompletedProcess(command, int(ends != 0))
+        return int(ends != 0)
 
-    monkeypatch.setattr(launching.subprocess, "run", run)
+    monkeypatch.setattr(launching, "_run", run)
     killed, gone = "killed", ConnectionError("another process is gone")
     for plan, code, count in (
         ([0], 0, 1),
@@ -164,6 +166,46 @@ def test_what_a_group_ends_with(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(calls) == count
         assert ["--resume" in command for command in calls] == [False] + [True] * (count - 1)
         assert all(command.count("--resume") <= 1 for command in calls)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_nobody_is_left_of_a_group_that_is_ended(how: signal.Signals, tmp_path: Path) -> None:
+    """By whoever ends the command alone, as a scheduler does."""
+    options = [f"--{name}={value}" for name, value in (OPTIONS | {"frames": 10**9}).items()]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "htm_pytorch", "train", "tests.rl.worlds:Test/Walk-v0", *options]
+        + [f"--run-dir={tmp_path}/run", "--processes=2"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    metrics = tmp_path / "run/metrics.csv"
+    try:
+        wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
+        process.send_signal(how)
+        code = process.wait(60)
+        assert code == (128 + how if how == signal.SIGTERM else -how)
+        # A group is gone when nobody of it can be asked.
+        wait_until(lambda: not is_there(process.pid))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def is_there(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_environments_are_shared_evenly() -> None:

@@ -191,6 +191,59 @@ def test_a_ValueError_of_an_environment_is_said_to_be_its_own(tmp_path: Path) ->
         train(odd(tmp_path / "run", "fault=value"))
 
 
+class Resets(worlds.Walk):
+    """Its later levels cannot be made."""
+
+    def __init__(self, good: int = 0, **options: Any):
+        super().__init__(**options)
+        self.good = good
+
+    def reset(self, **given: Any) -> Any:
+        self.good -= 1
+        if self.good < 0:
+            raise ValueError("no such level")
+        return super().reset(**given)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_ValueError_of_a_reset_is_said_to_be_the_environments(
+    mode: AutoresetMode, good: int
+) -> None:
+    vector = SyncVectorEnv([lambda: Resets(good) for _ in range(ROWS)], autoreset_mode=mode)
+    environments = Environments(vector)
+    with pytest.raises(ValueError, match="env: .* raised a ValueError in its .*: no such level; -"):
+        environments.reset(list(range(ROWS)))
+        for _ in range(20):
+            environments.step(np.zeros((ROWS, 2), np.float32))
+
+
+FINAL = {
+    "none": lambda final, ended: None,
+    "only those": lambda final, ended: [final[row] for row in np.flatnonzero(ended)][:1],
+    "nothing in a row": lambda final, ended: [None] * ROWS,
+    "other parts": lambda final, ended: {"numbers": np.zeros((ROWS, 3))},
+}
+
+
+@pytest.mark.parametrize("change", FINAL.values(), ids=FINAL)
+def test_final_observations_of_another_form_are_named(change: Any) -> None:
+    class Other(gymnasium.vector.VectorWrapper):
+        def step(self, actions: Any) -> Any:
+            *others, info = super().step(actions)
+            if "final_obs" in info:
+                info["final_obs"] = change(info["final_obs"], info["_final_obs"])
+            return *others, info
+
+    mode = AutoresetMode.SAME_STEP
+    vector = SyncVectorEnv([worlds.Walk for _ in range(ROWS)], autoreset_mode=mode)
+    environments = Environments(Other(vector))
+    environments.reset(list(range(ROWS)))
+    with pytest.raises(ValueError, match=r"env: expected info\['final_obs'\] of .* to have 5 rows"):
+        for _ in range(20):
+            environments.step(np.zeros((ROWS, 2), np.float32))
+
+
 def test_a_training_that_failed_gives_its_folder_back(tmp_path: Path) -> None:
     """Also while its error is still held, as a notebook holds it; and nothing was learned there."""
     with pytest.raises(RuntimeError, match="no level"):
@@ -268,7 +321,9 @@ class Memory(torch.nn.Module):
         self.linear = torch.nn.Linear(dim, dim)
 
     def initial_state(self, batch_size: int) -> Any:
+        layers = torch.zeros(2, batch_size, self.dim)
         states = {"none": None, "text": "x", "numbers": [1, 2], "rows last": torch.zeros(1, 9)}
+        states |= {"layers first": layers, "one of them": (layers[0], {"h": layers})}
         return states.get(self.fault, torch.zeros(batch_size, self.dim))
 
     def forward(
@@ -285,14 +340,16 @@ class Memory(torch.nn.Module):
 
 
 CORES = {
-    "none": r"a state that is a tree of tensors with the 2 rows first, .* got NoneType before",
-    "text": "got str before its first step",
-    "numbers": "got list before its first step",
-    "rows last": r"got Tensor of shape \[1, 9\] before its first step",
-    "state lost": "got NoneType after some steps",
-    "width": r"outputs \[B, P, D = 16\] at the P = 2 steps `at` .*, got Tensor of shape \[2, 2, 32",
-    "all steps": r"got Tensor of shape \[2, 3, 16\]",
-    "no state": r"to return \(y, state\), got Tensor of shape",
+    "none": r"a state that is a tree of tensors with the 7 rows first, .* got a NoneType before",
+    "text": "got a str before its first step",
+    "numbers": "got a list before its first step",
+    "rows last": r"got a Tensor of shape \[1, 9\] before its first step",
+    "layers first": r"got a Tensor of shape \[2, 7, 16\] before .* \(a Tensor of shape .* in it\)",
+    "one of them": r"got a tuple before its first step \(a Tensor of shape \[2, 7, 16\] in it\)",
+    "state lost": "got a NoneType after some steps",
+    "width": r"outputs \[B, P, D = 16\] at the P = 2 .*, got a Tensor of shape \[7, 2, 32",
+    "all steps": r"got a Tensor of shape \[7, 3, 16\]",
+    "no state": r"to return \(y, state\), got a Tensor of shape",
 }
 
 
@@ -307,28 +364,40 @@ def test_a_memory_that_breaks_its_contract_is_refused(
     prepare(odd(tmp_path / "run"), Parts(core=Memory))
 
 
+class Blind(Memory):
+    """It cannot be asked about some steps alone."""
+
+    def forward(self, x: Any, state: Any, is_first: Any, mask: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return x, state
+
+
+def test_a_memory_without_a_part_of_its_contract_is_refused(tmp_path: Path) -> None:
+    message = r"parts.core: .* initial_state\(batch_size\) and forward\(x, .* got a Blind with forw"
+    with pytest.raises(ValueError, match=message):
+        train(odd(tmp_path / "run"), Parts(core=Blind))
+    with pytest.raises(ValueError, match=r"parts.core: .* got a Linear with forward\(input\)"):
+        train(odd(tmp_path / "run"), Parts(core=lambda dim: torch.nn.Linear(dim, dim)))
+    assert not (tmp_path / "run").exists()
+
+
 class Normed(torch.nn.Module):
-    """An encoder of statistics and chance, a part of which is always judged."""
+    """An encoder of statistics and chance."""
 
     def __init__(self, space: Any, dim: int):
         super().__init__()
         self.net = torch.nn.Sequential(
             torch.nn.Linear(3, dim), torch.nn.BatchNorm1d(dim), torch.nn.Dropout(0.5)
         )
-        self.frozen = torch.nn.Dropout(0.5).eval()
 
     def forward(self, seen: Any) -> Any:
-        return self.frozen(self.net(seen["numbers"].flatten(0, 1))).unflatten(
-            0, seen["numbers"].shape[:2]
-        )
+        return self.net(seen["numbers"].flatten(0, 1)).unflatten(0, seen["numbers"].shape[:2])
 
 
 def test_a_check_leaves_nothing_behind(tmp_path: Path) -> None:
     agent = prepare(odd(tmp_path / "run"), Parts(encoder=Normed))
     drawn = torch.rand(3)
     assert agent.encoder.net[1].num_batches_tracked == 0  # pyright: ignore[reportIndexIssue]
-    others = [m for m in agent.modules() if not m.training]
-    assert others == [agent.encoder.frozen]
+    assert not agent.encoder.net[1].running_mean.any()  # pyright: ignore[reportIndexIssue]
     expected = make_agent(
         odd(tmp_path / "run"),
         Environments(SyncVectorEnv([Odd])).observation_space,
@@ -350,7 +419,7 @@ def test_an_encoder_of_another_width_is_refused(tmp_path: Path) -> None:
         def forward(self, seen: Any) -> Any:
             return seen["numbers"]
 
-    with pytest.raises(ValueError, match=r"parts.encoder: .* \[B, T, D = 16\] .* \[2, 3, 3\]"):
+    with pytest.raises(ValueError, match=r"parts.encoder: .* \[B, T, D = 16\] .* \[7, 3, 3\]"):
         train(odd(tmp_path / "run"), Parts(encoder=lambda space, dim: Wide()))
     with pytest.raises(ValueError, match="parts.core: expected a class or function that makes it"):
         train(odd(tmp_path / "run"), Parts(core=Memory(16)))  # pyright: ignore[reportArgumentType]

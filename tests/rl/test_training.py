@@ -512,7 +512,7 @@ def test_an_agent_begins_as_that_of_another_run(finished: Path, tmp_path: Path) 
         assert torch.equal(part, stored[f"agent.{name}"]), name
     other = prepare(tiny(tmp_path / "run", init_from=finished, env="CartPole-v1"))
     assert torch.equal(other.core.norm.weight, stored["agent.core.norm.weight"])  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-    with pytest.raises(FileNotFoundError, match="no file"):
+    with pytest.raises(ValueError, match="init_from: expected the folder of a run that has a che"):
         prepare(tiny(tmp_path / "run", init_from=tmp_path))
     with pytest.raises(ValueError, match=r"init_from: expected .* only \d+ fit"):
         prepare(tiny(tmp_path / "run", init_from=finished, dim=18))
