@@ -80,6 +80,7 @@ class Trace:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be shown."""
+        check_kind("title", self.title, str, "a str")
         check_kind("facts", self.facts, Mapping, "texts by name")
         made: dict[str, Any] = {
             "title": text("title", self.title),
