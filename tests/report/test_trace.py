@@ -102,7 +102,7 @@ WRONG |= {
     ),
     "surrogate": ({"title": "\ud800"}, "title: expected a str that UTF-8 can hold, got"),
     "fact": ({"facts": {"n": None}}, r"facts\['n'\]: expected a str, got None"),
-    "title": ({"title": 1j}, "title: expected a str, got 1j"),
+    "title": ({"title": 1j}, "title: expected a str, got complex"),
     "span": ({"chunks": (Span(0, 0, 4.0, 0),)}, r"chunks\[0\].count: expected a whole number"),  # pyright: ignore[reportArgumentType]
     "first step": ({"first_step": None}, "first_step: expected a whole number, got None"),
     "reward": ({"steps": (Seen("", "1"),)}, r"steps\[0\].reward: expected a number, got '1'"),  # pyright: ignore[reportArgumentType]
