@@ -32,13 +32,10 @@ def stepped(vector: VectorEnv, name: str, actions: Any) -> tuple[Nested, Outcome
     with _theirs(name, "step"):
         observed, reward, terminated, truncated, info = vector.step(actions)
     rows = vector.num_envs
+    earned = _row_values(name, "rewards", reward, rows, np.float64)
     ended = _row_values(name, "terminated", terminated, rows, bool)
-    cut = _row_values(name, "truncated", truncated, rows, bool) & ~ended
-    return (
-        observed,
-        Outcome(_row_values(name, "rewards", reward, rows, np.float64), ended, cut),
-        info,
-    )
+    cut = _row_values(name, "truncated", truncated, rows, bool)
+    return observed, Outcome(earned, ended, cut & ~ended), info
 
 
 def began(vector: VectorEnv, name: str, **given: Any) -> tuple[Nested, dict[str, Any]]:
