@@ -82,13 +82,13 @@ def launch(processes: int, arguments: list[str]) -> int:
         status = Path(folder) / "status"
         told = {_STATUS: str(status), _LAUNCHER: str(os.getpid())}
         environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | told
-        code = 0
-        for _ in range(RESTARTS + 1):
-            code = _run(command, environment)
+        code = _run(command, environment)
+        for _ in range(RESTARTS):
             if not code or code == 130 or status.exists():
                 break
             print("htm: a process was killed; the group goes on", file=sys.stderr)
             command = [*command, *(() if "--resume" in command else ("--resume",))]
+            code = _run(command, environment)
         return int(status.read_text()) if code and status.exists() else code
 
 

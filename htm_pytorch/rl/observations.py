@@ -91,7 +91,8 @@ def make_decoder(space: spaces.Space[Any], dim: int) -> nn.Module:
 
 def _make(space: spaces.Space[Any], dim: int, place: str, which: int) -> nn.Module:
     """Return the encoder (0) or the decoder (1)."""
-    check_size(space, f"observations{place and f' at {place.lstrip(chr(46))}'}")
+    where = place.lstrip(".")
+    check_size(space, f"observations at {where}" if where else "observations")
     match space:
         case spaces.Dict():
             parts = {name: _make(s, dim, f"{place}.{name}", which) for name, s in space.items()}

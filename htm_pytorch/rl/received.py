@@ -128,7 +128,7 @@ def check_finite(name: str, first_row: int, what: str, given: Nested) -> None:
     """
 
     def check(part: Tensor, place: str) -> None:
-        # A sum of finite numbers may be infinite, never one of others finite.
+        # Quick: with a number that is not finite no sum is. Of finite ones it may overflow.
         if not part.is_floating_point() or torch.isfinite(part.sum()):
             return
         wrong = ~torch.isfinite(part)
