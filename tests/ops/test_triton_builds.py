@@ -16,7 +16,13 @@ pytest.importorskip("triton.backends.nvidia.compiler", reason="Triton without NV
 ROOT = Path(htm_pytorch.__file__).parents[1]
 
 
-@pytest.mark.parametrize("shape", ["readme", "agent", "small", "large", "long", "heads"])
+SHAPES = [
+    *("readme", "agent", "small"),
+    *(pytest.param(shape, marks=pytest.mark.slow) for shape in ("large", "long", "heads")),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_fits(shape: str, tmp_path: Path) -> None:
     out = tmp_path / "builds.json"
     script = [sys.executable, "benchmarks/triton_builds.py", "--shape", shape, "--jobs", "1"]
