@@ -73,13 +73,13 @@ class HTMModule(TensorDictModuleBase):
         check_kind("default_recurrent_mode", default_recurrent_mode, bool, "a bool")
         self.htm = htm
         self.windows = windows
-        read = {"in_key": in_key, "is_init_key": is_init_key, "step_key": step_key}
-        keys: dict[str, Any] = {name: _key(name, key) for name, key in read.items()}
-        self.in_keys = list(keys.values())
-        keys |= {"next step_key": unravel_key(("next", keys["step_key"]))}
-        keys |= {"out_key": _key("out_key", out_key)}
-        self.out_keys = [keys["out_key"], keys["next step_key"]]
-        _check_apart(keys)
+        given = {"in_key": in_key, "is_init_key": is_init_key, "step_key": step_key}
+        read: dict[str, Any] = {name: _key(name, key) for name, key in given.items()}
+        written: dict[str, Any] = {"next step_key": unravel_key(("next", read["step_key"]))}
+        written["out_key"] = _key("out_key", out_key)
+        _check_apart(read | written)
+        self.in_keys = list(read.values())
+        self.out_keys = [written["out_key"], written["next step_key"]]
         self._default_recurrent_mode = default_recurrent_mode
         self._state: TransformerState | None = None
         self._expected: Tensor | None = None

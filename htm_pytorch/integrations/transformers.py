@@ -227,10 +227,10 @@ class _Call:
         name = "cache" if "cache" in signature.parameters else "past_key_values"
         cache = given.get("cache", given.get("past_key_values"))
         config = cast(Any, decoder).config
+        if cache is None and _keeps(decoder, given.get("use_cache"), config):
+            cache = HTMCache(config=config)
+            kwargs = kwargs | {name: cache}
         if cache is not None:
-            remember(cache, inputs, self.sizes)
-        elif _keeps(decoder, given.get("use_cache"), config):
-            kwargs = kwargs | {name: (cache := HTMCache(config=config))}
             remember(cache, inputs, self.sizes)
         return args, kwargs
 

@@ -57,8 +57,7 @@ def play(player: Player, generator: torch.Generator | None) -> Iterator[Step]:
     """Play on, one step of all rows a time; the last one is that at which the caller stops."""
     while True:
         shown = player.seen
-        _, decides = player.look()
-        choice = player.ask(decides, generator) if decides.any() else None
+        decides, choice = player.decide(generator)
         yield Step(shown, decides, choice)
         player.advance()
 

@@ -13,7 +13,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from htm_pytorch.rl.space import check_size, units_of
+from htm_pytorch.rl.space import ACTION_BOUND, check_size, units_of
 
 
 class Distribution(Protocol):
@@ -100,7 +100,7 @@ class GaussianPolicy(Policy):
         self.net = _mlp(dim, size)
         self.log_deviation = nn.Parameter(torch.full((size,), -0.5))
         self.low, self.high = (bound.astype(np.float64) for bound in (space.low, space.high))
-        self.middle, self.scale = units_of(space)
+        self.middle, self.scale = units_of(space, ACTION_BOUND)
         self.kind = space.dtype
 
     def forward(self, features: Tensor) -> Tensor:

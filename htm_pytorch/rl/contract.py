@@ -40,8 +40,7 @@ class Core(Protocol):
 
 def select_rows(state: State, rows: Tensor) -> State:
     """Return a copy of some rows [R] int64 of a state."""
-    # A tensor alone is a tree, too; its own `select` is another one.
-    if hasattr(state, "select") and not isinstance(state, Tensor):
+    if _selects(state):
         return state.select(rows)
     return pytree.tree_map(lambda part: part.index_select(0, rows), state)
 
@@ -52,7 +51,7 @@ def check_state(state: State, rows: int) -> None:
     Raises:
         ValueError: says what it is.
     """
-    if hasattr(state, "select") and not isinstance(state, Tensor):
+    if _selects(state):
         return
     for part in pytree.tree_leaves(state):
         if not isinstance(part, Tensor) or part.shape[:1] != (rows,):
@@ -70,3 +69,8 @@ def detach(state: State) -> State:
     if hasattr(state, "detach"):
         return state.detach()
     return pytree.tree_map(torch.Tensor.detach, state)
+
+
+def _selects(state: State) -> bool:
+    # A tensor alone is a tree, too; its own `select` is another one.
+    return hasattr(state, "select") and not isinstance(state, Tensor)

@@ -16,7 +16,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from htm_pytorch.rl.observations import Nested
 from htm_pytorch.rl.received import action_counts, began, copied, final_rows, stepped
-from htm_pytorch.rl.space import units_of
+from htm_pytorch.rl.space import ACTION_BOUND, units_of
 
 PERIODS = 4.0 * 2 ** np.arange(12)
 """Of the clock, in steps: neighbours differ, and no two of 8,192 steps are alike."""
@@ -86,6 +86,9 @@ class Environments:
         self.name: str = getattr(vector.spec, "id", type(vector.unwrapped).__name__)
         self.action_space: spaces.Space[Any] = vector.single_action_space
         self._observe, self._sees_previous, self._sees_time = observe, see_previous, see_time
+        if isinstance(self.action_space, spaces.Box):
+            units = units_of(self.action_space, ACTION_BOUND)
+            self._middle, self._scale = (part.ravel() for part in units)
         self._time = np.zeros(self.num_envs, np.int64)
         self.observation_space = self._space(vector.single_observation_space)
         self._none = np.zeros(self.num_envs, bool)
@@ -209,8 +212,7 @@ class Environments:
             np.put_along_axis(made, flat - np.ravel(space.start) + offsets, 1, axis=1)
             flat = made
         elif isinstance(space, spaces.Box):
-            middle, scale = units_of(space)
-            flat = (flat - middle.ravel()) / scale.ravel()
+            flat = (flat - self._middle) / self._scale
         return np.where(is_first[:, None], 0, flat).astype(np.float32)
 
 

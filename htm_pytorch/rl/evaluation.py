@@ -15,7 +15,6 @@ from htm_pytorch.rl.agent import Agent, Parts, make_agent
 from htm_pytorch.rl.checkpoint import checkpoint_of
 from htm_pytorch.rl.config import TrainConfig
 from htm_pytorch.rl.making import make_environments, most_steps
-from htm_pytorch.rl.player import Episode, Player
 from htm_pytorch.rl.plots import check_film, write_film
 from htm_pytorch.rl.run import EVALUATIONS
 from htm_pytorch.rl.unseen import begin, most_rows
@@ -170,7 +169,8 @@ def judge(
     with contextlib.closing(begin(agent, config, count, stage)) as player:
         while len(returns) < episodes:
             waited += count
-            for episode in _play_step(player, generator):
+            player.decide(generator)
+            for episode in player.advance():
                 if quota[episode.row]:
                     quota[episode.row] -= 1
                     returns.append(episode.total)
@@ -212,15 +212,9 @@ def film(
                 )
             pictures.append(np.array(shown[0]))
             _check_patience(config, len(pictures), patience)
-            _play_step(player, generator)
+            player.decide(generator)
+            player.advance()
     return pictures
-
-
-def _play_step(player: Player, generator: torch.Generator | None) -> list[Episode]:
-    _, decides = player.look()
-    if decides.any():
-        player.ask(decides, generator)
-    return player.advance()
 
 
 def _check_patience(config: TrainConfig, waited: int, patience: int) -> None:

@@ -19,7 +19,7 @@ from htm_pytorch.rl.pictures import (
     is_board,
     is_picture,
 )
-from htm_pytorch.rl.space import check_size
+from htm_pytorch.rl.space import check_size, units_of
 
 Nested = Any
 """A tensor or an array, or a dict or tuple of such."""
@@ -196,12 +196,9 @@ class Scaled(nn.Module):
 
     def __init__(self, space: spaces.Box):
         super().__init__()
-        low, high = (bound.astype(np.float64).ravel() for bound in (space.low, space.high))
         # Bounds like those of CartPole's velocities, 3e38, say nothing.
-        bounded = (np.abs(low) < 1e4) & (np.abs(high) < 1e4) & (high > low)
-        low, high = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
-        for name, part in (("middle", (low + high) / 2), ("scale", (high - low) / 2)):
-            made = torch.tensor(part, dtype=torch.get_default_dtype())
+        for name, part in zip(("middle", "scale"), units_of(space, 1e4), strict=True):
+            made = torch.tensor(part.ravel(), dtype=torch.get_default_dtype())
             self.register_buffer(name, made, persistent=False)
 
     def forward(self, numbers: Tensor) -> Tensor:

@@ -94,6 +94,14 @@ class Player:
         self.waiting.append(step)
         return step, (self.held == 0) & self.seen.acts
 
+    def decide(self, generator: torch.Generator | None) -> tuple[np.ndarray, Choice | None]:
+        """Look, and choose where a decision is due; return [B] where, and what was chosen.
+
+        Without a generator the most probable action is taken.
+        """
+        _, decides = self.look()
+        return decides, self.ask(decides, generator) if decides.any() else None
+
     def ask(self, decides: np.ndarray, generator: torch.Generator | None) -> Choice:
         """Let all that waits enter the memory, and choose for the rows [B] that decide.
 

@@ -7,6 +7,8 @@ from gymnasium import spaces
 
 MOST_CHOICES = 1_000_000
 """Possibilities of the choices of a space together."""
+ACTION_BOUND = 1e30
+"""From which on a bound of actions says nothing."""
 
 
 def check_size(space: spaces.Space[Any], what: str) -> None:
@@ -29,10 +31,13 @@ def check_size(space: spaces.Space[Any], what: str) -> None:
         )
 
 
-def units_of(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
-    """Return the middle of each dimension of a Box and half its range, 0 and 1 if it has none."""
+def units_of(space: spaces.Box, most: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the middle of each dimension of a Box and half its range; 0 and 1 if it has none.
+
+    It has none where a bound is `most` or more, as the largest float stands for no bound.
+    """
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    # The largest float stands for no bound; where both are the same, any unit will do.
-    bounded = (np.abs(low) < 1e30) & (np.abs(high) < 1e30) & (high > low)
+    # Where both bounds are the same, any unit will do.
+    bounded = (np.abs(low) < most) & (np.abs(high) < most) & (high > low)
     low, high = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
     return (low + high) / 2, (high - low) / 2
