@@ -37,12 +37,12 @@ class HTMModule(TensorDictModuleBase):
     give the same outputs.
 
     The tensordict carries no memory, since a copy at every step would be too large. It carries
-    the number of each step. By that the module refuses to go on with the memory of another
-    rollout, and finds the memory that a window begins with. A window may begin with an episode;
-    or where acting went on after a window was read, as the batches of on-policy training do; or
-    after `begin_window`. Any other beginning is a ValueError, also where a sampler marked it as
-    `is_init`, and so is a gap inside a window. The memory that a window begins with was made by
-    the weights that acted, and carries no gradient.
+    the number of each step, negative where an episode begins. By that the module refuses to go on
+    with the memory of another rollout, and finds the memory that a window begins with. A window
+    may begin with an episode; or where acting went on after a window was read, as the batches of
+    on-policy training do; or after `begin_window`. Any other beginning is a ValueError, also where
+    a sampler marked it as `is_init`, and so is a gap inside a window. The memory that a window
+    begins with was made by the weights that acted, and carries no gradient.
 
     Environments need `InitTracker()` and the primer of `make_tensordict_primer`.
 
@@ -51,7 +51,8 @@ class HTMModule(TensorDictModuleBase):
         in_key: the entry that is read, [..., D].
         out_key: the entry that is written, [..., D].
         is_init_key: the entry that marks the first step of an episode, [..., 1] bool.
-        step_key: the entry that numbers the steps, [..., 1] int64; each module needs its own.
+        step_key: the entry that numbers the steps, [..., 1] int64, 0 until the module has acted at
+            the first step of an episode; each module needs its own.
         windows: of how many windows, the newest, the memories they begin with are kept.
         default_recurrent_mode: what holds where `set_recurrent_mode` says nothing.
     """
@@ -79,7 +80,7 @@ class HTMModule(TensorDictModuleBase):
         written["out_key"] = _key("out_key", out_key)
         _check_apart(read | written)
         self.in_keys = list(read.values())
-        self.out_keys = [written["out_key"], written["next step_key"]]
+        self.out_keys = [written["out_key"], read["step_key"], written["next step_key"]]
         self._default_recurrent_mode = default_recurrent_mode
         self._state: TransformerState | None = None
         self._expected: Tensor | None = None
@@ -146,8 +147,9 @@ class HTMModule(TensorDictModuleBase):
         else:
             rows = shape.numel()
             inputs = x.reshape(rows, 1, -1), first.reshape(rows), numbers.reshape(rows)
-            y, following = self._act(*inputs, dims=len(shape))
-            tensordict.set(self.out_keys[1], following.reshape(*shape, 1))
+            y, acted = self._act(*inputs, dims=len(shape))
+            tensordict.set(self.out_keys[1], acted.reshape(*shape, 1))
+            tensordict.set(self.out_keys[2], (acted.abs() + STRIDE).reshape(*shape, 1))
         tensordict.set(self.out_keys[0], y.reshape(*shape, y.shape[-1]))
         return tensordict
 
@@ -171,32 +173,15 @@ class HTMModule(TensorDictModuleBase):
 
     @torch.no_grad()
     def _act(self, x: Tensor, first: Tensor, numbers: Tensor, dims: int) -> tuple[Tensor, Tensor]:
-        """Return the outputs of one step of each row, and the numbers of the steps to come."""
+        """Return the outputs of one step of each row, and the numbers of these steps."""
         rows = len(x)
-        if (first & (numbers != 0)).any():
-            raise ValueError(
-                f"tensordict: expected 0 as {self.in_keys[2]!r} of the first step of an episode, "
-                "got others; append make_tensordict_primer() to the environment"
-            )
         state, expected = self._state, self._expected
         if expected is None or state is None or len(expected) != rows:
-            goes_on, state = ~first, self.htm.initial_state(rows)
-        else:
-            goes_on = ~first & (numbers != expected)
-        if goes_on.any():
-            others = goes_on.nonzero()[:, 0].tolist()
-            if dims > 1:
-                raise ValueError(
-                    f"tensordict: expected one step of each environment, as recurrent mode is "
-                    f"off, got {rows} elements of which {len(others)} go on where the module is "
-                    "not; windows [..., T] are read with torchrl.modules.set_recurrent_mode(True)"
-                )
-            raise ValueError(
-                f"tensordict: expected rows that begin an episode or go on where the module is, "
-                f"got others in rows {others}; act in other "
-                "environments, as for an evaluation, with a copy (copy.deepcopy), and give each "
-                "module a step_key of its own"
-            )
+            expected, state = torch.zeros_like(numbers), self.htm.initial_state(rows)
+        wrong = numbers != torch.where(first, 0, expected)
+        wrong |= ~first & (numbers == 0)
+        if wrong.any():
+            raise ValueError(self._told(first, wrong, dims))
         if self._is_beginning:
             # By number, so that rows are found in whatever order they are read.
             self._beginnings[self._next_number] = state
@@ -204,26 +189,43 @@ class HTMModule(TensorDictModuleBase):
                 del self._beginnings[min(self._beginnings)]
             self._is_beginning = False
         y, self._state = self.htm(x, state, first[:, None])
+        acted = torch.arange(rows, device=numbers.device) + self._next_number
         self._next_number += STRIDE
-        following = torch.arange(rows, device=numbers.device) + self._next_number
-        # Less than 0 after the first step of an episode, whose own number, 0, tells no place.
-        self._expected = torch.where(first, -following, following)
-        return y, self._expected
+        self._expected = acted + STRIDE
+        return y, torch.where(first, -acted, acted)
+
+    def _told(self, first: Tensor, wrong: Tensor, dims: int) -> str:
+        """Return what is said of rows that are not acted at."""
+        others = wrong.nonzero()[:, 0].tolist()
+        if dims > 1:
+            return (
+                f"tensordict: expected one step of each environment, as recurrent mode is off, got "
+                f"{len(first)} elements of which {len(others)} go on where the module is not; "
+                "windows [..., T] are read with torchrl.modules.set_recurrent_mode(True)"
+            )
+        if (first & wrong).any():
+            return (
+                f"tensordict: expected 0 as {self.in_keys[2]!r} of the first step of an episode, "
+                "got others; append make_tensordict_primer() to the environment, act once a step, "
+                "and give each module a step_key of its own"
+            )
+        return (
+            f"tensordict: expected rows that begin an episode or go on where the module is, got "
+            f"others in rows {others}; act in other environments, as for an evaluation, with a "
+            "copy (copy.deepcopy), and give each module a step_key of its own"
+        )
 
     def _read(self, x: Tensor, first: Tensor, numbers: Tensor) -> Tensor:
-        # Samplers mark where they cut, too.
-        first = first & (numbers == 0)
+        # Samplers set the marks, too, where they cut.
+        first = numbers < 0
         self._check_follow(first, numbers)
-        state = None if first[:, 0].all() else self._beginning(first[:, 0], numbers[:, 0].abs())
+        state = None if first[:, 0].all() else self._beginning(first[:, 0], numbers[:, 0])
         self._is_beginning = True
         return self.htm(x, state, first)[0]
 
     def _check_follow(self, first: Tensor, numbers: Tensor) -> None:
         """Raise unless the steps of windows [B, T] follow each other, or begin an episode."""
-        after = torch.where(
-            first[:, :-1], numbers[:, 1:] < 0, numbers[:, 1:] == numbers[:, :-1].abs() + STRIDE
-        )
-        gaps = ~(after | first[:, 1:])
+        gaps = ~first[:, 1:] & (numbers[:, 1:] != numbers[:, :-1].abs() + STRIDE)
         if gaps.any():
             places = [(row, step + 1) for row, step in gaps.nonzero()[:4].tolist()]
             raise ValueError(
@@ -279,5 +281,5 @@ def _check_apart(keys: dict[str, Any]) -> None:
 
 
 def _first_number() -> int:
-    """Return where a module begins to count, so that no two have the same numbers."""
-    return secrets.randbits(60)
+    """Return where a module begins to count, above 0 and so that no two have the same numbers."""
+    return STRIDE + secrets.randbits(60)
