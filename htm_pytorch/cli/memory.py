@@ -129,7 +129,7 @@ def show(path: Path_, chunk: int, name: str = "", json: bool = False) -> None:
 
 
 def repair(path: Path_) -> None:
-    """Keep what can be read of a damaged memory, and set the rest aside.
+    """Keep what can be read of a damaged memory, or of many, and set the rest aside.
 
     Args:
         path: its folder.
@@ -144,6 +144,9 @@ def repair(path: Path_) -> None:
     print(f"now it holds {report.steps:,} steps; what was there before is in {report.set_aside}")
     for start, end in report.lost:
         print(f"lost: steps {start} to {end - 1}")
+    for name, ranges in report.lost_of.items():
+        for start, end in ranges:
+            print(f"lost: steps {start} to {end - 1} of {name!r}")
     if report.moved:
         print(f"{report.moved:,} steps had the numbers of others, and are now behind all others")
 

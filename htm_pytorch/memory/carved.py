@@ -44,7 +44,7 @@ def sealed_lists(data: bytes) -> Iterator[bytes]:
                 break
 
 
-def blobs(data: bytes) -> Iterator[tuple[str, bytes]]:
+def blobs(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Yield the name and the body of each row of a name, perhaps a number, and a body."""
     for found in _HEADER.finditer(data):
         at = found.start()
@@ -59,8 +59,7 @@ def blobs(data: bytes) -> Iterator[tuple[str, bytes]]:
                 continue
             stored = _payload(data, at, size, has_number)
             if stored is not None:
-                text = stored[data[at] : data[at] + (name - 13) // 2]
-                yield text.decode(errors="replace"), stored[before:]
+                yield stored[data[at] : data[at] + (name - 13) // 2], stored[before:]
                 break
 
 

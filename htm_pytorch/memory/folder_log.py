@@ -20,7 +20,7 @@ from htm_pytorch.memory.log import (
     unknown,
     unsealed,
 )
-from htm_pytorch.memory.log_file import REMOVE, LogFile, put_changes, stored_head
+from htm_pytorch.memory.log_file import LogFile, put_changes, stored_head
 from htm_pytorch.memory.pins import size
 from htm_pytorch.memory.tail import Entry, Tail, TailError, make, remove_others
 
@@ -103,14 +103,15 @@ class FolderLog:
         records = []
         for first_step, body in rows:
             try:
-                record = Record.decode(body)
+                record, name = Record.with_name(body)
                 if record.first_step != first_step:
                     raise ValueError(f"it is that of step {record.first_step}")
+                if name not in ("", self.name):
+                    raise ValueError(f"it is that of memory {name!r}")
                 records.append(record)
             except (ValueError, TypeError, struct.error) as error:
                 raise MemoryFileError(
-                    f"{self.where}: the record of step {first_step} is damaged ({error}); "
-                    f"{REMOVE if self.name else REPAIR}"
+                    f"{self.where}: the record of step {first_step} is damaged ({error}); {REPAIR}"
                 ) from error
         contents = Contents(head, records + newest, pin)
         return check_records(self.where, contents, known if start else None)

@@ -20,9 +20,11 @@ from htm_pytorch.memory.files import MemoryFileError
 from htm_pytorch.memory.formats import Format
 
 FORMAT = 3
-"""The newest format; heads of those before are read."""
+"""The newest format of one memory; heads of those before are read."""
 _WITHOUT_TAIL = 2
 """The format of a head that names no tail: earlier releases read it."""
+_OF_MANY = 4
+"""The format of a head that says of which of many memories it is."""
 TAIL_NAME = re.compile("[0-9a-f]{32}")
 """What a tail may be called."""
 _JSON = json.JSONEncoder(separators=(",", ":"))
@@ -76,8 +78,8 @@ class Head(NamedTuple):
     def first(cls, form: Format) -> Self:
         """Return the head of a memory that nothing was written to."""
         name = str(form.dtype).removeprefix("torch.")
-        generation = os.urandom(16).hex()
-        return cls(form.dim, form.chunk_size, name, generation, 0, 0, -1, None, (), False, (), None)
+        at = new_generation(), 0, 0, -1, None
+        return cls(form.dim, form.chunk_size, name, *at, (), False, (), None)
 
     @property
     def form(self) -> Format:
@@ -94,46 +96,57 @@ class Head(NamedTuple):
         at = self.generation, self.sequence
         return self.sequence > 0 and at == (known.generation, known.sequence)
 
-    def encode(self, tail: str = "") -> bytes:
+    def encode(self, tail: str = "", name: str = "") -> bytes:
         """Return it as bytes, behind a checksum.
 
-        `tail` names the file that goes on where this head ends; see `tail`.
+        `tail` names the file that goes on where this head ends; see `tail`. `name` is that of the
+        memory, of many in one file: what leads to a row has no checksum of its own.
         """
-        body = {**self._asdict(), "format": FORMAT if tail else _WITHOUT_TAIL}
-        if tail:
-            body["tail"] = tail
+        body = {**self._asdict(), "format": _OF_MANY if name else FORMAT if tail else _WITHOUT_TAIL}
+        body |= {"tail": tail} if tail else {}
+        body |= {"name": name} if name else {}
         if self.table is not None:
             body["table"] = self.table._asdict()
         return sealed(_JSON.encode(body).encode())
 
-    @classmethod
-    def decode(cls, stored: bytes) -> Self:
+    @staticmethod
+    def decode(stored: bytes) -> "Head":
         """Return the head that `encode` made these bytes of.
 
         Raises:
             ValueError: they are damaged, or of another format.
         """
-        return cls.with_tail(stored)[0]
+        return StoredHead.decode(stored).head
+
+
+class StoredHead(NamedTuple):
+    """A head, and what is stored with it."""
+
+    head: Head
+    tail: str
+    """The name of its tail; empty for none."""
+    name: str
+    """Of the memory; empty for one alone, and in files of many from before they said it."""
 
     @classmethod
-    def with_tail(cls, stored: bytes) -> tuple[Self, str]:
-        """Return the head that `encode` made these bytes of, and the name of its tail, if any.
+    def decode(cls, stored: bytes) -> Self:
+        """Return what `Head.encode` made these bytes of.
 
         Raises:
             ValueError: they are damaged, or of another format.
         """
         body = json.loads(unsealed(stored))
-        if body.pop("format") not in (_WITHOUT_TAIL, FORMAT):
+        if body.pop("format") not in (_WITHOUT_TAIL, FORMAT, _OF_MANY):
             raise OtherFormatError("it is of another format; a newer release reads it")
         if body["table"] is not None:
             body["table"] = Pinned(**body["table"])
-        for name in ("forgotten", "lost"):
-            body[name] = tuple((start, end) for start, end in body[name])
-        tail = body.pop("tail", "")
+        for ranges in ("forgotten", "lost"):
+            body[ranges] = tuple((start, end) for start, end in body[ranges])
+        tail, name = body.pop("tail", ""), body.pop("name", "")
         if tail and not TAIL_NAME.fullmatch(tail):
             # It is to name a file of the memory, whoever has written this.
             raise ValueError(f"{tail!r} is no name of a tail")
-        return cls(**body), tail
+        return cls(Head(**body), tail, name)
 
 
 class Record(NamedTuple):
@@ -158,9 +171,9 @@ class Record(NamedTuple):
         """How many bytes its steps have, and characters its keys."""
         return len(self.steps) + sum(len(key) for key in self.keys if key is not None)
 
-    def encode(self) -> bytes:
-        """Return it as bytes, behind a checksum."""
-        text = _JSON.encode(self[:-1]).encode()
+    def encode(self, name: str = "") -> bytes:
+        """Return it as bytes, behind a checksum; `name` is that of the memory, of many."""
+        text = _JSON.encode(self[:-1] + ((name,) if name else ())).encode()
         return sealed(b"".join((struct.pack("<I", len(text)), text, self.steps)))
 
     @classmethod
@@ -170,11 +183,21 @@ class Record(NamedTuple):
         Raises:
             ValueError: they are damaged.
         """
+        return cls.with_name(stored)[0]
+
+    @classmethod
+    def with_name(cls, stored: bytes) -> tuple[Self, str]:
+        """Return the record that `encode` made these bytes of, and the name, if it has one.
+
+        Raises:
+            ValueError: they are damaged.
+        """
         body = unsealed(stored)
         (length,) = struct.unpack_from("<I", body)
-        first_step, episode, *lists, closes = json.loads(body[4 : 4 + length])
+        first_step, episode, *lists, closes, name = [*json.loads(body[4 : 4 + length]), ""][:7]
         borders, times, keys = (tuple(part) for part in lists)
-        return cls(first_step, episode, borders, times, keys, closes, body[4 + length :])
+        record = cls(first_step, episode, borders, times, keys, closes, body[4 + length :])
+        return record, name
 
 
 class Pin(NamedTuple):
@@ -279,6 +302,11 @@ def unsealed(stored: bytes) -> bytes:
     return body
 
 
+def new_generation() -> str:
+    """Return what no head has said before."""
+    return os.urandom(16).hex()
+
+
 def merged(ranges: Sequence[Range]) -> tuple[Range, ...]:
     """Return the ranges in order, those that touch each other as one."""
     found: list[Range] = []
@@ -288,6 +316,17 @@ def merged(ranges: Sequence[Range]) -> tuple[Range, ...]:
         elif start < end:
             found.append((start, end))
     return tuple(found)
+
+
+def missing(ranges: Sequence[Range], steps: int) -> list[Range]:
+    """Return which of so many steps are in none of these ranges."""
+    found: list[Range] = []
+    at = 0
+    for start, end in [*merged(ranges), (steps, steps)]:
+        if start > at:
+            found.append((at, start))
+        at = max(at, end)
+    return found
 
 
 def check_records(where: str, contents: Contents, known: Head | None = None) -> Contents:

@@ -16,6 +16,7 @@ from htm_pytorch.memory.log import (
     OtherFormatError,
     Pin,
     Record,
+    StoredHead,
     second_writer,
 )
 from htm_pytorch.memory.pins import files_of
@@ -23,14 +24,18 @@ from htm_pytorch.memory.sqlite_file import SqliteFile, connect
 
 _KINDS = {False: 0x48544D31, True: 0x48544D6E}
 """Numbers that tell the file of one memory from that of many."""
-REMOVE = "the others are unharmed, and `memory.open_many(uri).remove(name)` lets go of this one"
+_FLIPPED = 2
+"""How many of their bits may be wrong, of five in which they differ."""
 
 
-def says_many(path: Path) -> bool:
-    """Whether the first bytes of a file say that it is of many memories, damaged or not."""
+def says_many(path: Path) -> bool | None:
+    """Whether the first bytes of a file say that it is of many memories; None where nothing."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), path.open("rb") as file:
-        return file.read(72)[68:] == _KINDS[True].to_bytes(4, "big")
-    return False
+        said = int.from_bytes(file.read(72)[68:], "big")
+        for is_of_many, kind in _KINDS.items():
+            if (said ^ kind).bit_count() <= _FLIPPED:
+                return is_of_many
+    return None
 
 
 class LogFile(SqliteFile):
@@ -91,41 +96,61 @@ class LogFile(SqliteFile):
         return True
 
     def is_of_many(self) -> bool:
-        """Whether it was made for many memories."""
+        """Whether it was made for many memories.
+
+        Raises:
+            MemoryFileError: it does not say, or not how names are written.
+        """
         with self.mutex, self.transaction() as connection:
-            (kind,) = connection.execute("PRAGMA application_id").fetchone()
+            pragmas = ("application_id", "encoding")
+            kind, text = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in pragmas)
+        if kind not in _KINDS.values() or text != "UTF-8":
+            raise MemoryFileError(f"{self.where} is damaged at its beginning; {REPAIR}")
         return kind == _KINDS[True]
 
     def has(self, name: str) -> bool:
         """Whether there is a memory of this name."""
         with self.mutex, self.transaction() as connection:
-            query = "SELECT 1 FROM heads WHERE name = ?"
+            query = (
+                "SELECT 1 FROM heads WHERE name = ?1 UNION ALL "
+                "SELECT 1 FROM spare_heads WHERE name = ?1"
+            )
             return connection.execute(query, (name,)).fetchone() is not None
 
-    def changes(self) -> int:
-        """Return another number than before, if another process has written meanwhile."""
+    def changes(self) -> tuple[object, int]:
+        """Return something else than before, if another process has written meanwhile."""
         with self.mutex, self.transaction() as connection:
-            return connection.execute("PRAGMA data_version").fetchone()[0]
+            return self.identity, connection.execute("PRAGMA data_version").fetchone()[0]
 
     def names(self) -> list[str]:
         """Return the names of all memories in the file, in order."""
         with self.mutex, self.transaction() as connection:
-            rows = connection.execute("SELECT name FROM heads ORDER BY name").fetchall()
-        return [name for (name,) in rows]
+            # A damaged name may be where none leads to it.
+            query = (
+                "SELECT name FROM (SELECT name FROM heads UNION SELECT name FROM spare_heads) AS a "
+                "WHERE EXISTS (SELECT 1 FROM heads AS b WHERE b.name = a.name) "
+                "OR EXISTS (SELECT 1 FROM spare_heads AS c WHERE c.name = a.name) ORDER BY name"
+            )
+            return [name for (name,) in connection.execute(query).fetchall()]
 
     def problems(self) -> list[str]:
         """Return what is wrong with the file itself."""
         try:
             with self.mutex, self.transaction() as connection:
                 found = connection.execute("PRAGMA integrity_check").fetchall()
+                both = ("SELECT name, body FROM heads", "SELECT name, body FROM spare_heads")
                 heads = connection.execute(
-                    "SELECT heads.name FROM heads LEFT JOIN spare_heads USING (name) "
-                    "WHERE heads.body IS NOT spare_heads.body"
+                    f"SELECT DISTINCT name FROM ({both[0]} EXCEPT {both[1]} "
+                    f"UNION ALL SELECT * FROM ({both[1]} EXCEPT {both[0]}))"
+                ).fetchall()
+                orphans = connection.execute(
+                    "SELECT DISTINCT name FROM records WHERE name NOT IN (SELECT name FROM heads)"
                 ).fetchall()
         except MemoryFileError as error:
             return [str(error)]
         damaged = [f"{self.where}: {text}; {REPAIR}" for (text,) in found if text != "ok"]
-        return damaged + [f"{self.where}: one of two heads is damaged; {REPAIR}" for _ in heads]
+        damaged += [f"{self.where}: one of two heads is damaged; {REPAIR}" for _ in heads]
+        return damaged + [f"{self.where}: steps have no head; {REPAIR}" for _ in orphans]
 
 
 def stored_head(
@@ -140,14 +165,16 @@ def stored_head(
         query = f"SELECT body FROM {table} WHERE name = ?"
         for (body,) in connection.execute(query, (name,)).fetchall():
             try:
-                found.append((body, *Head.with_tail(body)))
+                head, tail, of = StoredHead.decode(body)
+                if of not in ("", name):
+                    raise ValueError(f"one is that of memory {of!r}")
+                found.append((body, head, tail))
             except OtherFormatError as error:
-                raise MemoryFileError(f"{where}: {error}") from error
+                raise OtherFormatError(f"{where}: {error}") from error
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 wrong = error
     if not found and wrong is not None:
-        way_out = REMOVE if name else REPAIR
-        raise MemoryFileError(f"{where}: its heads are damaged ({wrong}); {way_out}")
+        raise MemoryFileError(f"{where}: its heads are damaged ({wrong}); {REPAIR}")
     return max(found, key=lambda one: one[1].sequence, default=None)
 
 
@@ -171,9 +198,9 @@ def put_changes(
 ) -> None:
     """Write a head, which names a tail or none, and more records."""
     for record in records:
-        row = name, record.first_step, record.encode()
+        row = name, record.first_step, record.encode(name)
         connection.execute("INSERT INTO records VALUES (?, ?, ?)", row)
-    body = head.encode(tail)
+    body = head.encode(tail, name)
     # Twice, in pages of their own: one damaged byte leaves the other.
     for table in ("heads", "spare_heads"):
         connection.execute(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", (name, body))

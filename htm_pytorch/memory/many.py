@@ -63,7 +63,7 @@ def open_many(
         raise ValueError(f"uri: expected a folder for many memories, got {where.uri!r}")
     may_make = dim is not None and not read_only
     place.check_folder(where.folder, may_make)
-    place.check_kinds(where.folder, place.MOVE)
+    place.check_kinds(where.folder)
     lock = None if read_only else Lock(where.folder)
     try:
         if not where.log.exists():
@@ -103,7 +103,7 @@ class Memories:
         # Of one name there is never more than one: two would not know of each other's steps.
         self._loaded: weakref.WeakValueDictionary[str, ExactMemory] = weakref.WeakValueDictionary()
         self._used: OrderedDict[str, ExactMemory] = OrderedDict()
-        self._seen = -1
+        self._seen: object = None
         # Also that of the memories, which write to one file.
         self.mutex = threading.RLock()
         forks.watch(self)
@@ -333,7 +333,7 @@ class Memories:
 def holds_many(uri: str | os.PathLike[str]) -> bool:
     """Whether there is a folder of many memories at `uri`, as its file says."""
     where = place.find(uri, None)
-    return where.folder is not None and says_many(where.log)
+    return where.folder is not None and says_many(where.log) is True
 
 
 def _checked(names: Sequence[str]) -> list[str]:

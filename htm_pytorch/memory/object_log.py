@@ -18,6 +18,7 @@ from htm_pytorch.memory.log import (
     REPAIR,
     Contents,
     Head,
+    OtherFormatError,
     Pin,
     Record,
     check_records,
@@ -260,8 +261,12 @@ def salvaged(body: bytes) -> tuple[list[Head], list[Record]]:
             with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, struct.error):
                 records.append(Record.decode(part))
                 continue
-            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+            try:
                 heads.append(Head.decode(part))
+            except OtherFormatError:
+                raise
+            except (ValueError, TypeError, KeyError, AttributeError):
+                continue
     return heads, records
 
 
@@ -269,6 +274,8 @@ def salvaged(body: bytes) -> tuple[list[Head], list[Record]]:
 def _damage(where: str) -> Iterator[None]:
     try:
         yield
+    except OtherFormatError as error:
+        raise OtherFormatError(f"{where}: {error}") from error
     except (ValueError, TypeError, KeyError, struct.error) as error:
         raise MemoryFileError(f"{where} is damaged ({error}); {REPAIR}") from error
 

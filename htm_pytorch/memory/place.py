@@ -223,10 +223,10 @@ def _is_file_of_ours(folder: str, name: str) -> bool:
     return folder in _OF_TABLE and Path(name).suffix != ""
 
 
-def check_kinds(folder: Path, way_out: str = REPAIR) -> None:
+def check_kinds(folder: Path) -> None:
     """Raise a MemoryFileError where something in the folder of a memory is of a wrong kind."""
     for one in misplaced(folder):
-        raise MemoryFileError(f"uri: {one}; {way_out}")
+        raise MemoryFileError(f"uri: {one}; {REPAIR}")
 
 
 def check_own(

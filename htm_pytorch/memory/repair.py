@@ -10,7 +10,7 @@ import datetime
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,14 +20,25 @@ from torch import Tensor
 from htm_pytorch.memory import place
 from htm_pytorch.memory.files import MemoryFileError, sync_folder
 from htm_pytorch.memory.formats import CPU, Chunks, Format
-from htm_pytorch.memory.log import Contents, Head, Range, Record, merged
-from htm_pytorch.memory.log_file import LogFile, says_many
+from htm_pytorch.memory.log import (
+    Contents,
+    Head,
+    Range,
+    Record,
+    merged,
+    missing,
+    new_generation,
+)
+from htm_pytorch.memory.log_file import LogFile
+from htm_pytorch.memory.many import Memories, open_many
 from htm_pytorch.memory.open_chunk import Batch, OpenChunk
 from htm_pytorch.memory.opening import open_memory
 from htm_pytorch.memory.place import Lock, Misplaced, Place
+from htm_pytorch.memory.repair_many import is_of_many, rebuilt
 from htm_pytorch.memory.rows import BATCH_BYTES, form_of
 from htm_pytorch.memory.salvage_log import salvaged_log, salvaged_table
 from htm_pytorch.memory.salvage_rows import DamagedRows, SalvagedRow
+from htm_pytorch.memory.stored import StoredMemory
 from htm_pytorch.memory.versions import Versions
 
 _NEW = ".repaired"
@@ -42,11 +53,13 @@ class Report(NamedTuple):
     steps: int
     """How many there are now."""
     lost: tuple[Range, ...]
-    """Steps that are lost, from a first one up to, without, a last one."""
+    """Steps that are lost of one memory, from a first one up to, without, a last one."""
     moved: int
     """Steps that had the numbers of others and got new ones, behind all others."""
     set_aside: str
     """Where what was there before is now."""
+    lost_of: dict[str, tuple[Range, ...]]
+    """Steps that are lost of many memories, by the names of those that lost some."""
 
 
 class _Piece(NamedTuple):
@@ -61,11 +74,14 @@ class _Piece(NamedTuple):
 def repair(uri: str | os.PathLike[str]) -> Report:
     """Make what can be read of the memory in a folder a memory again, if it is damaged.
 
+    Of a folder of many memories each keeps what can be read of it, under its name.
+
     Raises:
-        ValueError: it is in an object store, or a folder of many memories.
+        ValueError: it is in an object store.
         FileNotFoundError: there is nothing of a memory.
         BlockingIOError: it is open for writing.
-        MemoryFileError: nothing of it can be read, or something is where `repair` needs a place.
+        MemoryFileError: nothing of it can be read, a newer release has written it, or something is
+            where `repair` needs a place.
     """
     where = place.find(uri, None)
     if where.folder is None:
@@ -75,13 +91,6 @@ def repair(uri: str | os.PathLike[str]) -> Report:
         )
     place.check_folder(where.folder, may_make=(where.folder / _NEW).exists())
     place.check_own(where.folder / _NEW, "a folder")
-    if where.log.is_file() and says_many(where.log):
-        # As one memory it would lose all but one of them.
-        raise ValueError(
-            f"uri: expected the folder of one memory, got {where.uri!r} of many; nothing was "
-            "changed. memory.open_many(uri).verify() says which of them are damaged, and "
-            "remove(name) lets go of one"
-        )
     lock = Lock(where.folder)
     try:
         aside = _finish(where.folder)
@@ -89,30 +98,55 @@ def repair(uri: str | os.PathLike[str]) -> Report:
         wrong = place.misplaced(where.folder)
         aside = _move_aside(where.folder, wrong) if wrong else aside
         told = [str(one) for one in wrong]
-        problems = _problems(where)
-        if not problems:
-            with open_memory(where.uri, read_only=True) as memory:
-                return Report(tuple(told), memory.steps, (), 0, aside)
-        return _rebuild(where, where.folder, told + problems)
+        is_many = is_of_many(where.log)
+        look = open_many if is_many else open_memory
+        problems = told + _problems(where, look)
+        if len(problems) == len(told):
+            return Report(tuple(told), _steps(where, look), (), 0, aside, {})
+        return (_rebuild_many if is_many else _rebuild)(where, where.folder, problems)
     finally:
         lock.release()
 
 
-def _problems(where: Place) -> list[str]:
+def _problems(where: Place, look: Callable[..., StoredMemory | Memories]) -> list[str]:
     try:
-        memory = open_memory(where.uri, read_only=True)
-        problems = memory.verify()
-        memory.close()
-        return problems
+        with look(where.uri, read_only=True) as found:
+            return found.verify()
     except (MemoryFileError, OSError) as error:
         return [str(error)]
 
 
-def _rebuild(where: Place, folder: Path, problems: list[str]) -> Report:
-    head, records, pin = salvaged_log(where)
+def _steps(where: Place, look: Callable[..., StoredMemory | Memories]) -> int:
+    with look(where.uri, read_only=True) as found:
+        one = isinstance(found, StoredMemory)
+        return found.steps if one else sum(found[name].steps for name in found)
+
+
+def _rebuild_many(where: Place, folder: Path, problems: list[str]) -> Report:
+    logs, lost = rebuilt(where.log)
+    aside = _put(folder, _empty(folder), logs, is_of_many=True)
+    return Report(tuple(problems), _steps(where, open_many), (), 0, aside, lost)
+
+
+def _empty(folder: Path) -> Path:
+    """Return a place in the folder for what is made anew."""
     new = folder / _NEW
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
+    return new
+
+
+def _put(folder: Path, new: Path, logs: dict[str, Contents], *, is_of_many: bool = False) -> str:
+    """Put what was made, with these logs, in the place of the old; return where that is."""
+    LogFile.create(new / "journal", logs, is_of_many=is_of_many).close()
+    (new / "complete").touch()
+    sync_folder(new)
+    return _finish(folder)
+
+
+def _rebuild(where: Place, folder: Path, problems: list[str]) -> Report:
+    head, records, pin = salvaged_log(where)
+    new = _empty(folder)
     dataset, facts = salvaged_table(where, head, pin)
     form = head.form if head is not None else _form(facts)
     if form is None:
@@ -123,7 +157,7 @@ def _rebuild(where: Place, folder: Path, problems: list[str]) -> Report:
     if head is None:
         head = Head.first(form)
     # So that readers of before take nothing of it for what they know.
-    head = head._replace(generation=os.urandom(16).hex())
+    head = head._replace(generation=new_generation())
     damaged = DamagedRows(dataset, form) if dataset is not None else None
     rows = damaged.rows() if damaged is not None else []
     least = max((row.first_step + row.length for row in rows if row.is_certain), default=0)
@@ -143,7 +177,7 @@ def _rebuild(where: Place, folder: Path, problems: list[str]) -> Report:
     ends += zip(firsts, (chunks.first_steps + chunks.counts).tolist(), strict=True)
     steps = max(head.steps, open_chunk.next_step, least)
     ends.append((open_chunk.first_step, open_chunk.next_step))
-    lost = _missing(ends, head.gaps, steps)
+    lost = missing([*ends, *head.gaps], steps)
     episode = max(head.episode, open_chunk.episode, max((p.episode for p in pieces), default=-1))
     after = head._replace(
         sequence=head.sequence + 1,
@@ -156,13 +190,9 @@ def _rebuild(where: Place, folder: Path, problems: list[str]) -> Report:
     if open_chunk.next_step != steps and kept:
         kept = [kept[0]._replace(closes=True)]
     logs = {"": Contents(after, kept, table.pin if table else None)}
-    LogFile.create(new / "journal", logs).close()
-    (new / "complete").touch()
-    sync_folder(new)
-    aside = _finish(folder)
-    with open_memory(where.uri, read_only=True) as memory:
-        left = memory.steps
-    return Report(tuple(problems), left, tuple(lost), moved + more, aside)
+    aside = _put(folder, new, logs)
+    left = _steps(where, open_memory)
+    return Report(tuple(problems), left, tuple(lost), moved + more, aside, {})
 
 
 def _move(path: Path, to: Path) -> None:
@@ -358,14 +388,3 @@ def _closed(records: Sequence[Record], form: Format, held: _Held) -> tuple[Chunk
         closed, open_chunk = open_chunk.follow(batch, form, record.closes)
         chunks = chunks + closed
     return chunks, open_chunk, moved
-
-
-def _missing(ends: Sequence[Range], gaps: Sequence[Range], steps: int) -> list[Range]:
-    """Return which steps are in none of these ranges."""
-    held = merged((*ends, *gaps))
-    missing, at = [], 0
-    for start, end in [*held, (steps, steps)]:
-        if start > at:
-            missing.append((at, start))
-        at = max(at, end)
-    return missing

@@ -3,11 +3,12 @@
 import contextlib
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 from htm_pytorch.memory import carved, earlier, object_log, pins, tail
 from htm_pytorch.memory.files import MemoryFileError
-from htm_pytorch.memory.log import Head, Pin, Record, unsealed
+from htm_pytorch.memory.log import Head, OtherFormatError, Pin, Record, StoredHead, unsealed
 from htm_pytorch.memory.log_file import LogFile
 from htm_pytorch.memory.place import Place
 from htm_pytorch.memory.rows import facts_of
@@ -28,31 +29,9 @@ def salvaged_log(where: Place) -> tuple[Head | None, list[Record], Pin | None]:
         found, records = object_log.salvaged(body)
         records.sort(key=lambda record: record.first_step)
         return next(iter(found), None), records, None
-    heads: list[tuple[Head, str]] = []
-    records: list[Record] = []
-    pin: Pin | None = None
-    with contextlib.closing(LogFile(path)) as file:
-        for table in ("heads", "spare_heads"):
-            for (body,) in _rows(file, f"SELECT body FROM {table}"):
-                with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-                    heads.append(Head.with_tail(body))
-        for (body,) in _rows(file, "SELECT body FROM pins"):
-            with contextlib.suppress(ValueError):
-                unsealed(body)
-                pin = Pin(body, {})
-        for (body,) in _rows(file, "SELECT body FROM records NOT INDEXED"):
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                records.append(Record.decode(body))
-        is_whole = not file.problems()
-    if not is_whole:
-        found = [body for _, body in carved.blobs(path.read_bytes())]
-        if not heads:
-            heads = list(_decoded(found, Head.with_tail))
-        known = {record.first_step for record in records}
-        records += [
-            record for record in _decoded(found, Record.decode) if record.first_step not in known
-        ]
-    head, name = max(heads, key=lambda found: found[0].sequence, default=(None, ""))
+    found = salvaged_rows(path, is_of_many=False)
+    head, name, records = found.get("", Rows([], [])).newest()
+    pin = _salvaged_pin(path)
     entries = tail.salvaged(where.tails, name) if name or head is None else []
     of = head.table if head is not None else None
     for newest, record in _counting(entries, head):
@@ -63,6 +42,54 @@ def salvaged_log(where: Place) -> tuple[Head | None, list[Record], Pin | None]:
         pin = None
     records.sort(key=lambda record: record.first_step)
     return head, records, pin
+
+
+class Rows(NamedTuple):
+    """What can be read of one memory in a file."""
+
+    heads: list[StoredHead]
+    records: list[Record]
+
+    def newest(self) -> tuple[Head | None, str, list[Record]]:
+        """Return the newest head, the name of its tail, and the records, each step's once."""
+        head = max(self.heads, key=lambda one: one.head.sequence, default=None)
+        of_step = {record.first_step: record for record in reversed(self.records)}
+        records = [of_step[step] for step in sorted(of_step)]
+        return (head.head, head.tail, records) if head is not None else (None, "", records)
+
+
+def salvaged_rows(path: Path, *, is_of_many: bool) -> dict[str, Rows]:
+    """Return, by names of memories, what can be read of an SQLite file; "" names one alone."""
+    # No text: what its bytes are is not known.
+    query = "SELECT CAST(name AS BLOB), body FROM"
+    with contextlib.closing(LogFile(path)) as file:
+        heads = _rows(file, f"{query} heads") + _rows(file, f"{query} spare_heads")
+        records = _rows(file, f"{query} records NOT INDEXED")
+        is_whole = not file.problems()
+    if not is_whole:
+        carved_ = list(carved.blobs(path.read_bytes()))
+        heads, records = heads + carved_, records + carved_
+    found: dict[str, Rows] = {}
+
+    def of(row: Any, sealed: str) -> Rows:
+        text = row.decode(errors="replace") if isinstance(row, bytes) else ""
+        return found.setdefault((sealed or text) if is_of_many else "", Rows([], []))
+
+    for row, head in _decoded(heads, StoredHead.decode):
+        of(row, head.name).heads.append(head)
+    for row, (record, sealed) in _decoded(records, Record.with_name):
+        of(row, sealed).records.append(record)
+    return found
+
+
+def _salvaged_pin(path: Path) -> Pin | None:
+    pin: Pin | None = None
+    with contextlib.closing(LogFile(path)) as file:
+        for (body,) in _rows(file, "SELECT body FROM pins"):
+            with contextlib.suppress(ValueError):
+                unsealed(body)
+                pin = Pin(body, {})
+    return pin
 
 
 def _counting(entries: Sequence[tail.Entry], head: Head | None) -> list[tuple[Head, Record]]:
@@ -89,11 +116,21 @@ def _rows(file: LogFile, query: str) -> list[tuple[Any, ...]]:
     return found
 
 
-def _decoded(found: Sequence[bytes], decode: Callable[[bytes], Decoded]) -> Iterator[Decoded]:
-    """Yield what can be made of those that are whole, and of this kind."""
-    for body in found:
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, struct.error):
-            yield decode(body)
+def _decoded(
+    rows: Sequence[tuple[Any, ...]], decode: Callable[[bytes], Decoded]
+) -> Iterator[tuple[Any, Decoded]]:
+    """Yield name and body of those rows of which something can be made, of this kind.
+
+    Raises:
+        OtherFormatError: one is whole, and a newer release has written it.
+    """
+    for name, body in rows:
+        try:
+            yield name, decode(body)
+        except OtherFormatError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, struct.error):
+            continue
 
 
 def _ends(where: Place) -> dict[str, bytes]:

@@ -18,6 +18,8 @@ _inherited: list[object] = []
 """What a forked child must not close."""
 _LEFT_BYTES = 2**18
 """How many bytes a transaction leaves beside the file for the next one; new ones take time."""
+_ERRORS = (sqlite3.Error, UnicodeDecodeError)
+"""What a damaged file leads to; the latter where what SQLite would say of it is no text."""
 _UNFINISHED = bytes.fromhex("d9d505f920a163d7")
 """What SQLite begins the file beside it with, while a transaction has not come to its end."""
 
@@ -88,7 +90,7 @@ class SqliteFile:
             if connection is not None:
                 if not self.is_read_only:
                     # Removes what is beside the file, where nobody needs it.
-                    with contextlib.suppress(sqlite3.Error):
+                    with contextlib.suppress(*_ERRORS):
                         connection.execute("PRAGMA journal_mode = DELETE")
                 connection.close()
             if self._copied is not None:
@@ -101,6 +103,11 @@ class SqliteFile:
         self._connection = self._copied = None
         self.mutex = threading.RLock()
         self.is_read_only = True
+
+    @property
+    def identity(self) -> object:
+        """What tells the file that is open from others that have or had its name."""
+        return self._opened
 
     def look_again(self) -> None:
         """Let go of the file, where another one is in its place by now.
@@ -153,10 +160,10 @@ class SqliteFile:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except _ERRORS as error:
             raise self.told(error) from error
 
-    def told(self, error: sqlite3.Error) -> Exception:
+    def told(self, error: sqlite3.Error | UnicodeDecodeError) -> Exception:
         """Return what an error of SQLite's means here."""
         code = getattr(error, "sqlite_errorname", "")
         if code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
@@ -168,7 +175,8 @@ class SqliteFile:
             return PermissionError(
                 f"{self.where}: no right to write ({error}); read_only=True only reads"
             )
-        is_damaged = code in ("SQLITE_ERROR", "SQLITE_CORRUPT", "SQLITE_NOTADB")
+        # Without a code it is of Python's own module: a text that is none.
+        is_damaged = code in ("", "SQLITE_ERROR", "SQLITE_CORRUPT", "SQLITE_NOTADB")
         if is_damaged or not isinstance(error, sqlite3.OperationalError):
             return MemoryFileError(f"{self.where} is damaged ({error}); {REPAIR}")
         return OSError(f"{self.where} cannot be read or written ({error})")
@@ -196,7 +204,7 @@ class _Transaction:
                 # Of a call that was interrupted: whatever followed would be part of it.
                 connection.execute("ROLLBACK")
             connection.execute(f"BEGIN {self._kind}")
-        except sqlite3.Error as error:
+        except _ERRORS as error:
             raise file.told(error) from error
         return connection
 
@@ -207,16 +215,16 @@ class _Transaction:
                 connection.execute("COMMIT")
         except BaseException as failed:
             self._undo()
-            if isinstance(failed, sqlite3.Error):
+            if isinstance(failed, _ERRORS):
                 raise self._file.told(failed) from failed
             raise
         if error is not None:
             self._undo()
-        if isinstance(error, sqlite3.Error):
+        if isinstance(error, _ERRORS):
             raise self._file.told(error) from error
 
     def _undo(self) -> None:
-        with contextlib.suppress(sqlite3.Error, MemoryFileError):
+        with contextlib.suppress(*_ERRORS, MemoryFileError):
             connection = self._file.connected()
             if connection.in_transaction:
                 connection.execute("ROLLBACK")

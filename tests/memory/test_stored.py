@@ -308,8 +308,12 @@ def test_a_table_of_something_else(tmp_path: Path) -> None:
 
 def test_a_later_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("htm_pytorch.memory.log._WITHOUT_TAIL", 4)
+        patch.setattr("htm_pytorch.memory.log._WITHOUT_TAIL", 9)
         make(tmp_path / "next").close()
+    stored = (tmp_path / "next" / "journal").read_bytes()
+    with pytest.raises(MemoryFileError, match="of another format; a newer release reads it$"):
+        memory.repair(tmp_path / "next")
+    assert (tmp_path / "next" / "journal").read_bytes() == stored
     for options in ({}, {"read_only": True}):
         with pytest.raises(MemoryFileError, match="of another format") as raised:
             memory.open(tmp_path / "next", **options)

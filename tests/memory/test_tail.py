@@ -11,7 +11,7 @@ import torch
 
 from htm_pytorch import memory
 from htm_pytorch.memory import MemoryFileError, StoredMemory, folder_log, log, tail
-from htm_pytorch.memory.log import Head
+from htm_pytorch.memory.log import Head, StoredHead
 from htm_pytorch.memory.tail import TailError
 from tests.memory import on_disk
 from tests.memory.faults import Fault, everywhere, failing
@@ -339,9 +339,9 @@ def test_an_earlier_release_refuses_it(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_tail_has_no_other_name(name: Any) -> None:
     """Nobody can have a file elsewhere read or written."""
     head = Head.first(FORM)
-    assert Head.with_tail(head.encode("0" * 32)) == (head, "0" * 32)
+    assert StoredHead.decode(head.encode("0" * 32)) == (head, "0" * 32, "")
     with pytest.raises((ValueError, TypeError)):
-        Head.with_tail(head.encode(name))
+        StoredHead.decode(head.encode(name))
 
 
 def test_a_memory_without_a_tail_is_one_of_format_2(tmp_path: Path) -> None:
