@@ -172,16 +172,24 @@ def update(
             optimizer.step()
 
 
+def positive(text: str) -> int:
+    """Return an option's whole number, of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("env", help="a Gymnasium id, or module:id")
-    parser.add_argument("--frames", type=int, default=200_000)
-    parser.add_argument("--num-envs", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=128)
-    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--frames", type=positive, default=200_000)
+    parser.add_argument("--num-envs", type=positive, default=16)
+    parser.add_argument("--steps", type=positive, default=128)
+    parser.add_argument("--dim", type=positive, default=64)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--minibatches", type=int, default=4)
+    parser.add_argument("--epochs", type=positive, default=4)
+    parser.add_argument("--minibatches", type=positive, default=4)
     parser.add_argument("--discount", type=float, default=0.99)
     parser.add_argument("--trace", type=float, default=0.95)
     parser.add_argument("--clip", type=float, default=0.2)

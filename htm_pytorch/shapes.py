@@ -11,9 +11,14 @@
 Axes always come in the order B, T or Q, H, K or M, C, D or E.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+_WITHOUT_DATA = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+"""Of `FakeTensorMode` and `make_fx`."""
 
 
 def check_tensor(name: str, value: Tensor, axes: str, **sizes: int) -> None:
@@ -24,6 +29,9 @@ def check_tensor(name: str, value: Tensor, axes: str, **sizes: int) -> None:
     """
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a tensor [{_spell(axes, sizes)}], got {_type(value)}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested one" if value.is_nested else f"one of {value.layout}"
+        raise ValueError(f"{name}: expected a dense tensor [{_spell(axes, sizes)}], got {kind}")
     letters = axes.split()
     fits = value.ndim == len(letters) and all(
         size == sizes.get(letter, size) for letter, size in zip(letters, value.shape, strict=True)
@@ -95,11 +103,12 @@ def check_device(name: str, value: Tensor, device: torch.device) -> None:
 def check_beside(name: str, value: Tensor, parameter: Tensor) -> None:
     """Raise a ValueError unless `value` has the device of `parameter` and its dtype.
 
-    Under autocast, which casts both, any floating point is right.
+    Under autocast, which casts both, any floating point is right but float64, which it leaves.
     """
     check_device(name, value, parameter.device)
     device = value.device.type
     casts = has_autocast(device) and torch.is_autocast_enabled(device)
+    casts = casts and torch.float64 not in (value.dtype, parameter.dtype)
     check_floating(name, value, None if casts else parameter.dtype)
 
 
@@ -121,6 +130,13 @@ def check_at_least(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
 
 
+def check_not_negative(name: str, value: float) -> None:
+    """Raise a ValueError unless `value` is a finite number of at least 0."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+
+
 def check_number(name: str, value: int, count: int) -> None:
     """Raise a ValueError unless `value` is an integer from 0 to below `count`."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
@@ -135,7 +151,7 @@ def check_numbers(name: str, value: Tensor, count: int) -> None:
     check_tensor(name, value, "U")
     if value.dtype == torch.bool or value.is_floating_point() or value.is_complex():
         raise ValueError(f"{name}: expected whole numbers, got {value.dtype}")
-    if torch.compiler.is_compiling() or is_transformed():
+    if not is_seen():
         return
     numbers = value.tolist()
     if numbers and not 0 <= min(numbers) <= max(numbers) < count:
@@ -160,11 +176,25 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_seen() -> bool:
+    """Whether what is computed now is computed once, of data that is there.
+
+    Not where a graph is made of it, nor where it is mapped, nor of tensors without data.
+    """
+    if torch.compiler.is_compiling() or is_transformed():
+        return False
+    if torch._C._is_tracing():
+        return False
+    # Other modes, as those that count operators, see what is done and do not change it.
+    mode = torch._C._get_dispatch_mode
+    return not torch._C._len_torch_dispatch_stack() or all(
+        mode(key) is None for key in _WITHOUT_DATA
+    )
+
+
 def may_look_at(tensor: Tensor) -> bool:
     """Whether looking at data is cheap and allowed: on the CPU, not when compiled or mapped."""
-    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return not is_transformed()
+    return tensor.device.type == "cpu" and is_seen()
 
 
 def _spell(axes: str, sizes: dict[str, int]) -> str:

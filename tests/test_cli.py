@@ -592,6 +592,56 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
         assert (process.stderr.read(), process.wait(100)) == (b"", 141)
 
 
+@pytest.mark.parametrize("columns", [1, 6, 39])
+def test_help_fits_any_terminal(columns: int) -> None:
+    command = [sys.executable, "-m", "htm_pytorch", "memory", "--help"]
+    there = os.environ | {"COLUMNS": str(columns)}
+    done = subprocess.run(command, env=there, timeout=100, capture_output=True, text=True)
+    assert done.returncode == 0 and "repair" in done.stdout
+
+
+def test_letters_that_the_output_has_not_are_spelled() -> None:
+    command = [sys.executable, "-m", "htm_pytorch", "memory", "--help"]
+    there = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, env=there, timeout=100, capture_output=True, text=True)
+    assert done.returncode == 0 and "set the rest aside" in " ".join(done.stdout.split())
+
+
+def test_without_any_output_it_does_its_work() -> None:
+    command = f"{sys.executable} -m htm_pytorch info >&- 2>&-"
+    assert subprocess.run(command, shell=True, timeout=100).returncode == 0
+
+
+def test_no_index_of_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lance", reason="the extra `store` is not installed")
+    memory.open(tmp_path / "m", dim=8, sync=False).close()
+    status = htm(monkeypatch, "memory", "index", tmp_path / "m")
+    assert_line(capsys, status, "path: expected a memory with chunks, got")
+
+
+def test_many_damaged_memories_are_repaired(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lance", reason="the extra `store` is not installed")
+    with memory.open_many(tmp_path / "m", dim=8, chunk_size=2, sync=False) as users:
+        for _ in range(2):
+            users.append(["ada", "alan"], torch.randn(2, 5, 8))
+        last = users["ada"].read(9, 10)[0, 0].numpy().tobytes()
+    journal = tmp_path / "m" / "journal"
+    stored = bytearray(journal.read_bytes())
+    stored[stored.index(last)] ^= 1
+    journal.write_bytes(stored)
+    assert htm(monkeypatch, "memory", "verify", tmp_path / "m") == 1
+    assert "`htm memory repair`" in capsys.readouterr().out
+    assert htm(monkeypatch, "memory", "repair", tmp_path / "m") == 0
+    told = capsys.readouterr().out
+    assert "now it holds 15 steps" in told
+    assert "lost: steps 5 to 9 of 'ada'" in told
+    assert htm(monkeypatch, "memory", "verify", tmp_path / "m") == 0
+
+
 def test_another_broken_pipe_is_told(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from htm_pytorch import ChunkedMemory, HTMAttention, HTMBlock, HTMTransformer
-from htm_pytorch.memory import Span
+from htm_pytorch import ChunkedMemory, HTMAttention, HTMBlock, HTMTransformer, recall
+from htm_pytorch.memory import Span, Steps
 from htm_pytorch.nn import TransformerState
+from htm_pytorch.ops import attend
 from htm_pytorch.report import Moment, Recorder, Trace, trace_memory, write_report
 
 MODEL = HTMTransformer(
@@ -23,6 +24,26 @@ TRACE = Trace("t", (Span(0, 0, 2, 0),), (Moment(None, ((),)),))
 ANYTHING = (1, 1.5, "text", [1], {}, torch.zeros(2), nn.Linear(2, 2), object())
 NO_TENSOR = tuple(value for value in ANYTHING if not isinstance(value, torch.Tensor))
 NO_LIST = (1, 1.5, nn.Linear(2, 2), object())
+
+
+NO_SIZE = ("2", 0, -1, 1.5, None, True)
+NO_EPS = ("0", -1.0, float("nan"), float("inf"), None, True)
+NO_BOOL = ("no", 0, None)
+NESTED = torch.nested.nested_tensor([torch.zeros(2, 8)], layout=torch.jagged)
+
+
+def plain_model(**options: Any) -> HTMTransformer:
+    sizes = {"topk_mems": 1, "mem_chunk_size": 2, "mem_chunks": 0, "window": 2}
+    return HTMTransformer(dim=8, depth=1, **(sizes | options))
+
+
+def recall_of(memory: Any) -> torch.Tensor:
+    return recall(QUERIES, QUERIES[:, :, None], memory, 1)
+
+
+def attended(**options: Any) -> Any:
+    projections = torch.zeros(2, 1, 4, 8)
+    return attend(QUERIES, torch.zeros(1, 2, 1, 4), projections, MEMORY, 1, **options)
 
 
 def memory_of(layer: Any = LAYER, memory: Any = MEMORY, **more: Any) -> Trace:
@@ -40,6 +61,35 @@ REFUSED: dict[str, tuple[Callable[[Any], object], str, tuple[Any, ...]]] = {
         "dim",
         ("8", 8.0, None, [8]),
     ),
+    "model's heads, without a memory": (lambda v: plain_model(heads=v), "heads", NO_SIZE),
+    "model's heads' width": (lambda v: plain_model(dim_head=v), "dim_head", NO_SIZE),
+    "model's implementation": (lambda v: plain_model(impl=v), "impl", ("nonsense", None, 1)),
+    "eps": (lambda v: HTMAttention(8, eps=v), "eps", NO_EPS),
+    "eps of a past": (lambda v: ChunkedMemory.from_steps(QUERIES, 2, eps=v), "eps", NO_EPS),
+    "eps of steps": (lambda v: recall_of(Steps(QUERIES, 2, None, v)), "eps", NO_EPS),
+    "positions": (lambda v: HTMAttention(8, add_pos_enc=v), "add_pos_enc", NO_BOOL),
+    "router's bias": (lambda v: HTMAttention(8, router_bias=v), "router_bias", NO_BOOL),
+    "inner bias": (lambda v: HTMAttention(8, inner_bias=v), "inner_bias", NO_BOOL),
+    "recency": (lambda v: HTMAttention(8, recency=v), "recency", NO_BOOL),
+    "episodes": (
+        lambda v: ChunkedMemory.empty(1, 3, 2, 8, keep_across_episodes=v),
+        "keep_across_episodes",
+        NO_BOOL,
+    ),
+    "memory's dtype": (
+        lambda v: ChunkedMemory.empty(1, 3, 2, 8, dtype=v),
+        "dtype",
+        ("float32", 1, torch.int64),
+    ),
+    "memory's device": (lambda v: ChunkedMemory.empty(1, 3, 2, 8, device=v), "device", ("x", 1.5)),
+    "lengths": (
+        lambda v: MEMORY.reach(QUERIES, lengths=v),
+        "lengths",
+        (*NO_TENSOR, torch.ones(1), torch.ones(2).long(), torch.tensor([3]), torch.tensor([-1])),
+    ),
+    "scale": (lambda v: attended(scale=v), "scale", ("1", [1], QUERIES)),
+    "queries": (lambda v: LAYER(v, MEMORY), "queries", (*NO_TENSOR, QUERIES.to_sparse(), NESTED)),
+    "steps": (lambda v: LAYER(QUERIES, v), "memories", (1, "a", QUERIES.to_sparse(), NESTED)),
     "states": (TransformerState.cat, "states", (1, nn.Linear(2, 2), [1], ["a"], [MEMORY])),
     "memories": (ChunkedMemory.cat, "memories", (1, nn.Linear(2, 2), [1], ["a"], [LAYER])),
     "rows that begin": (MEMORY.begin, "rows", NO_TENSOR),

@@ -6,9 +6,11 @@ arguments are wrong, or name what is not there; 130 after Ctrl-C, 141 when nobod
 
 import difflib
 import importlib
+import io
 import itertools
 import os
 import select
+import shutil
 import sys
 from collections.abc import Iterable
 
@@ -23,6 +25,7 @@ COMMANDS = {
 }
 """The files of this folder, and what each does."""
 
+_LEAST_COLUMNS = 40
 _NEEDS_NO_EXTRA = {"info"}
 _OF_EXTRAS = {
     *("filelock", "gymnasium", "matplotlib", "numpy", "PIL", "safetensors", "tqdm", "tyro"),
@@ -33,6 +36,7 @@ _OF_EXTRAS = {
 
 def main() -> None:
     """Run the command line: data to stdout, messages to stderr, the status that shells expect."""
+    _have_streams()
     arguments = sys.argv[1:]
     is_debugging = "--debug" in arguments
     if is_debugging:
@@ -101,12 +105,26 @@ def _run(arguments: list[str]) -> None:
             import tyro  # noqa: F401
         except ImportError as error:
             sys.exit(f"htm: needs the extra `rl` or `store`, pip install '.[rl]' ({error})")
+    if shutil.get_terminal_size().columns < _LEAST_COLUMNS:
+        # In fewer, what draws the help does not end.
+        os.environ["COLUMNS"] = str(_LEAST_COLUMNS)
     if name in ("train", "eval", "report"):
         if not {"", os.getcwd()} & set(sys.path):
             # Environments of the user's own, as `python -m` finds them; nothing is hidden by them.
             sys.path.append(os.getcwd())
         _hush_pygame()
     importlib.import_module(f"{__name__}.{name}").main(rest)
+
+
+def _have_streams() -> None:
+    """Let nothing be lost for want of an output, or of a letter in its encoding."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            # Closed by whoever has started this.
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _hush_pygame() -> None:

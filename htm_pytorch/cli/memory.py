@@ -72,6 +72,8 @@ def index(path: Path_) -> None:
         path: its folder, or its place in an object store.
     """
     with _one(path, read_only=False) as stored:
+        if not stored.chunks:
+            raise ValueError(f"path: expected a memory with chunks, got {path!r} without any")
         share = stored.build_index().index_recall()
         print(f"of the 8 best chunks of queries like its summaries it finds {share:.1%}")
         _print(stored.info())

@@ -10,10 +10,13 @@ from gymnasium import spaces
 
 from htm_pytorch.envs import ballet_tables as tables
 from htm_pytorch.envs.ballet_tables import INSTRUCTIONS
+from htm_pytorch.envs.levels import check_options
 
 ObservationKind = Literal["image", "symbols"]
 
 _MOVES = (*tables.DIRECTIONS.values(), (0, 0))
+_ACTIONS = spaces.Discrete(len(_MOVES))
+"""One more than agents choose from: to stay."""
 
 
 class Level(NamedTuple):
@@ -142,7 +145,7 @@ class BalletEnv(gymnasium.Env[dict[str, Any], int | np.integer]):
         """Let a dancer make its move or, once the dance is named, the agent."""
         if self._ended:
             raise gymnasium.error.ResetNeeded("The episode has ended: call reset() before step().")
-        if not 0 <= action < len(_MOVES):
+        if not _ACTIONS.contains(action):
             raise ValueError(f"action must be 0 to {len(_MOVES) - 1}, got {action!r}")
         if self._frame >= self.choice_step:
             row, column = np.add(self._agent, _MOVES[int(action)])
@@ -224,14 +227,6 @@ def check_arguments(
             stacklevel=3,
         )
     return int(max_steps)
-
-
-def check_options(options: dict[str, Any] | None, *known: str) -> dict[str, Any]:
-    """Refuse options of a reset that would be ignored; return the others."""
-    unknown = sorted(set(options or {}) - set(known))
-    if unknown:
-        raise ValueError(f"options of reset must be some of {sorted(known)}, got {unknown}")
-    return options or {}
 
 
 def check_level(level: Level, num_dancers: int) -> Level:

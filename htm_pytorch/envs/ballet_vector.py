@@ -16,11 +16,11 @@ from htm_pytorch.envs.ballet import (
     ObservationKind,
     check_arguments,
     check_level,
-    check_options,
     make_observation_space,
     solo_period,
 )
-from htm_pytorch.envs.levels_vector import checked_actions
+from htm_pytorch.envs.levels import check_options
+from htm_pytorch.envs.levels_vector import check_levels, checked_actions, marked_rows
 
 _SQUARES = tables.BOARD**2
 _PICTURE_BYTES = _SQUARES * tables.TILE**2 * 3
@@ -117,12 +117,16 @@ class BalletVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         All of them, or those that `options["reset_mask"]`, bool [num_envs], marks.
         """
         given = check_options(options, "levels", "reset_mask")
-        rows = self._marked(given.get("reset_mask"))
+        rows = marked_rows(given.get("reset_mask"), self.num_envs, self._started)
+        levels = given.get("levels")
+        if levels is not None:
+            check_levels(levels, self.num_envs)
+            levels = [check_level(level, self.num_dancers) for level in levels]
         super().reset(seed=seed)
-        if given.get("levels") is None:
+        if levels is None:
             self._draw_levels(rows)
         else:
-            self._take_levels(given["levels"], rows)
+            self._take_levels([levels[row] for row in rows], rows)
         self._frame[rows] = 0
         self._agent[rows] = _START
         self._ended[rows] = False
@@ -243,26 +247,7 @@ class BalletVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
     def _draw_distinct(self, count: int, size: int) -> np.ndarray:
         return self.np_random.random((count, size)).argsort(axis=1)[:, : self.num_dancers]
 
-    def _marked(self, mask: np.ndarray | None) -> np.ndarray:
-        if mask is None:
-            return self._rows
-        mask = np.asarray(mask)
-        if mask.shape != (self.num_envs,) or mask.dtype != bool:
-            raise ValueError(
-                f"options['reset_mask'] must be bool of shape ({self.num_envs},), "
-                f"got {mask.dtype} of {mask.shape}"
-            )
-        if not self._started and not mask.all():
-            raise gymnasium.error.ResetNeeded("Call reset() of all rows first.")
-        return np.flatnonzero(mask)
-
-    def _take_levels(self, levels: Sequence[Level], rows: np.ndarray) -> None:
-        if len(levels) != self.num_envs:
-            raise ValueError(
-                f"levels must be {self.num_envs}, one an environment, got {len(levels)}"
-            )
-        levels = [check_level(level, self.num_dancers) for level in levels]
-        chosen = [levels[row] for row in rows]
+    def _take_levels(self, chosen: Sequence[Level], rows: np.ndarray) -> None:
         self._home[rows] = np.array([level.positions for level in chosen]) @ (tables.BOARD, 1)
         self._dance[rows] = [level.dances for level in chosen]
         self._colour[rows] = [level.colours for level in chosen]

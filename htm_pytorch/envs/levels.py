@@ -5,7 +5,7 @@ same whenever its level and its actions are, alone or in a batch.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
 
 import gymnasium
@@ -94,8 +94,8 @@ class LevelEnv(gymnasium.Env[Any, int | np.integer], Generic[L, R]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """Begin an episode, drawn from the Generator or given as `options["level"]`."""
+        given = check_options(options, "level").get("level")
         super().reset(seed=seed)
-        given = (options or {}).get("level")
         if given is None:
             self._level = row_of(self.rules.draw(self.np_random, 1), 0)
         else:
@@ -129,6 +129,25 @@ class LevelEnv(gymnasium.Env[Any, int | np.integer], Generic[L, R]):
 
     def _info(self) -> dict[str, Any]:
         return {}
+
+
+def check_options(options: dict[str, Any] | None, *known: str) -> dict[str, Any]:
+    """Refuse options of a reset that would be ignored; return the others."""
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(f"options of reset must be a dict, got {options!r}")
+    unknown = sorted(map(repr, set(options or {}) - set(known)))
+    if unknown:
+        raise ValueError(
+            f"options of reset must be some of {sorted(known)}, got {', '.join(unknown)}"
+        )
+    return options or {}
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Refuse what is neither True nor False; return it as `bool`."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
 
 
 def check_integer(name: str, value: object, low: int, high: int | None = None) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from htm_pytorch.envs.levels import L, LevelEnv, R, check_integer, row_of
+from htm_pytorch.envs.levels import L, LevelEnv, R, check_integer, check_options, row_of
 
 
 def checked_actions(actions: np.ndarray, num_envs: int, last: int) -> np.ndarray:
@@ -24,6 +24,28 @@ def checked_actions(actions: np.ndarray, num_envs: int, last: int) -> np.ndarray
     return actions
 
 
+def check_levels(levels: object, num_envs: int) -> None:
+    """Refuse what is not one level for each environment."""
+    if not isinstance(levels, Sequence) or len(levels) != num_envs:
+        got = len(levels) if isinstance(levels, Sequence) else repr(levels)
+        raise ValueError(f"levels must be {num_envs}, one an environment, got {got}")
+
+
+def marked_rows(mask: object, num_envs: int, is_started: bool) -> np.ndarray:
+    """Return the numbers of the environments that a `reset_mask` marks; all, where it is None."""
+    if mask is None:
+        return np.arange(num_envs)
+    marked = np.asarray(mask)
+    if marked.shape != (num_envs,) or marked.dtype != bool:
+        raise ValueError(
+            f"options['reset_mask'] must be bool of shape ({num_envs},), got {marked.dtype} of "
+            f"{marked.shape}"
+        )
+    if not is_started and not marked.all():
+        raise gymnasium.error.ResetNeeded("Call reset() of all rows first.")
+    return np.flatnonzero(marked)
+
+
 class LevelVectorEnv(VectorEnv[Any, np.ndarray, np.ndarray], Generic[L, R]):
     """A batch of environments that play levels, stepped by array operations.
 
@@ -34,7 +56,8 @@ class LevelVectorEnv(VectorEnv[Any, np.ndarray, np.ndarray], Generic[L, R]):
     ## Levels and seeds
     One Generator draws the levels of all environments; the same seed and actions give the same
     results. `reset(options={"levels": [...]})` plays given levels, one an environment, and
-    `levels()` returns those being played.
+    `levels()` returns those being played. With `options={"reset_mask": ...}`, bool [num_envs], only
+    those begin anew that it marks.
 
     ## Autoreset
     `AutoresetMode.NEXT_STEP`: the step after an end ignores the action and returns the first
@@ -75,15 +98,22 @@ class LevelVectorEnv(VectorEnv[Any, np.ndarray, np.ndarray], Generic[L, R]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Begin all episodes anew, drawn from the Generator or given as `options["levels"]`."""
+        """Begin episodes anew, drawn from the Generator or given as `options["levels"]`.
+
+        All of them, or those that `options["reset_mask"]`, bool [num_envs], marks.
+        """
+        given = check_options(options, "levels", "reset_mask")
+        rows = marked_rows(given.get("reset_mask"), self.num_envs, self._started)
+        levels = given.get("levels")
+        if levels is not None:
+            levels = self._checked_levels(levels)
         super().reset(seed=seed)
-        given = (options or {}).get("levels")
-        if given is None:
-            self._level = self.rules.draw(self.np_random, self.num_envs)
+        if levels is None:
+            self._play(rows, self.rules.draw(self.np_random, len(rows)))
         else:
-            self._take_levels(given)
-        self._begin(self._rows)
-        self._ended = np.zeros(self.num_envs, bool)
+            self._play(rows, self.rules.level(*(field[rows] for field in levels)))
+        self._begin(rows)
+        self._ended[rows] = False
         self._started = True
         return self.observe(), self._info()
 
@@ -96,9 +126,7 @@ class LevelVectorEnv(VectorEnv[Any, np.ndarray, np.ndarray], Generic[L, R]):
         reward, terminated, truncated = self._act(actions)
         if self._ended.any():
             fresh = np.flatnonzero(self._ended)
-            drawn = self.rules.draw(self.np_random, len(fresh))
-            for field, new in zip(self._level, drawn, strict=True):
-                field[fresh] = new
+            self._play(fresh, self.rules.draw(self.np_random, len(fresh)))
             self._begin(fresh)
             reward[fresh] = 0
             terminated[fresh] = truncated[fresh] = False
@@ -182,14 +210,15 @@ class LevelVectorEnv(VectorEnv[Any, np.ndarray, np.ndarray], Generic[L, R]):
         for name, value in self._start.items():
             getattr(self, f"_{name}")[which] = value
 
-    def _take_levels(self, levels: Sequence[L]) -> None:
-        if len(levels) != self.num_envs:
-            raise ValueError(
-                f"levels must be {self.num_envs}, one an environment, got {len(levels)}"
-            )
+    def _play(self, rows: np.ndarray, levels: L) -> None:
+        for field, new in zip(self._level, levels, strict=True):
+            field[rows] = new
+
+    def _checked_levels(self, levels: Sequence[L]) -> L:
+        check_levels(levels, self.num_envs)
         checked = [self.rules.check_level(level) for level in levels]
         fields = zip(self._level, zip(*checked, strict=True), strict=True)
-        self._level = self.rules.level(*(np.array(new, field.dtype) for field, new in fields))
+        return self.rules.level(*(np.array(new, field.dtype) for field, new in fields))
 
     def _fields(self) -> list[str]:
         return list(self.rules.limits())

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium import spaces
 
-from htm_pytorch.envs.levels import LevelEnv, Limits, Rules, check_integer, check_range
+from htm_pytorch.envs.levels import LevelEnv, Limits, Rules, check_flag, check_integer, check_range
 from htm_pytorch.envs.levels_vector import LevelVectorEnv
 
 DOWN, UP = -1, 1
@@ -37,7 +37,7 @@ class TMazeRules(Rules[TMazeLevel]):
 
     def __init__(self, length: int | Sequence[int], free: bool, extra_steps: int) -> None:
         self.length = check_range("length", length, 1)
-        self.free = bool(free)
+        self.free = check_flag("free", free)
         self.extra_steps = check_integer("extra_steps", extra_steps, 0)
         if extra_steps and not free:
             raise ValueError(f"extra_steps must be 0 unless free=True, got {extra_steps!r}")

@@ -27,6 +27,7 @@ from htm_pytorch.shapes import (
     check_device,
     check_floating,
     check_kind,
+    check_made,
     check_mask,
     check_number,
     check_numbers,
@@ -69,8 +70,9 @@ class ChunkedMemory(Written):
         check_at_least("batch", batch, 0)
         for name, value in {"chunks": chunks, "chunk_size": chunk_size, "dim": dim}.items():
             check_at_least(name, value, 1)
+        check_kind("keep_across_episodes", keep_across_episodes, bool, "a bool")
+        check_made(device, dtype)
         contents = torch.zeros(batch, chunks, chunk_size, dim, dtype=dtype, device=device)
-        check_floating("dtype", contents)
         valid = contents.new_zeros(batch, chunks, dtype=torch.bool)
         first_steps = valid.new_zeros(batch, chunks, dtype=torch.int64)
         slots = Slots(

@@ -64,13 +64,14 @@ def appended(before: State, batch: Batch) -> tuple[State, Chunks]:
 
 
 def numbers_of_episodes(episodes: Iterable[int]) -> tuple[int, ...]:
-    """Return them in order.
+    """Return them in order, without those that no episode can have.
 
     Raises:
         ValueError: they are not numbers of episodes.
     """
     try:
-        return tuple(sorted({operator.index(episode) for episode in episodes}))
+        numbers = {operator.index(episode) for episode in episodes}
+        return tuple(sorted(number for number in numbers if 0 <= number < 2**63))
     except TypeError as error:
         raise ValueError(f"episodes: expected their numbers, got {episodes!r} ({error})") from error
 

@@ -44,7 +44,9 @@ class Format(NamedTuple):
     def encode(self, steps: Tensor) -> Tensor:
         """Return the bytes [T, step_bytes] of `steps` [T, D]."""
         if self.dtype != torch.int8:
-            return steps.contiguous().view(torch.uint8)
+            steps = steps.contiguous()
+            # To torch, one number a step is contiguous whatever its stride.
+            return steps.as_strided(steps.shape, (self.dim, 1)).view(torch.uint8)
         scale = steps.abs().amax(1, keepdim=True) / 127
         levels = (steps / scale.clamp(min=torch.finfo(steps.dtype).tiny)).round().to(torch.int8)
         return torch.cat([levels.view(torch.uint8), scale.view(torch.uint8)], 1)

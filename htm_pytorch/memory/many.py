@@ -23,6 +23,8 @@ from htm_pytorch.memory.stored import ExactMemory
 from htm_pytorch.memory.view import View
 from htm_pytorch.shapes import check_mask, check_tensor
 
+WAY = "memory.open_many(uri{}).open(name)"
+"""How users open one of them, up to options."""
 MOST_LOADED = 1024
 """Memories that stay in RAM though nobody else holds them."""
 
@@ -146,10 +148,7 @@ class Memories:
         with self.mutex:
             self._check(name, is_there=True)
             FolderLog(self._file, name).remove()
-            memory = self._loaded.pop(name, None)
-            self._used.pop(name, None)
-            if memory is not None:
-                memory.close()
+            self._drop(name)
 
     def append(
         self,
@@ -176,23 +175,30 @@ class Memories:
         if len(set(names)) != len(names):
             raise ValueError(f"names: expected different ones, got {names}")
         with self.mutex:
-            memories = [self.open(name) for name in names]
+            for name in names:
+                self._check(name, is_there=False)
+            memories = {name: self[name] for name in names if self._file.has(name)}
+            nothing = State.nothing(Head.first(self._form), self._form.dim, 0)
             changes: list[tuple[str, Head, list[Record]]] = []
-            after: list[State] = []
-            for row, memory in enumerate(memories):
-                before = memory.moment().states[0]
+            after: dict[str, State] = {}
+            for row, name in enumerate(names):
+                memory = memories.get(name)
+                before = nothing if memory is None else memory.moment().states[0]
                 first = None if is_first is None else is_first[row : row + 1]
                 batch = entries.batch(before, steps[row : row + 1], first, keys, times)
-                if batch is None:
-                    return self
-                now, closed = entries.appended(before, batch)
-                after.append(now._replace(unflushed=before.unflushed.extended(closed)))
-                changes.append((names[row], after[-1].head, [batch.record()]))
-            for memory in memories:
+                if batch is not None:
+                    now, closed = entries.appended(before, batch)
+                    after[name] = now._replace(unflushed=before.unflushed.extended(closed))
+                    changes.append((name, after[name].head, [batch.record()]))
+            for memory in memories.values():
                 memory.distrust()
             self._file.write(changes)
-            for memory, state in zip(memories, after, strict=True):
-                memory.become(state)
+            for name in names:
+                memory = memories.get(name)
+                if memory is None:
+                    self.open(name)
+                elif name in after:
+                    memory.become(after[name])
         return self
 
     def rows(self, names: Sequence[str]) -> View:
@@ -210,8 +216,11 @@ class Memories:
         """Show what the writer has stored since; at once, where that is nothing."""
         seen = self._file.changes()
         if self.read_only and seen != self._seen:
-            for memory in list(self._loaded.values()):
-                memory.refresh()
+            for name, memory in list(self._loaded.items()):
+                if self._file.has(name):
+                    memory.refresh()
+                else:
+                    self._drop(name)
             self._seen = seen
         return self
 
@@ -296,6 +305,10 @@ class Memories:
         with self.mutex:
             self._check(name, is_there=False)
             memory = self._loaded.get(name)
+            if memory is not None and memory.read_only and not self.read_only:
+                # Somebody has closed it, as at the end of a `with`.
+                self._drop(name)
+                memory = None
             if memory is None:
                 log = FolderLog(self._file, name)
                 if not may_make:
@@ -303,13 +316,20 @@ class Memories:
                 elif not self._file.has(name):
                     log.write(Head.first(self._form), [], replace=False)
                 memory = ExactMemory(self._place, log, None, None, self.read_only, 0, 1, self.mutex)
-                memory.reopens_as(_again_one, self.uri, name)
+                memory.reopens_as(_again_one, self.uri, name, way=WAY)
                 self._loaded[name] = memory
             self._used[name] = memory
             self._used.move_to_end(name)
             while len(self._used) > MOST_LOADED:
                 self._used.popitem(last=False)
             return memory
+
+    def _drop(self, name: str) -> None:
+        """Let go of a memory, if it is in RAM."""
+        memory = self._loaded.pop(name, None)
+        self._used.pop(name, None)
+        if memory is not None:
+            memory.close()
 
     def _check(self, name: str, is_there: bool) -> None:
         """Raise unless it can be the name of a memory, and, with `is_there`, is one."""
@@ -348,5 +368,5 @@ def _again(uri: str) -> Memories:
 
 def _again_one(uri: str, name: str) -> ExactMemory:
     memory = open_many(uri, read_only=True)[name]
-    memory.reopens_as(_again_one, uri, name)
+    memory.reopens_as(_again_one, uri, name, way=WAY)
     return memory

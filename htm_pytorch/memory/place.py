@@ -69,7 +69,7 @@ def find(uri: str | os.PathLike[str], storage_options: dict[str, str] | None) ->
     Raises:
         ValueError: it names nothing in which a memory could be.
     """
-    spelled = os.fspath(uri)
+    spelled = os.fspath(uri) if isinstance(uri, os.PathLike) else uri
     if not isinstance(spelled, str):
         raise ValueError(f"uri: expected a str or a path, got {spelled!r}")
     if isinstance(uri, os.PathLike) and _LOST_SLASH.match(spelled):

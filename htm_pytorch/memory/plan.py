@@ -7,7 +7,7 @@ from torch import Tensor
 
 from htm_pytorch.memory.ring import Slots
 from htm_pytorch.memory.summaries import summarise
-from htm_pytorch.shapes import is_transformed, may_look_at
+from htm_pytorch.shapes import is_seen, may_look_at
 
 
 class OpenChunks(NamedTuple):
@@ -157,7 +157,7 @@ def plan(
     total = happened.cumsum(1)
     most = (size - 1 + length) // size
     readable = (size - 1 + max(length - 1, 0)) // size
-    if length and (may_look_at(steps) or (ending is not None and _may_wait())):
+    if length and (may_look_at(steps) or (ending is not None and is_seen())):
         most, readable = _largest(total[:, -1]), _largest(total[:, -2])
     elif ending is not None:
         # At most one a step, whatever the episodes are.
@@ -199,11 +199,6 @@ def _episode_after(
     if is_first is not None and length > 1:
         begun = begun + is_first[:, 1:].sum(1)
     return begun if lengths is None else torch.where(lengths > 0, begun, episode)
-
-
-def _may_wait() -> bool:
-    """Whether data may be looked at where it lies, even if an accelerator is to be waited for."""
-    return not torch.compiler.is_compiling() and not is_transformed()
 
 
 def _largest(counts: Tensor) -> int:

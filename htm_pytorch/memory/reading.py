@@ -68,8 +68,9 @@ class Reading:
         self._lock = lock
         self._probes = probes
         self._inherited: list[Any] = []
-        # Set by those who open it.
+        # Set by those who open it; `_way` is how, up to its options.
         self._again: tuple[Any, ...] = ()
+        self._way = "memory.open(uri{})"
         self.mutex = mutex or threading.RLock()
         # Whether a call has begun to change something, and whether it is still at it.
         self._is_changing = False
@@ -161,6 +162,8 @@ class Reading:
         """Return the k chunks whose summaries have the largest products with each query [Q, D]."""
         check_tensor("query", query, "Q D", D=self.dim)
         check_at_least("k", k, 1)
+        if not query.isfinite().all():
+            raise ValueError("query: expected finite numbers, got some that are not")
         now, query = self._now(), query.detach().float()
         return Found(*searching.ranked(now, query, self._nearest(now, query, k)))
 
@@ -285,13 +288,14 @@ class Reading:
         if not self.read_only:
             raise TypeError(
                 f"{self.uri!r} is open for writing, and two writers would spoil it: share this "
-                "memory among threads, or give others memory.open(uri, read_only=True)"
+                f"memory among threads, or give others {self._way.format(', read_only=True')}"
             )
         return self._again
 
-    def reopens_as(self, again: Callable[..., Any], *arguments: Any) -> None:
-        """Note what gives copies of this memory."""
+    def reopens_as(self, again: Callable[..., Any], *arguments: Any, way: str = "") -> None:
+        """Note what gives copies of this memory, and how users open it."""
         self._again = again, arguments
+        self._way = way or self._way
 
     def distrust(self) -> None:
         """Look at what is stored before the next answer."""
@@ -342,7 +346,9 @@ class Reading:
         for is_last in (False, False, False, True):
             contents = contents or self._log.read(before.head)
             if contents is None:
-                raise MemoryFileError(f"{self._log.where} holds this memory no more")
+                raise MemoryFileError(
+                    f"{self._log.where} holds this memory no more: its writer has removed it"
+                )
             head, table = contents.head, before.table
             if head.sequence < before.head.sequence:
                 # What this one knows was taken back, or a copy from before was put in its place.

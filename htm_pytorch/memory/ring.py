@@ -12,7 +12,7 @@ from torch import Tensor
 
 from htm_pytorch import kernels
 from htm_pytorch.memory.codes import MOST_DIM, Codes, RingCodes
-from htm_pytorch.shapes import is_transformed, may_look_at
+from htm_pytorch.shapes import is_seen, is_transformed, may_look_at
 
 CODED_NUMBERS = 2**18
 """Numbers of summaries, of all rows, from which on codes of them pay; see docs/performance.md."""
@@ -187,7 +187,7 @@ class Ring:
 
         None where they do not pay, and the first times: summaries that are scored once need none.
         """
-        if torch.compiler.is_compiling() or is_transformed() or self._is_given_back:
+        if not is_seen() or self._is_given_back:
             return None
         with alone():
             ring = self if self._lender is None else self._lender
@@ -307,7 +307,7 @@ class Ring:
         return _is_writable(held)
 
     def _may_write(self, held: Slots, chunks: Slots) -> bool:
-        if torch.compiler.is_compiling() or is_transformed() or not self._is_own:
+        if not (is_seen() and self._is_own):
             return False
         if self._is_lent() or not _is_writable(held):
             return False

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.memory.chunked import ChunkedMemory
-from htm_pytorch.shapes import check_at_least, check_floating, check_mask, check_tensor
+from htm_pytorch.memory.whole import cut
+from htm_pytorch.shapes import (
+    check_at_least,
+    check_floating,
+    check_mask,
+    check_not_negative,
+    check_tensor,
+)
 
 
 class Steps(NamedTuple):
@@ -30,6 +37,7 @@ class Steps(NamedTuple):
         check_tensor("steps", self.steps, "B N D")
         check_floating("steps", self.steps)
         check_at_least("chunk_size", self.chunk_size, 1)
+        check_not_negative("eps", self.eps)
         batch, length, _ = self.steps.shape
         check_mask("mask", self.mask, "B N", self.steps.device, B=batch, N=length)
 
@@ -58,8 +66,24 @@ class Steps(NamedTuple):
         """The device that the steps are on."""
         return self.steps.device
 
-    def chunked(self) -> ChunkedMemory:
-        """Return the same past with its summaries; a short chunk is padded, by a copy."""
-        return ChunkedMemory.from_steps(
-            self.steps, self.chunk_size, self.mask, borders="newest", eps=self.eps, copy=False
+    def chunked(self, dtype: torch.dtype = torch.float32) -> ChunkedMemory:
+        """Return the same past with its summaries; a short chunk is padded, by a copy.
+
+        Args:
+            dtype: that summaries have at least. Rounded to fewer bits, others may be the best.
+        """
+        slots, valid = cut(
+            self.steps,
+            self.chunk_size,
+            self.mask,
+            borders="newest",
+            eps=self.eps,
+            is_copy=False,
+            dtype=torch.promote_types(dtype, self.dtype),
         )
+        step_count = slots.first_steps.new_full((self.batch,), self.steps.shape[1])
+        episode = step_count.clamp(max=1) - 1
+        return ChunkedMemory._closed(slots, valid, step_count, episode, room=0, is_own=False)
+
+
+torch.serialization.add_safe_globals([Steps])

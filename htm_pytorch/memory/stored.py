@@ -227,8 +227,8 @@ class StoredMemory(Reading):
         if self.read_only:
             why = f" ({self._why_read_only})" if self._why_read_only else ""
             raise ValueError(
-                f"memory: {self.uri!r} is open for reading only{why}; memory.open(uri) opens it "
-                "for writing"
+                f"memory: {self.uri!r} is open for reading only{why}; {self._way.format('')} opens "
+                "it for writing"
             )
 
     def _write(self, before: State, batch: Batch) -> None:

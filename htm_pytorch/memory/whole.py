@@ -9,6 +9,7 @@ from htm_pytorch.shapes import (
     check_at_least,
     check_floating,
     check_mask,
+    check_not_negative,
     check_tensor,
     may_look_at,
 )
@@ -22,12 +23,15 @@ def cut(
     borders: str,
     eps: float,
     is_copy: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Slots, Tensor]:
     """Return the chunks of `steps` [B, N, D], and which are valid; see `ChunkedMemory.from_steps`.
 
-    Without `is_copy` they are where the steps are, if N is a multiple of `chunk_size`.
+    Without `is_copy` they are where the steps are, if N is a multiple of `chunk_size`. Summaries
+    have the dtype of the steps unless another one is named.
     """
     check_at_least("chunk_size", chunk_size, 1)
+    check_not_negative("eps", eps)
     check_tensor("steps", steps, "B N D")
     check_floating("steps", steps)
     batch, length, dim = steps.shape
@@ -52,7 +56,7 @@ def cut(
     sizes = (batch, steps.shape[1] // chunk_size, chunk_size)
     contents = steps.reshape(*sizes, dim)
     step_mask = None if mask is None else mask.reshape(sizes)
-    summaries = summarise(contents, step_mask, eps)
+    summaries = summarise(contents, step_mask, eps, dtype)
     valid = (
         steps.new_ones(contents.shape[:2], dtype=torch.bool)
         if step_mask is None

@@ -125,6 +125,7 @@ class Written(Value):
         chunks is made.
         """
         self._check_steps(steps, is_first, None)
+        _check_lengths(lengths, steps)
         if torch.is_grad_enabled():
             self._ring.keep()
         used = None if torch.compiler.is_compiling() else self._ring.used
@@ -222,7 +223,8 @@ class Written(Value):
 
     def _filled(self, steps: Tensor, fills: str) -> Self:
         length, size = steps.shape[1], self.open_steps.shape[1]
-        at = self.open_count.view(-1, 1, 1)
+        open_count, next_slot = _saved(self.open_count), _saved(self.next_slot)
+        at = open_count.view(-1, 1, 1)
         if length > 1:
             at = at + torch.arange(length, device=steps.device)[:, None]
         opened = self.open_steps.scatter(1, at.expand(steps.shape), steps)
@@ -233,7 +235,7 @@ class Written(Value):
                 open_steps=opened, open_count=count, step_count=step_count, episode=episode
             )
         is_full = count == size
-        slot, happened, contents = self.next_slot[:, None], is_full[:, None], opened[:, None]
+        slot, happened, contents = next_slot[:, None], is_full[:, None], opened[:, None]
         closed = Slots(
             contents,
             summarise(contents, None),
@@ -290,3 +292,23 @@ class Written(Value):
             valid=valid.scatter(1, slot, is_valid),
             next_slot=(self.next_slot + plan.closings) % self.chunks,
         )
+
+
+def _check_lengths(lengths: Tensor | None, steps: Tensor) -> None:
+    """Raise a ValueError unless it is how many of `steps` [B, T, D] there are of each row, [B]."""
+    if lengths is None:
+        return
+    batch, length, _ = steps.shape
+    check_tensor("lengths", lengths, "B", B=batch)
+    check_device("lengths", lengths, steps.device)
+    if lengths.dtype != torch.int64:
+        raise ValueError(f"lengths: expected dtype torch.int64, got {lengths.dtype}")
+    if may_look_at(lengths) and batch:
+        least, most = int(lengths.min()), int(lengths.max())
+        if not 0 <= least <= most <= length:
+            raise ValueError(f"lengths: expected from 0 to T = {length}, got {least} to {most}")
+
+
+def _saved(part: Tensor) -> Tensor:
+    """Return what a backward may keep: made in inference mode, it may not be kept as it is."""
+    return part.clone() if part.is_inference() and torch.is_grad_enabled() else part

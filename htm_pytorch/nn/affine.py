@@ -10,6 +10,8 @@ from htm_pytorch.shapes import may_look_at
 
 SLACK = 4.0
 """How many times what rounding explains a map may miss being affine."""
+ROUNDED = 2.0**-7
+"""What inputs in 8 bits may miss, of the largest of them."""
 
 
 class Affine(NamedTuple):
@@ -77,6 +79,7 @@ def affine_of(name: str, module: nn.Module, sizes: tuple[int, int], like: Tensor
     A Linear has it as its parameters, parametrized or not. Whatever else stands in the place of
     one (an adapter, a quantised Linear), and a Linear that hooks change (pruning, FSDP), is called,
     as it would be with steps: an affine map is known by where it takes zero and the unit vectors.
+    Whether it is one is told by where it takes others; a compiler's graph cannot look at that.
 
     Args:
         name: of the module, for errors.
@@ -95,20 +98,26 @@ def affine_of(name: str, module: nn.Module, sizes: tuple[int, int], like: Tensor
             )
         bias = module.bias
         return Affine(held, bias if isinstance(bias, Tensor) else None)
-    # Zero, the sum of the unit vectors, and these.
     units = torch.eye(width, dtype=like.dtype, device=like.device)
-    points = torch.cat([like.new_zeros(1, width), like.new_ones(1, width), units])
+    others = _others(width).to(like)
+    points = torch.cat([like.new_zeros(1, width), units, others])
     reached = module(points)
-    if not isinstance(reached, Tensor) or reached.shape != (width + 2, features):
+    if not isinstance(reached, Tensor) or reached.shape != (len(points), features):
         got = list(reached.shape) if isinstance(reached, Tensor) else type(reached).__name__
         raise ValueError(
             f"{name}: expected a module that takes [B, D = {width}] to [B, {features}], got "
             f"{type(module).__name__}, which made {got} of {list(points.shape)}"
         )
-    bias, weight = reached[0], (reached[2:] - reached[0]).mT
+    bias, of_units = reached[0], reached[1 : 1 + width]
+    weight = (of_units - bias).mT
     if may_look_at(reached):
-        slack = SLACK * width * torch.finfo(reached.dtype).eps * reached.abs().sum(0)
-        if ((reached[1] - bias - weight.sum(1)).abs() > slack).any():
+        size = others.abs() @ (of_units.abs() + bias.abs()) + bias.abs()
+        slack = SLACK * width * torch.finfo(reached.dtype).eps * size
+        if _may_round_inputs(module):
+            slack = slack + ROUNDED * others.abs().amax(1, True) * of_units.abs().sum(0)
+        missed = (reached[1 + width :] - bias - others @ weight.mT).abs()
+        # Also where it is no number.
+        if not (missed <= slack).all():
             raise ValueError(
                 f"{name}: expected a module that is linear but for a bias, since it is applied on "
                 f"the side of the queries, got {type(module).__name__}, in which something else is "
@@ -116,3 +125,20 @@ def affine_of(name: str, module: nn.Module, sizes: tuple[int, int], like: Tensor
                 "module into an nn.Linear"
             )
     return Affine(weight, bias)
+
+
+def _others(width: int) -> Tensor:
+    """Return points [3, D] of many sizes and both signs, on which activations are not affine.
+
+    They are whole numbers of 7 bits from end to end, which most of what rounds inputs keeps.
+    """
+    some = torch.arange(width, dtype=torch.float32, device="cpu").mul(37).add(5).remainder(128) - 64
+    some[0], some[-1] = -64, 63
+    return torch.stack([torch.ones_like(some), some, -1 - some])
+
+
+def _may_round_inputs(module: nn.Module) -> bool:
+    """Whether a module has no parameters of the usual kind alone, as quantised ones have not."""
+    parameters = list(module.parameters())
+    usual = [type(one) is nn.Parameter and one.is_floating_point() for one in parameters]
+    return not usual or not all(usual)

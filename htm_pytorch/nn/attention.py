@@ -20,6 +20,7 @@ from htm_pytorch.shapes import (
     check_kind,
     check_made,
     check_mask,
+    check_not_negative,
     check_tensor,
 )
 
@@ -97,9 +98,16 @@ class HTMAttention(nn.Module):
             check_at_least(name, size, 1)
         check_impl(impl)
         check_made(device, dtype)
-        check_kind("detach_memories", detach_memories, bool, "a bool")
-        if not isinstance(recency, bool):
-            raise ValueError(f"recency: expected True or False, got {recency!r}")
+        check_not_negative("eps", eps)
+        flags = {
+            "add_pos_enc": add_pos_enc,
+            "router_bias": router_bias,
+            "inner_bias": inner_bias,
+            "recency": recency,
+            "detach_memories": detach_memories,
+        }
+        for name, flag in flags.items():
+            check_kind(name, flag, bool, "a bool")
         self.dim = dim
         self.dim_memory = dim_memory
         self.dim_features = dim_features

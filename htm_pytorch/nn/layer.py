@@ -15,7 +15,7 @@ from htm_pytorch.nn.block import HTMBlock
 from htm_pytorch.nn.local import LocalAttention
 from htm_pytorch.nn.state import LayerState
 from htm_pytorch.ops import Recall
-from htm_pytorch.shapes import is_transformed, may_look_at
+from htm_pytorch.shapes import is_seen, may_look_at
 
 MASK_BYTES = 32 * 2**20
 """Of the mask of steps by chunks that is made at a time."""
@@ -149,7 +149,7 @@ def _recalled(
     batch, chunks = reached.reach.valid.shape
     each = MASK_BYTES // (AGE_BYTES if recency else 1)
     whole = batch * time.shape[1] * chunks <= each
-    if whole or torch.compiler.is_compiling() or is_transformed():
+    if whole or not is_seen():
         visible, ages = reached.reach.visible(time), _ages(htm, reached, time)
         return htm(x, reached.read, chunk_attn_mask=visible, ages=ages)
     # In so many steps at most as many chunks close as the ring has room for.

@@ -12,7 +12,7 @@ from htm_pytorch.nn.block import HTMBlock
 from htm_pytorch.nn.layer import Layer
 from htm_pytorch.nn.local import LocalAttention
 from htm_pytorch.nn.state import LayerState, TransformerState, begun, check_layer, in_place
-from htm_pytorch.ops import Impl, Recall
+from htm_pytorch.ops import Impl, Recall, check_impl
 from htm_pytorch.shapes import (
     check_at_least,
     check_beside,
@@ -81,9 +81,10 @@ class HTMTransformer(nn.Module):
         super().__init__()
         check_made(device, dtype)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
-        sizes = {"dim": dim, "depth": depth, "window": window, "mlp_ratio": mlp_ratio}
-        for name, size in sizes.items():
+        sizes = {"dim": dim, "depth": depth, "heads": heads, "dim_head": dim_head}
+        for name, size in {**sizes, "window": window, "mlp_ratio": mlp_ratio}.items():
             check_at_least(name, size, 1)
+        check_impl(impl)
         check_at_least("mem_chunks", mem_chunks, 0)
         check_kind("keep_across_episodes", keep_across_episodes, bool, "a bool")
         check_kind("detach_memories", detach_memories, bool, "a bool")

@@ -2,6 +2,7 @@
 
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from htm_pytorch.memory import ShardedMemory
@@ -11,6 +12,7 @@ from htm_pytorch.ops.engines import Impl, Projecting, RecallImpl, check_impl, ch
 from htm_pytorch.ops.places import at_hand, check_ranks, on_ranks, together
 from htm_pytorch.ops.projected import absorb, read
 from htm_pytorch.ops.recency import Recency
+from htm_pytorch.shapes import check_kind
 
 
 def recall(
@@ -121,7 +123,9 @@ def attend(
         check(route, memory, k, positions, chunk_mask, recency)
         check_projections(route, queries, projections, memory.dim)
         check_ranks(memory, impl, route)
-    scale = float(queries.shape[3] ** -0.5) if scale is None else scale
+    if scale is None:
+        scale = float(queries.shape[3] ** -0.5)
+    check_kind("scale", scale, (int, float, torch.SymFloat), "a number")
     if isinstance(memory, ShardedMemory):
         probe = absorb(queries * scale, projections)
         shared = on_ranks(route, probe, memory, k, positions, chunk_mask, impl, recency)

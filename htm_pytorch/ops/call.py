@@ -65,7 +65,7 @@ class Call(NamedTuple):
     @property
     def chunked(self) -> ChunkedMemory:
         """The memory with its summaries."""
-        return self.memory.chunked() if isinstance(self.memory, Steps) else self.memory
+        return self.memory.chunked(self.dtype) if isinstance(self.memory, Steps) else self.memory
 
     @property
     def places(self) -> Tensor | None:
@@ -119,6 +119,8 @@ def check_projections(route: Tensor, queries: Tensor, projections: Tensor, dim: 
     """Raise a ValueError unless queries and projections fit each other and the route."""
     check_queries(route, "queries", queries, "B Q H E")
     heads, width = queries.shape[2:]
+    if not width:
+        raise ValueError("queries: expected E >= 1, got 0")
     check_tensor("projections", projections, "P H E D", P=2, H=heads, E=width, D=dim)
     check_beside("projections", projections, queries)
 

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from htm_pytorch import kernels
 from htm_pytorch.memory import ChunkedMemory, Steps
 from htm_pytorch.ops import fitting, operators
-from htm_pytorch.shapes import may_look_at
+from htm_pytorch.shapes import is_seen, may_look_at
 
 # What a floating point operation costs inside chunks, where one in a large matrix product costs 1:
 # absorbed into the queries, and projected; see docs/math.md.
@@ -47,7 +47,7 @@ def is_cheaper(queries: Tensor, memory: ChunkedMemory | Steps, picked: Tensor) -
         once = chunks * memory.chunk_size * project
         return once + batch * length * PROJECTED * inside * width < absorbed
 
-    if torch.compiler.is_compiling():
+    if not is_seen():
         return pays(memory.batch * memory.chunks)
     return pays(memory.batch * k) and pays(int(_find(memory, picked)[1].sum()))
 

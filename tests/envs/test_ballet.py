@@ -429,12 +429,3 @@ def test_some_rows_of_a_batch_begin_anew():
     for wrong in (np.ones(3, bool), np.ones(4, int)):
         with pytest.raises(ValueError, match="reset_mask"):
             env.reset(options={"reset_mask": wrong})
-
-
-def test_options_that_would_be_ignored_are_refused():
-    one = BalletEnv(observation="symbols")
-    with pytest.raises(ValueError, match=r"must be some of \['level'\], got \['levels'\]"):
-        one.reset(options={"levels": []})
-    batch = BalletVectorEnv(2, observation="symbols")
-    with pytest.raises(ValueError, match=r"some of \['levels', 'reset_mask'\], got \['level'\]"):
-        batch.reset(options={"level": None})

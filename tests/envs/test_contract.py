@@ -268,3 +268,54 @@ def test_bad_actions_and_missing_resets_are_refused(case: str) -> None:
     for number in (0, 1.5):
         with pytest.raises(ValueError, match="num_envs must be an integer of at least 1"):
             make_vector(case, number)  # type: ignore[arg-type]
+
+
+@batched
+def test_only_marked_rows_begin_anew(case: str) -> None:
+    vector, other = make_vector(case), make_vector(case)
+    for env in (vector, other):
+        env.reset(seed=3)
+        play(env, 0, 7)
+    mask = np.array([True, False, True, False, False])
+    before, kept = vector.levels(), other.observe()
+    levels = make_vector(case)
+    levels.reset(seed=4)
+    seen, _ = vector.reset(options={"reset_mask": mask, "levels": levels.levels()})
+    fresh, _ = levels.reset(options={"levels": levels.levels()})
+    for row, is_new in enumerate(mask):
+        assert_same(vector.levels()[row], (levels.levels() if is_new else before)[row])
+        for part, new, old in zip(*map(leaves, (seen, fresh, kept)), strict=True):
+            assert_same(part[row], (new if is_new else old)[row])
+    assert_same(make_vector(case).reset(seed=3)[0], other.reset(seed=3)[0])
+
+
+def leaves(observation: Any) -> list[Any]:
+    if isinstance(observation, dict):
+        return [leaf for part in observation.values() for leaf in leaves(part)]
+    return [observation]
+
+
+@batched
+def test_options_that_would_be_ignored_are_refused_and_nothing_begins(case: str) -> None:
+    env, vector = make(case), make_vector(case)
+    env.reset(seed=0)
+    vector.reset(seed=0)
+    before = vector.state_dict()
+    for wrong in ({"nope": 1}, {"levels": None, 1: 2}, [("level", 1)], "level"):
+        with pytest.raises(ValueError, match="options of reset must be"):
+            env.reset(options=wrong)  # type: ignore[arg-type]
+    for wrong in ({"nope": 1}, {"level": 1}, [1], "levels"):
+        with pytest.raises(ValueError, match="options of reset must be"):
+            vector.reset(seed=1, options=wrong)
+    for mask in ([True], [1, 0, 1, 0, 0], "all", np.ones((5, 1), bool)):
+        with pytest.raises(ValueError, match=r"options\['reset_mask'\] must be bool"):
+            vector.reset(seed=1, options={"reset_mask": mask})
+    for levels in (3, "abcde", [1, 2, 3, 4, 5]):
+        with pytest.raises(ValueError, match="levels? must be"):
+            vector.reset(seed=1, options={"levels": levels})
+    assert_same(vector.state_dict(), before)
+    with pytest.raises(gymnasium.error.ResetNeeded, match="all rows first"):
+        make_vector(case).reset(options={"reset_mask": np.array([True] * 4 + [False])})
+    for action in (0.5, "x", None, np.array([0])):
+        with pytest.raises(ValueError, match="action must be"):
+            env.step(action)

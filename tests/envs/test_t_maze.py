@@ -148,3 +148,9 @@ def test_a_state_of_another_corridor_is_refused():
     vector.reset(seed=0)
     with pytest.raises(ValueError, match=r"saved with length=\[2.*this has length=\[2, 5\]"):
         TMazeVectorEnv(2, length=[2, 5]).load_state_dict(vector.state_dict())
+
+
+@pytest.mark.parametrize("free", ["False", 1, None])
+def test_free_is_a_flag(free: object) -> None:
+    with pytest.raises(ValueError, match="free must be True or False, got"):
+        TMazeEnv(free=free)  # type: ignore[arg-type]

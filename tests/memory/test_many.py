@@ -197,3 +197,67 @@ def test_one_memory_and_many_are_not_taken_for_each_other(tmp_path: Path) -> Non
         memory.open_many(tmp_path / "none")
     with make(tmp_path / "many") as users, pytest.raises(ValueError, match="has no table"):
         users.open("a").build_index()
+
+
+def test_a_reader_lets_go_of_what_was_removed(tmp_path: Path) -> None:
+    with make(tmp_path / "m") as users:
+        users.append(["ada", "bob"], torch.ones(2, 4, DIM))
+        with memory.open_many(tmp_path / "m", read_only=True) as reader:
+            held = reader["ada"]
+            assert reader["bob"].steps == held.steps == 4
+            users.remove("ada")
+            users.append(["bob"], torch.ones(1, 2, DIM))
+            assert reader.refresh()["bob"].steps == 6
+            assert reader.names() == ["bob"] and "ada" not in reader
+            with pytest.raises(KeyError, match="no such memory"):
+                reader["ada"]
+            with pytest.raises(MemoryFileError, match="its writer has removed it"):
+                held.refresh()
+            users.append(["ada"], 2 * torch.ones(1, 5, DIM))
+            assert torch.equal(reader.refresh()["ada"].read(0, 5), 2 * torch.ones(1, 5, DIM))
+
+
+def test_what_is_refused_makes_no_memory(tmp_path: Path) -> None:
+    good = torch.ones(2, 3, DIM)
+    with make(tmp_path / "m") as users:
+        users.append(["old"], good[:1])
+        for names, steps, keys in (
+            (["old", "new"], good * torch.nan, None),
+            (["old", "new"], good.double(), None),
+            (["old", "new"], good.to_sparse(), None),
+            (["old", "new"], good, ["a"]),
+            (["new", ""], good, None),
+            (["new", 3], good, None),
+        ):
+            with pytest.raises(ValueError, match=r"^(steps|keys|name): expected"):
+                users.append(names, steps, keys=keys)  # type: ignore[arg-type]
+            assert users.names() == ["old"] and users["old"].steps == 3
+        users.append(["new", "none"], good[:, :0])
+        assert users.names() == ["new", "none", "old"]
+        users.append(["new", "newer", "old"], torch.cat([good, good[:1]]), keys="k")
+        assert [users[name].steps for name in ("new", "newer", "old")] == [3, 3, 6]
+    with memory.open_many(tmp_path / "m") as users:
+        assert [users[name].steps for name in ("new", "newer", "none", "old")] == [3, 3, 0, 6]
+        assert users.verify() == []
+
+
+def test_one_that_was_closed_is_opened_again(tmp_path: Path) -> None:
+    with make(tmp_path / "m") as users:
+        with users.open("ada") as ada:
+            ada.append(torch.ones(1, 3, DIM))
+        told = r"it was closed\); memory.open_many\(uri\).open\(name\) opens it for writing"
+        with pytest.raises(ValueError, match=told):
+            ada.append(torch.ones(1, 3, DIM))
+        assert users.open("ada").append(torch.ones(1, 3, DIM)).steps == 6
+        assert users.append(["ada"], torch.ones(1, 1, DIM))["ada"].steps == 7
+        with pytest.raises(
+            TypeError, match=r"memory.open_many\(uri, read_only=True\).open\(name\)"
+        ):
+            pickle.dumps(users["ada"])
+
+
+@pytest.mark.parametrize("uri", [None, 3, b"m"])
+def test_no_place_is_refused_by_name(uri: object) -> None:
+    for way in (memory.open_many, memory.open, memory.repair):
+        with pytest.raises(ValueError, match="uri: expected a str or a path, got"):
+            way(uri)  # type: ignore[arg-type]

@@ -221,6 +221,25 @@ def test_recall_with_weights_reads_steps() -> None:
     assert_near(context, problem.run("native")[0], 1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_the_best_is_the_best_however_few_bits_steps_have(
+    dtype: torch.dtype, wide: torch.dtype, masked: bool
+) -> None:
+    """Means that differ by less than the dtype of the steps can tell."""
+    steps = (torch.randn(2, 400, 16) + 3).to(dtype)
+    mask = torch.rand(2, 400) < 0.8 if masked else None
+    route, probe = torch.randn(2, 32, 16, dtype=wide), torch.randn(2, 32, 2, 16, dtype=wide)
+    exact = Steps(steps.double(), 4, mask)
+    expected = recall(route.double(), probe.double(), exact, 1, impl="reference")
+    for impl in ("auto", "reference", *FAST):
+        out = recall(route, probe, Steps(steps, 4, mask), 1, impl=impl)
+        assert_near(out, expected.to(wide), 1e-4 if wide == torch.float32 else 1e-10)
+    told, _ = recall_with_weights(route, probe, Steps(steps, 4, mask), 1)
+    assert_near(told, expected.to(wide), 1e-4 if wide == torch.float32 else 1e-10)
+
+
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 18, 20])
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_says_of_itself_what_its_chunks_are(length: int, masked: bool) -> None:

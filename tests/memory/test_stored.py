@@ -1,5 +1,6 @@
 """A memory on disk: what was stored is there, for its writer, for readers, in copies, and later."""
 
+import math
 import random
 import subprocess
 import sys
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from htm_pytorch import HTMAttention, memory
+from htm_pytorch import HTMAttention, memory, recall
 from htm_pytorch.memory import ChunkedMemory, MemoryFileError, stored
+from tests.helpers import assert_near
 from tests.memory.on_disk import (
     DIM,
     SIZE,
@@ -345,3 +347,30 @@ def test_a_past_in_ram_can_be_told_from_one_on_disk(tmp_path: Path) -> None:
     layer, queries = HTMAttention(32, topk_mems=4), torch.randn(2, 7, 32)
     torch.testing.assert_close(layer(queries, held), layer(queries, ram), rtol=1e-4, atol=1e-5)
     held.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8], ids=str)
+@pytest.mark.parametrize("length", [1, 9])
+def test_one_number_a_step_of_any_stride(tmp_path: Path, length: int, dtype: torch.dtype) -> None:
+    given = torch.float32 if dtype == torch.int8 else dtype
+    values = torch.arange(7.0 * length, dtype=given)
+    for number, steps in enumerate((values[None, None].mT[:, :length], values[None, ::7, None])):
+        path = tmp_path / f"{number}"
+        with memory.open(path, dim=1, chunk_size=4, dtype=dtype, sync=False) as held:
+            held.append(steps)
+            assert_near(held.read(0, length), steps.contiguous(), 0.01 * length)
+
+
+def test_episodes_that_none_can_be(tmp_path: Path) -> None:
+    with make(tmp_path / "m").append(steps_from(0, 10)) as held:
+        for number in (2**63, 2**70, -1, -(2**70)):
+            none = held.where(episodes=[number])
+            assert not recall(torch.ones(1, 2, DIM), torch.ones(1, 2, 1, DIM), none, 1).any()
+            assert held.forget(episodes=[number]).steps == 10
+
+
+def test_a_query_that_is_no_number(tmp_path: Path) -> None:
+    with make(tmp_path / "m").append(steps_from(0, 10)) as held:
+        for wrong in (math.nan, math.inf):
+            with pytest.raises(ValueError, match="query: expected finite numbers"):
+                held.find(torch.full((1, held.dim), wrong))

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import htm_pytorch
 from htm_pytorch import ChunkedMemory, HTMAttention, HTMBlock, kernels
+from htm_pytorch.nn.affine import affine_of
 from htm_pytorch.ops import Impl, reference
 from tests.helpers import assert_near, normal, on_cpu
 
@@ -126,6 +127,31 @@ def test_what_is_no_affine_map_is_refused(name: str, between: nn.Module) -> None
     replace(layer, name, Adapter(layer.get_submodule(name), between))
     with pytest.raises(ValueError, match=f"^{name}: expected a module that is linear .* Adapter"):
         layer(normal(2, 5, 6), normal(2, 18, 6))
+
+
+FIRST = (nn.ReLU(), nn.GELU(), nn.Tanh(), nn.Softmax(-1), nn.LayerNorm(6), nn.Hardtanh(-9.0, 9.0))
+
+
+@pytest.mark.parametrize("first", FIRST, ids=repr)
+@pytest.mark.parametrize("name", MOVED)
+def test_what_no_unit_vector_shows_is_refused(name: str, first: nn.Module) -> None:
+    """Of zero and unit vectors all of these make what an affine map would make."""
+    layer = build()
+    replace(layer, name, nn.Sequential(first, layer.get_submodule(name)).double())
+    with pytest.raises(ValueError, match=f"^{name}: expected a module that is linear"):
+        layer(normal(2, 5, 6), normal(2, 18, 6))
+    hooked = build()
+    hooked.get_submodule(name).register_forward_pre_hook(lambda _, given: (first(given[0]),))
+    with pytest.raises(ValueError, match=f"^{name}: expected a module that is linear"):
+        hooked(normal(2, 5, 6), normal(2, 18, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 2, 64, 1024])
+def test_an_affine_map_is_one_in_any_precision(width: int, dtype: torch.dtype) -> None:
+    module = nn.Sequential(nn.Linear(width, width), nn.Linear(width, 24)).to(dtype)
+    found = affine_of("name", module, (width, 24), torch.zeros(1, dtype=dtype))
+    assert found.weight.shape == (24, width)
 
 
 @pytest.mark.parametrize("name", MOVED)
@@ -295,6 +321,7 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from htm_pytorch import HTMBlock
+from htm_pytorch.nn.affine import affine_of
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)

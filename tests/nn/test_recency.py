@@ -228,9 +228,3 @@ def test_what_a_call_could_recall_has_no_ages_of_its_own() -> None:
     with pytest.raises(ValueError, match="ages: expected to be given"):
         layer(torch.randn(1, 5, 8), unrolled.read, chunk_attn_mask=unrolled.visible)
     assert unrolled.after.ages.shape == (1, 4)
-
-
-def test_recency_is_yes_or_no() -> None:
-    wrong: Any = "yes"
-    with pytest.raises(ValueError, match="recency: expected True or False, got 'yes'"):
-        HTMAttention(8, recency=wrong)
