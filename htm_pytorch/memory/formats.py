@@ -12,6 +12,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 PIECE_BYTES = 2 * 2**20
 """How many bytes of steps in float32 are averaged at a time."""
 _SCALE_BYTES = 4
+CONTIGUOUS = torch.contiguous_format
 CPU = torch.device("cpu")
 
 
@@ -46,7 +47,8 @@ class Format(NamedTuple):
         if self.dtype != torch.int8:
             steps = steps.contiguous()
             # To torch, one number a step is contiguous whatever its stride.
-            return steps.as_strided(steps.shape, (self.dim, 1)).view(torch.uint8)
+            steps = steps if steps.stride(-1) == 1 else steps.clone(memory_format=CONTIGUOUS)
+            return steps.view(torch.uint8)
         scale = steps.abs().amax(1, keepdim=True) / 127
         levels = (steps / scale.clamp(min=torch.finfo(steps.dtype).tiny)).round().to(torch.int8)
         return torch.cat([levels.view(torch.uint8), scale.view(torch.uint8)], 1)
@@ -57,7 +59,7 @@ class Format(NamedTuple):
             return stored.view(self.dtype)
         levels = stored[..., : self.dim].view(torch.int8)
         # A copy, which begins where numbers may begin.
-        scale = stored[..., self.dim :].clone(memory_format=torch.contiguous_format)
+        scale = stored[..., self.dim :].clone(memory_format=CONTIGUOUS)
         return levels * scale.view(torch.float32)
 
     def summarise(self, stored: Tensor, counts: Tensor) -> Tensor:
