@@ -1,6 +1,5 @@
 """An agent is traced on the path that it runs on: the same actions and values, to the last bit."""
 
-import dataclasses
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -248,7 +247,7 @@ def test_pictures_of_a_moment_and_a_film(tmp_path: Path) -> None:
         path = draw_moment(trace, tmp_path / "moment.png", -1, layer=layer)
         with image.open(path) as picture:
             assert picture.size == (1500, 780)
-    few = dataclasses.replace(trace, moments=trace.moments[-6:])
+    few = replace(trace, moments=trace.moments[-6:])
     with image.open(film_moments(few, tmp_path / "moments.gif")) as film:
         # Equal pictures one after another are one.
         assert 1 < film.n_frames <= len(few.moments)
