@@ -149,6 +149,8 @@ def repair(path: Path_) -> None:
     for name, ranges in report.lost_of.items():
         for start, end in ranges:
             print(f"lost: steps {start} to {end - 1} of {name!r}")
+    for name in report.headless:
+        print(f"perhaps lost: the newest steps of {name!r}; how many it had can no longer be read")
     if report.moved:
         print(f"{report.moved:,} steps had the numbers of others, and are now behind all others")
 

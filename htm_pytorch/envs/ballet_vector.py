@@ -248,6 +248,8 @@ class BalletVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         return self.np_random.random((count, size)).argsort(axis=1)[:, : self.num_dancers]
 
     def _take_levels(self, chosen: Sequence[Level], rows: np.ndarray) -> None:
+        if not chosen:
+            return
         self._home[rows] = np.array([level.positions for level in chosen]) @ (tables.BOARD, 1)
         self._dance[rows] = [level.dances for level in chosen]
         self._colour[rows] = [level.colours for level in chosen]

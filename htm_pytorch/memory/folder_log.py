@@ -15,6 +15,7 @@ from htm_pytorch.memory.log import (
     Head,
     Pin,
     Record,
+    StoredRecord,
     check_records,
     second_writer,
     unknown,
@@ -103,12 +104,12 @@ class FolderLog:
         records = []
         for first_step, body in rows:
             try:
-                record, name = Record.with_name(body)
-                if record.first_step != first_step:
-                    raise ValueError(f"it is that of step {record.first_step}")
-                if name not in ("", self.name):
-                    raise ValueError(f"it is that of memory {name!r}")
-                records.append(record)
+                stored = StoredRecord.decode(body)
+                if stored.record.first_step != first_step:
+                    raise ValueError(f"it is that of step {stored.record.first_step}")
+                if not stored.is_of(self.name, head):
+                    raise ValueError(f"it is another one, of memory {stored.name!r}")
+                records.append(stored.record)
             except (ValueError, TypeError, struct.error) as error:
                 raise MemoryFileError(
                     f"{self.where}: the record of step {first_step} is damaged ({error}); {REPAIR}"

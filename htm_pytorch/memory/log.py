@@ -12,7 +12,7 @@ import re
 import struct
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 
@@ -171,33 +171,51 @@ class Record(NamedTuple):
         """How many bytes its steps have, and characters its keys."""
         return len(self.steps) + sum(len(key) for key in self.keys if key is not None)
 
-    def encode(self, name: str = "") -> bytes:
-        """Return it as bytes, behind a checksum; `name` is that of the memory, of many."""
-        text = _JSON.encode(self[:-1] + ((name,) if name else ())).encode()
+    def encode(self, name: str = "", generation: str = "") -> bytes:
+        """Return it as bytes, behind a checksum.
+
+        Of many memories it says whose it is: the memory of a name, in what its head says.
+        """
+        text = _JSON.encode(self[:-1] + ((name, generation) if name else ())).encode()
         return sealed(b"".join((struct.pack("<I", len(text)), text, self.steps)))
 
-    @classmethod
-    def decode(cls, stored: bytes) -> Self:
+    @staticmethod
+    def decode(stored: bytes) -> "Record":
         """Return the record that `encode` made these bytes of.
 
         Raises:
             ValueError: they are damaged.
         """
-        return cls.with_name(stored)[0]
+        return StoredRecord.decode(stored).record
+
+
+class StoredRecord(NamedTuple):
+    """A record, and what is stored with it; nothing but the record of one memory alone."""
+
+    record: Record
+    name: str
+    """Of the memory."""
+    generation: str
+    """Of the head that it came with."""
 
     @classmethod
-    def with_name(cls, stored: bytes) -> tuple[Self, str]:
-        """Return the record that `encode` made these bytes of, and the name, if it has one.
+    def decode(cls, stored: bytes) -> Self:
+        """Return what `Record.encode` made these bytes of.
 
         Raises:
             ValueError: they are damaged.
         """
         body = unsealed(stored)
         (length,) = struct.unpack_from("<I", body)
-        first_step, episode, *lists, closes, name = [*json.loads(body[4 : 4 + length]), ""][:7]
+        said: list[Any] = [*json.loads(body[4 : 4 + length]), "", ""]
+        first_step, episode, *lists, closes, name, generation = said[:8]
         borders, times, keys = (tuple(part) for part in lists)
-        record = cls(first_step, episode, borders, times, keys, closes, body[4 + length :])
-        return record, name
+        record = Record(first_step, episode, borders, times, keys, closes, body[4 + length :])
+        return cls(record, name, generation)
+
+    def is_of(self, name: str, head: Head) -> bool:
+        """Whether it may be of the memory of this name and head."""
+        return self.name in ("", name) and self.generation in ("", head.generation)
 
 
 class Pin(NamedTuple):

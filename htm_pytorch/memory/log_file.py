@@ -133,12 +133,21 @@ class LogFile(SqliteFile):
             )
             return [name for (name,) in connection.execute(query).fetchall()]
 
-    def problems(self) -> list[str]:
-        """Return what is wrong with the file itself."""
+    def damage(self) -> list[str]:
+        """Return what keeps the file from leading to all of its rows, whatever is in them."""
         try:
             with self.mutex, self.transaction() as connection:
                 found = connection.execute("PRAGMA integrity_check").fetchall()
-                both = ("SELECT name, body FROM heads", "SELECT name, body FROM spare_heads")
+        except MemoryFileError as error:
+            return [str(error)]
+        return [f"{self.where}: {text}; {REPAIR}" for (text,) in found if text != "ok"]
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the file itself."""
+        damaged = self.damage()
+        both = ("SELECT name, body FROM heads", "SELECT name, body FROM spare_heads")
+        try:
+            with self.mutex, self.transaction() as connection:
                 heads = connection.execute(
                     f"SELECT DISTINCT name FROM ({both[0]} EXCEPT {both[1]} "
                     f"UNION ALL SELECT * FROM ({both[1]} EXCEPT {both[0]}))"
@@ -147,8 +156,7 @@ class LogFile(SqliteFile):
                     "SELECT DISTINCT name FROM records WHERE name NOT IN (SELECT name FROM heads)"
                 ).fetchall()
         except MemoryFileError as error:
-            return [str(error)]
-        damaged = [f"{self.where}: {text}; {REPAIR}" for (text,) in found if text != "ok"]
+            return damaged or [str(error)]
         damaged += [f"{self.where}: one of two heads is damaged; {REPAIR}" for _ in heads]
         return damaged + [f"{self.where}: steps have no head; {REPAIR}" for _ in orphans]
 
@@ -198,7 +206,7 @@ def put_changes(
 ) -> None:
     """Write a head, which names a tail or none, and more records."""
     for record in records:
-        row = name, record.first_step, record.encode(name)
+        row = name, record.first_step, record.encode(name, head.generation)
         connection.execute("INSERT INTO records VALUES (?, ?, ?)", row)
     body = head.encode(tail, name)
     # Twice, in pages of their own: one damaged byte leaves the other.

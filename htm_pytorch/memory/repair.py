@@ -60,6 +60,8 @@ class Report(NamedTuple):
     """Where what was there before is now."""
     lost_of: dict[str, tuple[Range, ...]]
     """Steps that are lost of many memories, by the names of those that lost some."""
+    headless: tuple[str, ...]
+    """Names of those of many whose newest steps may be lost, too: how many there were is lost."""
 
 
 class _Piece(NamedTuple):
@@ -102,7 +104,7 @@ def repair(uri: str | os.PathLike[str]) -> Report:
         look = open_many if is_many else open_memory
         problems = told + _problems(where, look)
         if len(problems) == len(told):
-            return Report(tuple(told), _steps(where, look), (), 0, aside, {})
+            return Report(tuple(told), _steps(where, look), (), 0, aside, {}, ())
         return (_rebuild_many if is_many else _rebuild)(where, where.folder, problems)
     finally:
         lock.release()
@@ -123,9 +125,9 @@ def _steps(where: Place, look: Callable[..., StoredMemory | Memories]) -> int:
 
 
 def _rebuild_many(where: Place, folder: Path, problems: list[str]) -> Report:
-    logs, lost = rebuilt(where.log)
+    logs, lost, headless = rebuilt(where.log)
     aside = _put(folder, _empty(folder), logs, is_of_many=True)
-    return Report(tuple(problems), _steps(where, open_many), (), 0, aside, lost)
+    return Report(tuple(problems), _steps(where, open_many), (), 0, aside, lost, headless)
 
 
 def _empty(folder: Path) -> Path:
@@ -192,7 +194,7 @@ def _rebuild(where: Place, folder: Path, problems: list[str]) -> Report:
     logs = {"": Contents(after, kept, table.pin if table else None)}
     aside = _put(folder, new, logs)
     left = _steps(where, open_memory)
-    return Report(tuple(problems), left, tuple(lost), moved + more, aside, {})
+    return Report(tuple(problems), left, tuple(lost), moved + more, aside, {}, ())
 
 
 def _move(path: Path, to: Path) -> None:

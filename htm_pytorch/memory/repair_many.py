@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -22,14 +23,25 @@ def is_of_many(path: Path) -> bool:
     return any(name for name, _ in carved.blobs(path.read_bytes())) if said is None else said
 
 
-def rebuilt(path: Path) -> tuple[dict[str, Contents], dict[str, tuple[Range, ...]]]:
-    """Return the logs of all memories, by name, and which steps of which of them are lost.
+class Rebuilt(NamedTuple):
+    """What was made of a file."""
+
+    logs: dict[str, Contents]
+    """Of all memories, by name."""
+    lost: dict[str, tuple[Range, ...]]
+    """Which steps are lost, of those that lost some."""
+    headless: tuple[str, ...]
+    """Those whose heads are lost, which alone say how many steps there were."""
+
+
+def rebuilt(path: Path) -> Rebuilt:
+    """Return what can be made of a file.
 
     Raises:
         MemoryFileError: no head can be read, which alone says what they hold.
     """
     found = salvaged_rows(path, is_of_many=True)
-    forms = [one.head.form for rows in found.values() for one in rows.heads]
+    forms = [one.head.form for rows in found.values() for one in rows.heads + rows.carved_heads]
     if not forms:
         raise MemoryFileError(
             f"{str(path)!r}: nothing in it says what its memories hold; nothing of it can be read, "
@@ -37,12 +49,15 @@ def rebuilt(path: Path) -> tuple[dict[str, Contents], dict[str, tuple[Range, ...
         )
     logs: dict[str, Contents] = {"": Contents(Head.first(forms[0]), [])}
     lost: dict[str, tuple[Range, ...]] = {}
+    headless: list[str] = []
     for name, rows in sorted(found.items()):
         if name:
-            head, _, records = rows.newest()
+            head, _, records = rows.newest(name)
+            if head is None:
+                headless.append(name)
             logs[name], gone = _rebuilt_one(head, records, forms[0])
             lost |= {name: gone} if gone else {}
-    return logs, lost
+    return Rebuilt(logs, lost, tuple(headless))
 
 
 def _rebuilt_one(

@@ -4,11 +4,19 @@ import contextlib
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from htm_pytorch.memory import carved, earlier, object_log, pins, tail
 from htm_pytorch.memory.files import MemoryFileError
-from htm_pytorch.memory.log import Head, OtherFormatError, Pin, Record, StoredHead, unsealed
+from htm_pytorch.memory.log import (
+    Head,
+    OtherFormatError,
+    Pin,
+    Record,
+    StoredHead,
+    StoredRecord,
+    unsealed,
+)
 from htm_pytorch.memory.log_file import LogFile
 from htm_pytorch.memory.place import Place
 from htm_pytorch.memory.rows import facts_of
@@ -30,7 +38,7 @@ def salvaged_log(where: Place) -> tuple[Head | None, list[Record], Pin | None]:
         records.sort(key=lambda record: record.first_step)
         return next(iter(found), None), records, None
     found = salvaged_rows(path, is_of_many=False)
-    head, name, records = found.get("", Rows([], [])).newest()
+    head, name, records = found.get("", Rows()).newest()
     pin = _salvaged_pin(path)
     entries = tail.salvaged(where.tails, name) if name or head is None else []
     of = head.table if head is not None else None
@@ -44,18 +52,32 @@ def salvaged_log(where: Place) -> tuple[Head | None, list[Record], Pin | None]:
     return head, records, pin
 
 
-class Rows(NamedTuple):
+class Rows:
     """What can be read of one memory in a file."""
 
-    heads: list[StoredHead]
-    records: list[Record]
+    def __init__(self) -> None:
+        self.heads: list[StoredHead] = []
+        """To which the file leads."""
+        self.carved_heads: list[StoredHead] = []
+        self.records: list[StoredRecord] = []
+        """First those to which the file leads."""
 
-    def newest(self) -> tuple[Head | None, str, list[Record]]:
+    def newest(self, name: str = "") -> tuple[Head | None, str, list[Record]]:
         """Return the newest head, the name of its tail, and the records, each step's once."""
-        head = max(self.heads, key=lambda one: one.head.sequence, default=None)
-        of_step = {record.first_step: record for record in reversed(self.records)}
+        heads = self.heads or self.carved_heads
+        head = max(heads, key=lambda one: one.head.sequence, default=None)
+        # Copies may be left of what was before a reset, where nothing leads to.
+        of = head.head.generation if head is not None else _first_generation(self.records)
+        of_step: dict[int, Record] = {}
+        for one in self.records:
+            if one.name in ("", name) and one.generation in ("", of):
+                of_step.setdefault(one.record.first_step, one.record)
         records = [of_step[step] for step in sorted(of_step)]
         return (head.head, head.tail, records) if head is not None else (None, "", records)
+
+
+def _first_generation(records: Sequence[StoredRecord]) -> str:
+    return next((one.generation for one in records if one.generation), "")
 
 
 def salvaged_rows(path: Path, *, is_of_many: bool) -> dict[str, Rows]:
@@ -63,22 +85,26 @@ def salvaged_rows(path: Path, *, is_of_many: bool) -> dict[str, Rows]:
     # No text: what its bytes are is not known.
     query = "SELECT CAST(name AS BLOB), body FROM"
     with contextlib.closing(LogFile(path)) as file:
-        heads = _rows(file, f"{query} heads") + _rows(file, f"{query} spare_heads")
+        both = [_rows(file, f"{query} {table}") for table in ("heads", "spare_heads")]
         records = _rows(file, f"{query} records NOT INDEXED")
-        is_whole = not file.problems()
-    if not is_whole:
-        carved_ = list(carved.blobs(path.read_bytes()))
-        heads, records = heads + carved_, records + carved_
+        damage = file.damage()
+    # Only then: copies of rows may be left where nothing leads to, and contents look like rows.
+    carved_ = list(carved.blobs(path.read_bytes())) if damage else []
     found: dict[str, Rows] = {}
 
     def of(row: Any, sealed: str) -> Rows:
         text = row.decode(errors="replace") if isinstance(row, bytes) else ""
-        return found.setdefault((sealed or text) if is_of_many else "", Rows([], []))
+        return found.setdefault((sealed or text) if is_of_many else "", Rows())
 
-    for row, head in _decoded(heads, StoredHead.decode):
+    for row in {row for row, _ in both[0]} & {row for row, _ in both[1]}:
+        # Of which both heads may be damaged.
+        of(row, "")
+    for row, head in _decoded(both[0] + both[1], StoredHead.decode):
         of(row, head.name).heads.append(head)
-    for row, (record, sealed) in _decoded(records, Record.with_name):
-        of(row, sealed).records.append(record)
+    for row, head in _decoded(carved_, StoredHead.decode):
+        of(row, head.name).carved_heads.append(head)
+    for row, record in _decoded(records + carved_, StoredRecord.decode):
+        of(row, record.name).records.append(record)
     return found
 
 

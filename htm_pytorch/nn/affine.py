@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from htm_pytorch.shapes import may_look_at
 
-SLACK = 4.0
-"""How many times what rounding explains a map may miss being affine."""
+UNIT = 16.0
+"""How long the vectors are that show the weight: far from what a bias hides, in 16 bits, too."""
 ROUNDED = 2.0**-7
 """What inputs in 8 bits may miss, of the largest of them."""
 
@@ -79,7 +79,9 @@ def affine_of(name: str, module: nn.Module, sizes: tuple[int, int], like: Tensor
     A Linear has it as its parameters, parametrized or not. Whatever else stands in the place of
     one (an adapter, a quantised Linear), and a Linear that hooks change (pruning, FSDP), is called,
     as it would be with steps: an affine map is known by where it takes zero and the unit vectors.
-    Whether it is one is told by where it takes others; a compiler's graph cannot look at that.
+    Whether it is one is told by where it takes others; a compiler's graph cannot look at that. It
+    may miss by the square root of what rounds a number: far above what roundings add up to, and
+    far below what anything else would make of so many sizes and signs.
 
     Args:
         name: of the module, for errors.
@@ -98,7 +100,7 @@ def affine_of(name: str, module: nn.Module, sizes: tuple[int, int], like: Tensor
             )
         bias = module.bias
         return Affine(held, bias if isinstance(bias, Tensor) else None)
-    units = torch.eye(width, dtype=like.dtype, device=like.device)
+    units = UNIT * torch.eye(width, dtype=like.dtype, device=like.device)
     others = _others(width).to(like)
     points = torch.cat([like.new_zeros(1, width), units, others])
     reached = module(points)
@@ -108,16 +110,19 @@ def affine_of(name: str, module: nn.Module, sizes: tuple[int, int], like: Tensor
             f"{name}: expected a module that takes [B, D = {width}] to [B, {features}], got "
             f"{type(module).__name__}, which made {got} of {list(points.shape)}"
         )
-    bias, of_units = reached[0], reached[1 : 1 + width]
-    weight = (of_units - bias).mT
+    bias = reached[0]
+    weight = ((reached[1 : 1 + width] - bias) / UNIT).mT
     if may_look_at(reached):
-        size = others.abs() @ (of_units.abs() + bias.abs()) + bias.abs()
-        slack = SLACK * width * torch.finfo(reached.dtype).eps * size
+        sums = torch.promote_types(reached.dtype, torch.float32)
+        got, linear, shift = (part.detach().to(sums) for part in (reached, weight, bias))
+        got, others = got[1 + width :], others.detach().to(sums)
+        wanted = shift + others @ linear.mT
+        size = torch.maximum(got.abs(), wanted.abs()).amax(1, keepdim=True) + shift.abs().max()
+        slack = torch.finfo(reached.dtype).eps ** 0.5 * size
         if _may_round_inputs(module):
-            slack = slack + ROUNDED * others.abs().amax(1, True) * of_units.abs().sum(0)
-        missed = (reached[1 + width :] - bias - others @ weight.mT).abs()
+            slack = slack + ROUNDED * others.abs().amax(1, True) * linear.abs().sum(1)
         # Also where it is no number.
-        if not (missed <= slack).all():
+        if not ((got - wanted).abs() <= slack).all():
             raise ValueError(
                 f"{name}: expected a module that is linear but for a bias, since it is applied on "
                 f"the side of the queries, got {type(module).__name__}, in which something else is "
@@ -128,13 +133,14 @@ def affine_of(name: str, module: nn.Module, sizes: tuple[int, int], like: Tensor
 
 
 def _others(width: int) -> Tensor:
-    """Return points [3, D] of many sizes and both signs, on which activations are not affine.
+    """Return points [9, D] of many sizes and both signs, on which activations are not affine.
 
     They are whole numbers of 7 bits from end to end, which most of what rounds inputs keeps.
     """
     some = torch.arange(width, dtype=torch.float32, device="cpu").mul(37).add(5).remainder(128) - 64
     some[0], some[-1] = -64, 63
-    return torch.stack([torch.ones_like(some), some, -1 - some])
+    shifted = [(some + 64 + 29 * number).remainder(128) - 64 for number in range(4)]
+    return torch.stack([torch.ones_like(some), *shifted, *(-1 - one for one in shifted)])
 
 
 def _may_round_inputs(module: nn.Module) -> bool:

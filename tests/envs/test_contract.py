@@ -286,6 +286,9 @@ def test_only_marked_rows_begin_anew(case: str) -> None:
         assert_same(vector.levels()[row], (levels.levels() if is_new else before)[row])
         for part, new, old in zip(*map(leaves, (seen, fresh, kept)), strict=True):
             assert_same(part[row], (new if is_new else old)[row])
+    none = {"reset_mask": np.zeros(5, bool)}
+    for more in ({}, {"levels": levels.levels()}):
+        assert_same(vector.reset(options=none | more)[0], seen)
     assert_same(make_vector(case).reset(seed=3)[0], other.reset(seed=3)[0])
 
 

@@ -146,12 +146,30 @@ def test_what_no_unit_vector_shows_is_refused(name: str, first: nn.Module) -> No
         hooked(normal(2, 5, 6), normal(2, 18, 6))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 @pytest.mark.parametrize("width", [1, 2, 64, 1024])
 def test_an_affine_map_is_one_in_any_precision(width: int, dtype: torch.dtype) -> None:
-    module = nn.Sequential(nn.Linear(width, width), nn.Linear(width, 24)).to(dtype)
-    found = affine_of("name", module, (width, 24), torch.zeros(1, dtype=dtype))
-    assert found.weight.shape == (24, width)
+    inner = 4 * width
+    layers = [nn.Linear(width, inner), nn.Linear(inner, inner), nn.Linear(inner, 24)]
+    for deep in (layers[:1], layers):
+        module = nn.Sequential(*deep).to(dtype)
+        features = deep[-1].out_features
+        found = affine_of("name", module, (width, features), torch.zeros(1, dtype=dtype))
+        assert found.weight.shape == (features, width)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+@pytest.mark.parametrize("width", [8, 64, 1024])
+@pytest.mark.parametrize("between", [nn.ReLU(), nn.Tanh(), nn.Dropout(0.5)], ids=repr)
+def test_another_map_is_none_in_any_precision(
+    width: int, dtype: torch.dtype, between: nn.Module
+) -> None:
+    module = nn.Sequential(nn.Linear(width, width), between, nn.Linear(width, 64)).to(dtype)
+    with pytest.raises(ValueError, match="^name: expected a module that is linear"):
+        affine_of("name", module, (width, 64), torch.zeros(1, dtype=dtype))
 
 
 @pytest.mark.parametrize("name", MOVED)
