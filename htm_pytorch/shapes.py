@@ -181,9 +181,7 @@ def is_seen() -> bool:
 
     Not where a graph is made of it, nor where it is mapped, nor of tensors without data.
     """
-    if torch.compiler.is_compiling() or is_transformed():
-        return False
-    if torch._C._is_tracing():
+    if torch.compiler.is_compiling() or is_transformed() or torch._C._is_tracing():
         return False
     # Other modes, as those that count operators, see what is done and do not change it.
     mode = torch._C._get_dispatch_mode

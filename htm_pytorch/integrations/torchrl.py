@@ -177,9 +177,9 @@ class HTMModule(TensorDictModuleBase):
         rows = len(x)
         state, expected = self._state, self._expected
         if expected is None or state is None or len(expected) != rows:
-            expected, state = torch.zeros_like(numbers), self.htm.initial_state(rows)
+            # No step has the number -1.
+            expected, state = torch.full_like(numbers, -1), self.htm.initial_state(rows)
         wrong = numbers != torch.where(first, 0, expected)
-        wrong |= ~first & (numbers == 0)
         if wrong.any():
             raise ValueError(self._told(first, wrong, dims))
         if self._is_beginning:

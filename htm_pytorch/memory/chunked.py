@@ -129,8 +129,7 @@ class ChunkedMemory(Written):
         if chunks is None:
             slots, valid = cut(steps, chunk_size, mask, borders=borders, eps=eps, is_copy=copy)
             step_count = slots.first_steps.new_full(steps.shape[:1], steps.shape[1])
-            episode = step_count.clamp(max=1) - 1
-            return cls._closed(slots, valid, step_count, episode, room=0, is_own=copy)
+            return cls._closed(slots, valid, step_count, room=0, is_own=copy)
         check_tensor("steps", steps, "B N D")
         if mask is not None:
             raise ValueError("mask: expected None beside `chunks` (append takes one), got a mask")
@@ -181,9 +180,7 @@ class ChunkedMemory(Written):
         counts = count_steps(valid, step_mask, chunk_size)
         first_steps = counts.cumsum(1) - counts
         slots = Slots(contents, summaries, step_mask, first_steps, torch.zeros_like(first_steps))
-        step_count = counts.sum(1)
-        episode = step_count.clamp(max=1) - 1
-        return cls._closed(slots, valid, step_count, episode, room=chunk_size, is_own=copy)
+        return cls._closed(slots, valid, counts.sum(1), room=chunk_size, is_own=copy)
 
     @classmethod
     def _closed(
@@ -191,15 +188,17 @@ class ChunkedMemory(Written):
         slots: Slots,
         valid: Tensor,
         step_count: Tensor,
-        episode: Tensor,
+        episode: Tensor | None = None,
         *,
         room: int,
         is_own: bool,
     ) -> Self:
         """Return a memory with nothing but closed chunks, and an open one of `room` steps.
 
-        `is_own` says whether nobody else has the tensors of its slots.
+        All steps are of episode 0 unless `episode` says which the last one is of. `is_own` says
+        whether nobody else has the tensors of its slots.
         """
+        episode = step_count.clamp(max=1) - 1 if episode is None else episode
         batch, chunks, _, dim = slots.contents.shape
         numbers = torch.arange(1, chunks + 1, device=valid.device)
         newest = (numbers * valid).amax(1) if chunks else numbers.new_zeros(batch)

@@ -177,13 +177,16 @@ class Memories:
         with self.mutex:
             for name in names:
                 self._check(name, is_there=False)
-            memories = {name: self[name] for name in names if self._file.has(name)}
-            nothing = State.nothing(Head.first(self._form), self._form.dim, 0)
+            there = [name for name in names if name in self._loaded or self._file.has(name)]
+            memories = {name: self[name] for name in there}
             changes: list[tuple[str, Head, list[Record]]] = []
             after: dict[str, State] = {}
             for row, name in enumerate(names):
                 memory = memories.get(name)
-                before = nothing if memory is None else memory.moment().states[0]
+                if memory is None:
+                    before = State.nothing(Head.first(self._form), self._form.dim, 0)
+                else:
+                    before = memory.moment().states[0]
                 first = None if is_first is None else is_first[row : row + 1]
                 batch = entries.batch(before, steps[row : row + 1], first, keys, times)
                 if batch is not None:

@@ -73,7 +73,7 @@ class Rows:
             if one.name in ("", name) and one.generation in ("", of):
                 of_step.setdefault(one.record.first_step, one.record)
         records = [of_step[step] for step in sorted(of_step)]
-        return (head.head, head.tail, records) if head is not None else (None, "", records)
+        return (None, "", records) if head is None else (head.head, head.tail, records)
 
 
 def _first_generation(records: Sequence[StoredRecord]) -> str:

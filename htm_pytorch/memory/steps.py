@@ -82,8 +82,7 @@ class Steps(NamedTuple):
             dtype=torch.promote_types(dtype, self.dtype),
         )
         step_count = slots.first_steps.new_full((self.batch,), self.steps.shape[1])
-        episode = step_count.clamp(max=1) - 1
-        return ChunkedMemory._closed(slots, valid, step_count, episode, room=0, is_own=False)
+        return ChunkedMemory._closed(slots, valid, step_count, room=0, is_own=False)
 
 
 torch.serialization.add_safe_globals([Steps])

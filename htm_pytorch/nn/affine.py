@@ -115,7 +115,7 @@ def affine_of(name: str, module: nn.Module, sizes: tuple[int, int], like: Tensor
     if may_look_at(reached):
         sums = torch.promote_types(reached.dtype, torch.float32)
         got, linear, shift = (part.detach().to(sums) for part in (reached, weight, bias))
-        got, others = got[1 + width :], others.detach().to(sums)
+        got, others = got[1 + width :], others.to(sums)
         wanted = shift + others @ linear.mT
         size = torch.maximum(got.abs(), wanted.abs()).amax(1, keepdim=True) + shift.abs().max()
         slack = torch.finfo(reached.dtype).eps ** 0.5 * size
